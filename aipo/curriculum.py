@@ -1,0 +1,281 @@
+"""Easy questions first: sampling by difficulty and the decay of kappa (AIPO, section 3.3 and Algorithm 1).
+
+A question's difficulty is the number of information peaks in one trajectory of the initial policy. Three buckets,
+easy, medium and hard, are drawn from in proportions that move with a clock, which is the training step plus what
+stalls of the validation accuracy add to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+from torch import Tensor
+
+from aipo.mask import MAX_PEAKS, peaks
+
+BucketBy = Literal["count", "rate", "quantile"]
+KappaSchedule = Literal["combined", "linear", "plateau", "constant"]
+Mixture = tuple[float, float, float]
+
+NAMES = ("easy", "medium", "hard")
+RATE_TOKENS = 512  # "rate" counts peaks per so many tokens: the length that the paper's cut-points were found at
+STALL_ADVANCE = 0.05  # share of all steps that a stall adds to the clock
+
+
+def mixture(
+    step: float,
+    total_steps: int,
+    *,
+    t1: float = 0.3,
+    t2: float = 0.7,
+    start: Mixture = (0.70, 0.25, 0.05),
+    end: Mixture = (0.25, 0.35, 0.40),
+) -> Mixture:
+    """Shares of easy, medium and hard questions: ``start`` before t1 S, ``end`` from t2 S on, linear between."""
+    progress = step / total_steps
+    if progress < t1:
+        return start
+    if progress >= t2:
+        return end
+    tau = (progress - t1) / (t2 - t1)
+    easy, medium, hard = ((1 - tau) * a + tau * b for a, b in zip(start, end))
+    return easy, medium, hard
+
+
+def kappa_at(
+    step: float,
+    *,
+    start: float = 0.3,
+    end: float = 0.1,
+    decay_steps: int,
+    stalls: int = 0,
+    stall_drop: float = 0.05,
+    schedule: KappaSchedule = "combined",
+) -> float:
+    """kappa(t) = max(end, start - (start - end) t / decay_steps - stall_drop * stalls).
+
+    Line 42 of Algorithm 1 overwrites line 40 as printed; ``combined`` keeps both decays, ``linear`` the one by steps,
+    ``plateau`` the one by stalls, ``constant`` neither.
+    """
+    if schedule in ("combined", "linear"):
+        start -= (start - end) * step / decay_steps
+    if schedule in ("combined", "plateau"):
+        start -= stall_drop * stalls
+    return start if schedule == "constant" else max(end, start)
+
+
+def bucket_of(n_peak: float, cuts: tuple[float, float] = (15, 25)) -> int:
+    """0 easy (up to the first cut), 1 medium (up to the second), 2 hard."""
+    return int(n_peak > cuts[0]) + int(n_peak > cuts[1])
+
+
+def peak_label(scores: Tensor, kappa: float, by: BucketBy = "count", probe_tokens: int = 512) -> float:
+    """N_peak of a trajectory's scores (T,), from its first ``probe_tokens``: 0..40, whole unless ``by`` is rate.
+
+    ``rate`` is the number of peaks per 512 tokens, for answers much shorter or longer than the cut-points are made for.
+    """
+    probe = scores[:probe_tokens]
+    found = int(peaks(probe, kappa=kappa).sum())
+    return min(MAX_PEAKS, found * RATE_TOKENS / max(len(probe), 1) if by == "rate" else found)
+
+
+class Curriculum:
+    """Draws the questions of a step and knows its kappa; every rank holds an equal copy and draws the same.
+
+    Arguments:
+        question_ids: all questions, distinct, in an order that is the same on all ranks and after a resume.
+        total_steps: S, the unit of ``t1`` and ``t2``.
+        enabled: False draws uniformly without replacement and needs no labels; kappa is scheduled all the same.
+        bucket_by, cuts: ``count`` and ``rate`` compare labels with ``cuts``; ``quantile`` with their own terciles.
+        kappa_decay_steps: None for ``total_steps``.
+        stall_patience: validations in a row without a new best that make a stall.
+    Raises ValueError for settings that contradict each other.
+    """
+
+    def __init__(
+        self,
+        question_ids: Sequence[str],
+        *,
+        total_steps: int,
+        seed: int,
+        enabled: bool = True,
+        t1: float = 0.3,
+        t2: float = 0.7,
+        start: Mixture = (0.70, 0.25, 0.05),
+        end: Mixture = (0.25, 0.35, 0.40),
+        bucket_by: BucketBy = "count",
+        cuts: tuple[float, float] = (15, 25),
+        kappa_start: float = 0.3,
+        kappa_end: float = 0.1,
+        kappa_schedule: KappaSchedule = "combined",
+        kappa_decay_steps: int | None = None,
+        stall_patience: int = 3,
+    ) -> None:
+        _check(len(question_ids) > 0, "there are no questions to draw from")
+        _check(len(set(question_ids)) == len(question_ids), "question ids must be distinct")
+        _check(total_steps >= 1, f"total_steps must be at least 1, not {total_steps}")
+        _check(0 <= t1 <= t2 <= 1, f"0 <= t1 <= t2 <= 1 must hold, not t1 = {t1}, t2 = {t2}")
+        for name, shares in (("start", start), ("end", end)):
+            valid = len(shares) == 3 and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6
+            _check(valid, f"{name} must be three probabilities that sum to 1, not {shares}")
+        _check(bucket_by in get_args(BucketBy), f"bucket_by must be one of {get_args(BucketBy)}, not {bucket_by!r}")
+        _check(cuts[0] <= cuts[1], f"cuts must not fall, not {cuts}")
+        _check(kappa_end <= kappa_start, f"kappa_end {kappa_end} lies above kappa_start {kappa_start}")
+        schedules = get_args(KappaSchedule)
+        _check(kappa_schedule in schedules, f"kappa_schedule must be one of {schedules}, not {kappa_schedule!r}")
+        _check(stall_patience >= 1, f"stall_patience must be at least 1, not {stall_patience}")
+        self.question_ids, self.total_steps, self.seed, self.enabled = list(question_ids), total_steps, seed, enabled
+        self.t1, self.t2, self.start, self.end = t1, t2, start, end
+        self.bucket_by, self.cuts, self.stall_patience = bucket_by, cuts, stall_patience
+        self.kappa_start, self.kappa_end, self.kappa_schedule = kappa_start, kappa_end, kappa_schedule
+        self.kappa_decay_steps = kappa_decay_steps or total_steps
+        self._index = {question: i for i, question in enumerate(self.question_ids)}
+        # State. Without labels everything lies in the first bucket.
+        self.labels: dict[str, float] = {}
+        self.buckets = np.zeros(len(self.question_ids), dtype=int)
+        self.used = np.zeros(len(self.question_ids), dtype=bool)  # drawn in this epoch of its bucket
+        self.epochs = [0, 0, 0]
+        self.draws = self.step = self.stalls = self.since_best = 0
+        self.best: float | None = None
+
+    def set_labels(self, peaks: Mapping[str, float]) -> None:
+        """Sort all questions into buckets by ``peaks``, N_peak by question. Raises ValueError if one has no label."""
+        missing = [question for question in self.question_ids if question not in peaks]
+        _check(not missing, f"{len(missing)} questions have no label, {missing[:1]} the first of them")
+        self.relabel({question: peaks[question] for question in self.question_ids})
+
+    def relabel(self, peaks: Mapping[str, float]) -> None:
+        """Replace the labels of some questions by newer ones. One drawn in this epoch stays drawn in its new bucket."""
+        unknown = [question for question in peaks if question not in self._index]
+        _check(not unknown, f"{len(unknown)} labels belong to no question, {unknown[:1]} the first of them")
+        self.labels |= peaks
+        if self.enabled and len(self.labels) == len(self.question_ids):
+            labels = np.array([self.labels[question] for question in self.question_ids], dtype=float)
+            cuts = self.cuts
+            if self.bucket_by == "quantile":
+                first, second = np.quantile(labels, [1 / 3, 2 / 3])
+                cuts = (float(first), float(second))
+            self.buckets = np.array([bucket_of(label, cuts) for label in labels])
+
+    def sample(self, step: int, n: int) -> list[str]:
+        """The next n questions, distinct if there are n.
+
+        A bucket gives each of its questions once before any comes again. Bucket sizes follow the mixture of ``step``
+        on average, with shares of less than one question rounded at random; what a bucket cannot give, the others
+        give in proportion. Raises RuntimeError before ``set_labels``.
+        """
+        if self.enabled and len(self.labels) < len(self.question_ids):
+            raise RuntimeError("the curriculum needs set_labels() before it can sample")
+        if n > len(self.question_ids):
+            return self.sample(step, len(self.question_ids)) + self.sample(step, n - len(self.question_ids))
+        self.step = step
+        rng = np.random.default_rng([self.seed, 0, self.draws])
+        self.draws += 1
+        sizes = np.bincount(self.buckets, minlength=3)
+        shares = self.mixture(step) if self.enabled else (1.0, 0.0, 0.0)
+        chosen: list[int] = []
+        for bucket, count in enumerate(_allocate(n, sizes, np.array(shares), rng)):
+            chosen += self._draw(bucket, count)
+        return [self.question_ids[i] for i in rng.permutation(chosen)]
+
+    def clock(self, step: int) -> float:
+        """``step`` plus 0.05 S for every stall, which can carry it to t2 S but not beyond."""
+        return max(step, min(self.t2 * self.total_steps, step + STALL_ADVANCE * self.total_steps * self.stalls))
+
+    def mixture(self, step: int) -> Mixture:
+        return mixture(self.clock(step), self.total_steps, t1=self.t1, t2=self.t2, start=self.start, end=self.end)
+
+    def kappa(self, step: int) -> float:
+        return kappa_at(
+            step,
+            start=self.kappa_start,
+            end=self.kappa_end,
+            decay_steps=self.kappa_decay_steps,
+            stalls=self.stalls,
+            schedule=self.kappa_schedule,
+        )
+
+    def observe_validation(self, accuracy: float) -> None:
+        """Count a stall whenever ``stall_patience`` validations in a row brought no new best accuracy."""
+        if self.best is None or accuracy > self.best:
+            self.best, self.since_best = accuracy, 0
+            return
+        self.since_best += 1
+        if self.since_best == self.stall_patience:
+            self.stalls, self.since_best = self.stalls + 1, 0
+
+    def metrics(self) -> dict[str, float]:
+        """Where the curriculum stands at the step last sampled for."""
+        values: dict[str, float] = {"curriculum/clock": self.clock(self.step), "curriculum/stalls": self.stalls}
+        sizes = np.bincount(self.buckets, minlength=3)
+        for bucket, name in enumerate(NAMES):
+            if self.enabled:
+                values[f"curriculum/share_{name}"] = self.mixture(self.step)[bucket]
+            values[f"curriculum/questions_{name}"] = int(sizes[bucket])
+            values[f"curriculum/epoch_{name}"] = self.epochs[bucket]
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that moves, ready for JSON."""
+        return {
+            "labels": dict(self.labels),
+            "used": [self.question_ids[i] for i in np.flatnonzero(self.used)],
+            "epochs": list(self.epochs),
+            "draws": self.draws,
+            "step": self.step,
+            "stalls": self.stalls,
+            "since_best": self.since_best,
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError if the state speaks of questions that are not here."""
+        self.labels = {}
+        self.relabel(state["labels"])
+        unknown = [question for question in state["used"] if question not in self._index]
+        _check(not unknown, f"the saved curriculum has drawn {len(unknown)} questions that are not here: {unknown[:1]}")
+        self.used[:] = False
+        self.used[[self._index[question] for question in state["used"]]] = True
+        self.epochs = list(state["epochs"])
+        self.draws, self.step = state["draws"], state["step"]
+        self.stalls, self.since_best, self.best = state["stalls"], state["since_best"], state["best"]
+
+    def _draw(self, bucket: int, count: int) -> list[int]:
+        """``count`` distinct questions of a bucket, going on to its next epoch where this one ends."""
+        chosen = self._fresh(bucket)[:count]
+        self.used[chosen] = True
+        if len(chosen) < count:
+            self.used[self.buckets == bucket] = False
+            self.epochs[bucket] += 1
+            taken = set(chosen)
+            again = [i for i in self._fresh(bucket) if i not in taken][: count - len(chosen)]
+            self.used[again] = True
+            chosen += again
+        return chosen
+
+    def _fresh(self, bucket: int) -> list[int]:
+        """Questions of a bucket not drawn in this epoch, in the epoch's order, which exists for every question."""
+        order = np.random.default_rng([self.seed, 1, bucket, self.epochs[bucket]]).permutation(len(self.question_ids))
+        return [int(i) for i in order[(self.buckets[order] == bucket) & ~self.used[order]]]
+
+
+def _allocate(n: int, sizes: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> list[int]:
+    """Split n over buckets in proportion to ``shares`` (3,), none beyond its size; sizes sum to at least n."""
+    counts = np.zeros(3, dtype=int)
+    while (left := n - counts.sum()) > 0:
+        room = sizes - counts
+        weights = np.where(room > 0, shares, 0)
+        if weights.sum() == 0:  # whoever has a share is empty: take from where there is room
+            weights = room
+        # Systematic sampling: count b is the share rounded up or down, and right on average.
+        edges = np.floor(left * np.cumsum(weights) / weights.sum() + rng.random()).astype(int)
+        edges[-1] = max(edges[-1], left)
+        counts += np.minimum(np.diff(np.minimum(edges, left), prepend=0), room)
+    return counts.tolist()
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,63 @@
+"""The pass before training that labels every question with its number of information peaks (Alg. 1, lines 1-15).
+
+Long on a large data set, so it is sharded over ranks, appended to a file question by question, continued where it was
+killed, and reused by every run with the same model, data and settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from aipo import distributed
+from aipo.datasets import Problem
+from aipo.progress import Progress
+
+Label = Callable[[Sequence[Problem]], dict[str, float]]
+"""N_peak of each of this rank's questions of a block, which may be none; a collective"""
+
+
+def label_folder(cache: Path, **facts: object) -> Path:
+    """Where labels made from exactly these facts lie."""
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return cache / "labels" / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def label_questions(
+    problems: Sequence[Problem], label: Label, folder: Path, *, block: int, progress: Progress
+) -> dict[str, float]:
+    """N_peak by question id, the same on every rank; ``block`` questions a rank are labelled and saved at a time."""
+    known = distributed.gather_objects(read_labels(folder))[0]  # ranks may see a shared folder at different moments
+    missing = [problem for problem in problems if problem.id not in known]
+    rank, world = distributed.rank(), distributed.world_size()
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        with progress.task("labelling", len(problems)) as task, (folder / f"rank-{rank}.jsonl").open("a") as file:
+            task.advance(len(problems) - len(missing))
+            for start in range(0, len(missing), block * world):
+                together = missing[start : start + block * world]
+                labels = label(together[rank::world])
+                file.write("".join(json.dumps({"id": k, "n_peak": v}) + "\n" for k, v in labels.items()))
+                file.flush()
+                os.fsync(file.fileno())
+                task.advance(len(together))
+                for part in distributed.gather_objects(labels):
+                    known |= part
+    return {problem.id: known[problem.id] for problem in problems}
+
+
+def read_labels(folder: Path) -> dict[str, float]:
+    """All whole lines of all ranks' files; the last one of a killed pass may be torn and is labelled again."""
+    labels: dict[str, float] = {}
+    for file in sorted(folder.glob("rank-*.jsonl")):
+        content = file.read_text()
+        if not content.endswith("\n") and content:
+            content = content[: content.rfind("\n") + 1]
+            file.write_text(content)
+        for line in content.splitlines():
+            row = json.loads(line)
+            labels[row["id"]] = row["n_peak"]
+    return labels

@@ -1,0 +1,225 @@
+"""Which completion tokens get a gradient: m_t = 1[MI_t > mu + kappa sigma] and variants (AIPO, sections 3.2 and 3.3).
+
+Every rule that looks at scores is one threshold: a token is selected if its score lies strictly above it. Scores that
+are not finite are never selected and enter no statistic, nor does padding. Constant scores select nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Rule = Literal["threshold", "top_fraction", "peaks_only", "all", "random"]
+Scope = Literal["sequence", "group", "batch", "running"]
+Statistic = Literal["mean_std", "iqr"]
+
+MAX_PEAKS = 40
+RUNNING_DECAY = 0.9  # of the moving average over steps behind scope "running"
+NOISE = 1e-6  # a spread below this share of the centre is fp32 rounding: such scores are constant
+
+
+def completion_mask(scores: Tensor, lengths: Tensor) -> Tensor:
+    """(B, T), (B,) -> (B, T), true on the first ``lengths`` positions of every row."""
+    return torch.arange(scores.shape[-1], device=scores.device) < lengths[:, None]
+
+
+def threshold_mask(
+    scores: Tensor, lengths: Tensor, *, kappa: float, statistic: Statistic = "mean_std", tau: float = 1.5
+) -> Tensor:
+    """Select scores (B, T) above a threshold over the first ``lengths`` (B,) tokens of their own row -> bool (B, T).
+
+    ``mean_std``: mu + kappa sigma, sigma being the population standard deviation (that of one token is 0).
+    ``iqr``: Q3 + tau IQR, kappa unused.
+    """
+    counted = completion_mask(scores, lengths) & scores.isfinite()
+    return _above(scores, counted, _threshold(_statistics(scores, counted, statistic), statistic, kappa, tau))
+
+
+def local_maxima(scores: Tensor, lengths: Tensor) -> Tensor:
+    """(B, T), (B,) -> bool (B, T): tokens that score more than both neighbours.
+
+    A plateau counts once, at its first token. The first and last token of a completion have one neighbour only and
+    never count, as in ``scipy.signal.find_peaks``. A score that is not finite lies below every other.
+    """
+    inside = completion_mask(scores, lengths)
+    values = torch.where(scores.isfinite(), scores, -torch.inf)
+    left, right = values[:, :-1], values[:, 1:]
+    step = ((right > left).int() - (right < left).int()) * inside[:, 1:]  # (B, T - 1): up, level or down to the next
+    # What follows the plateau that starts at t is the first non-zero step from t on: fill zeros from the right.
+    T = step.shape[1]
+    index = torch.where(step != 0, torch.arange(T, device=step.device), T)
+    following = index.flip(1).cummin(1).values.flip(1)  # (B, T - 1)
+    leaving = torch.nn.functional.pad(step, (0, 1)).gather(1, following)
+    peaks = torch.zeros_like(inside)
+    peaks[:, 1:-1] = (step[:, :-1] > 0) & (leaving[:, 1:] < 0)
+    return peaks
+
+
+def peaks(scores: Tensor, *, kappa: float) -> Tensor:
+    """Local maxima above mu + kappa sigma of one completion: (T,) -> bool (T,)."""
+    row, length = scores[None], torch.tensor([len(scores)], device=scores.device)
+    return (threshold_mask(row, length, kappa=kappa) & local_maxima(row, length))[0]
+
+
+def count_peaks(scores: Tensor, *, kappa: float) -> int:
+    """N_peak of one completion (T,), clipped to 0..40 (AIPO, section 3.3)."""
+    return min(MAX_PEAKS, int(peaks(scores, kappa=kappa).sum()))
+
+
+class MaskRule:
+    """A selection rule with its scope.
+
+    Arguments:
+        rule: ``threshold``; ``peaks_only``, its local maxima; ``top_fraction``, the round(fraction n) highest scores,
+            at least one, and fewer where ties at the cut would exceed that budget; ``all`` and ``random`` (as many as
+            top_fraction, per sequence) look at lengths only.
+        scope: the tokens that share one threshold: a ``sequence``, the adjacent ``group_size`` rollouts of a question,
+            the ``batch`` over all ranks, or ``running``: the batch's statistics averaged over steps (decay 0.9).
+        statistic: ``mean_std`` (mu + kappa sigma) or ``iqr`` (Q3 + tau IQR).
+    ``local`` says that a sequence is decided from its own scores, so that the mask needs no second pass.
+    """
+
+    def __init__(
+        self,
+        *,
+        rule: Rule = "threshold",
+        scope: Scope = "sequence",
+        statistic: Statistic = "mean_std",
+        tau: float = 1.5,
+        fraction: float = 0.2,
+        group_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        for name, value, choices in (
+            ("rule", rule, Rule),
+            ("scope", scope, Scope),
+            ("statistic", statistic, Statistic),
+        ):
+            if value not in get_args(choices):
+                raise ValueError(f"mask.{name} must be one of {', '.join(get_args(choices))}, not {value!r}")
+        if not 0 < fraction <= 1:
+            raise ValueError(f"mask.fraction must lie in (0, 1], not {fraction}")
+        self.rule, self.scope, self.statistic, self.tau = rule, scope, statistic, tau
+        self.fraction, self.group_size, self.seed = fraction, group_size, seed
+        self.running: Tensor | None = None  # averaged statistics, as _statistics returns them
+
+    @property
+    def local(self) -> bool:
+        return self.scope == "sequence" or self.rule in ("all", "random")
+
+    def select(
+        self,
+        scores: Tensor,
+        lengths: Tensor,
+        *,
+        kappa: float,
+        step: int,
+        rollout_ids: Tensor,
+        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> Tensor:
+        """scores (B, T), lengths (B,) -> bool (B, T).
+
+        ``rollout_ids`` (B,) and ``step`` seed the random rule. ``gather`` turns this rank's 1-D tensor into the
+        concatenation over ranks; scopes batch and running call it exactly once. With scope running, a call is one
+        update of the averages. Raises ValueError if scope is group and B is no multiple of ``group_size``.
+        """
+        inside = completion_mask(scores, lengths)
+        if self.rule == "all":
+            return inside
+        if self.rule == "random":
+            return self._random(inside, lengths, step, rollout_ids)
+        counted = inside & scores.isfinite()
+        statistic = "top_fraction" if self.rule == "top_fraction" else self.statistic
+        if self.scope == "sequence":
+            statistics = _statistics(scores, counted, statistic, self.fraction)
+        elif self.scope == "group":
+            if len(scores) % self.group_size:
+                raise ValueError(f"{len(scores)} rollouts are no whole number of groups of {self.group_size}")
+            pooled = (len(scores) // self.group_size, -1)
+            groups = _statistics(scores.reshape(pooled), counted.reshape(pooled), statistic, self.fraction)
+            statistics = groups.repeat_interleave(self.group_size, 0)
+        else:
+            everywhere = gather(scores[counted])[None]  # (1, tokens of all ranks)
+            everything = torch.ones_like(everywhere, dtype=torch.bool)
+            statistics = _statistics(everywhere, everything, statistic, self.fraction)
+            if self.scope == "running":
+                statistics = self._average(statistics)
+        selected = _above(scores, counted, _threshold(statistics, statistic, kappa, self.tau))
+        return selected & local_maxima(scores, lengths) if self.rule == "peaks_only" else selected
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self.running is None else {"running": self.running}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.running = state.get("running")
+
+    def _average(self, new: Tensor) -> Tensor:
+        if self.running is None or not self.running.isfinite().all():
+            self.running = new
+        elif new.isfinite().all():  # a step without a token says nothing
+            self.running = RUNNING_DECAY * self.running.to(new) + (1 - RUNNING_DECAY) * new
+        return self.running.to(new)
+
+    def _random(self, inside: Tensor, lengths: Tensor, step: int, rollout_ids: Tensor) -> Tensor:
+        selected = torch.zeros_like(inside)
+        for row, (length, rollout) in enumerate(zip(lengths.tolist(), rollout_ids.tolist())):
+            if length:
+                order = np.random.default_rng([self.seed, step, rollout]).permutation(length)
+                selected[row, torch.from_numpy(order[: _budget(length, self.fraction)]).to(inside.device)] = True
+        return selected
+
+
+def _budget(tokens: int, fraction: float) -> int:
+    return max(1, round(fraction * tokens))
+
+
+def _statistics(scores: Tensor, counted: Tensor, statistic: str, fraction: float = 1.0) -> Tensor:
+    """What thresholds are made of, for every row of (R, T): fp64 (R, 2), NaN where no score counts.
+
+    Mean and variance, or third and first quartile, or the cut above which a fraction lies, twice.
+    """
+    values = scores.double()
+    if statistic == "mean_std":
+        count = counted.sum(1)  # (R,)
+        mean = torch.where(counted, values, 0).sum(1) / count
+        variance = torch.where(counted, values - mean[:, None], 0).square().sum(1) / count
+        return torch.stack([mean, variance], 1)
+    rows = []
+    for row, keep in zip(values, counted):
+        ordered = row[keep].sort(descending=True).values  # (n,)
+        if not len(ordered):
+            rows.append(ordered.new_full((2,), torch.nan))
+        elif statistic == "iqr":
+            rows.append(torch.stack([_quantile(ordered, 0.75), _quantile(ordered, 0.25)]))
+        else:
+            budget = _budget(len(ordered), fraction)
+            cut = ordered[budget] if budget < len(ordered) else ordered.new_tensor(-torch.inf)
+            rows.append(torch.stack([cut, cut]))
+    return torch.stack(rows)
+
+
+def _quantile(ordered: Tensor, q: float) -> Tensor:
+    """Linear interpolation in descending scores (n,); torch.quantile stops at 16 million."""
+    position = (1 - q) * (len(ordered) - 1)
+    low = int(position)
+    return torch.lerp(ordered[low], ordered[min(low + 1, len(ordered) - 1)], position - low)
+
+
+def _threshold(statistics: Tensor, statistic: str, kappa: float, tau: float) -> Tensor:
+    """(R, 2) -> (R,)."""
+    first, second = statistics.unbind(1)
+    if statistic == "mean_std":
+        std = second.sqrt()
+        return torch.where(std > NOISE * first.abs(), first + kappa * std, torch.inf)
+    if statistic == "iqr":
+        return first + torch.maximum(tau * (first - second), NOISE * first.abs())
+    return first
+
+
+def _above(scores: Tensor, counted: Tensor, threshold: Tensor) -> Tensor:
+    """(B, T), (B, T), (B,) or (1,) -> bool (B, T)."""
+    return counted & (scores.double() > threshold[:, None])

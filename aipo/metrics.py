@@ -1,0 +1,116 @@
+"""What a set of answers is worth: accuracy of k samples, its interval, and accuracy bought per trained token."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+# One row per problem, one entry per sample, 1 or True where the sample is right. Rows may differ in length.
+Correct = Sequence[Sequence[float]] | torch.Tensor
+
+
+def _rows(correct: Correct) -> list[list[float]]:
+    rows = correct.tolist() if isinstance(correct, torch.Tensor) else [list(row) for row in correct]
+    if not rows or not all(rows):
+        raise ValueError("every metric needs at least one problem and at least one sample of each")
+    return rows
+
+
+def avg_at_k(correct: Correct) -> float:
+    """avg@k in [0, 1]: the mean over problems of the share of a problem's k samples that are right."""
+    rows = _rows(correct)
+    return sum(sum(row) / len(row) for row in rows) / len(rows)
+
+
+def pass_at_k(correct: Correct, k: int) -> float:
+    """pass@k in [0, 1]: the chance that k samples, drawn without replacement, hold a right one.
+
+    Unbiased estimator of Chen et al. 2021 (arXiv 2107.03374), eq. 1: mean of ``1 - C(n-c, k) / C(n, k)`` for n samples
+    of which c are right. Raises ValueError where a problem has fewer than k samples.
+    """
+    rows = _rows(correct)
+    fewest = min(map(len, rows))
+    if not 1 <= k <= fewest:
+        raise ValueError(f"k must lie in 1..{fewest}, the fewest samples of a problem; got {k}")
+
+    def chance(row: list[float]) -> float:
+        n, c = len(row), round(sum(row))
+        return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+    return sum(map(chance, rows)) / len(rows)
+
+
+def maj_at_k(answers: Sequence[Sequence[str | None]], correct: Correct) -> float:
+    """maj@k in [0, 1]: the expected share of problems whose most frequent answer is right.
+
+    ``answers[i][j]`` is what sample j of problem i answered and ``correct[i][j]`` whether that is right. A sample votes
+    for the exact text of its answer (normalise before); None, no answer found, does not vote. Ties are shared: a
+    problem scores what drawing one of its tied answers at random would score on average. Where the verifier judged
+    equal answers differently, the answer counts with its share of right judgements.
+    """
+    rows = _rows(correct)
+    if [len(row) for row in answers] != [len(row) for row in rows]:
+        raise ValueError("answers and correct must have the same problems and samples")
+
+    def score(given: Sequence[str | None], right: list[float]) -> float:
+        votes = Counter(answer for answer in given if answer is not None)
+        most = max(votes.values(), default=0)
+        # Tied answers have the same number of votes, so the mean over their samples is the mean over the answers.
+        winners = [r for answer, r in zip(given, right) if answer is not None and votes[answer] == most]
+        return sum(winners) / len(winners) if winners else 0.0
+
+    return sum(map(score, answers, rows)) / len(rows)
+
+
+def training_efficiency(mag: float, otf: float) -> float:
+    """TES = MAG / (OTF / 100): accuracy gained for the share of tokens trained on.
+
+    ``mag`` is the gain over the frozen backbone in percentage points, ``otf`` the trained share of completion tokens in
+    percent, 0 < otf <= 100 (else ValueError).
+    """
+    if not 0 < otf <= 100:
+        raise ValueError(f"otf is a percentage above 0 and at most 100; got {otf}")
+    return mag / (otf / 100)
+
+
+def bootstrap_interval(
+    scores: Sequence[float], seed: int, *, level: float = 0.95, resamples: int = 10_000
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (low, high) of the mean of ``scores``, one score per problem.
+
+    Problems are resampled, not samples: samples of one problem are not independent. When all scores are equal the
+    interval has no width, however few they are. The same seed gives the same interval.
+    """
+    values = np.asarray(scores, dtype=np.float64)  # (problems,)
+    if values.ndim != 1 or not values.size:
+        raise ValueError("scores must be a non-empty list with one number per problem")
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(values.size, size=values.size)].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """avg@k in [0, 1] with its 95 % bootstrap interval over problems."""
+
+    value: float
+    low: float
+    high: float
+    problems: int
+    samples: int  # over all problems
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+def accuracy_summary(correct: Correct, seed: int = 0) -> Accuracy:
+    """avg@k of ``correct`` (problems × samples) with its interval."""
+    rows = _rows(correct)
+    low, high = bootstrap_interval([sum(row) / len(row) for row in rows], seed)
+    return Accuracy(avg_at_k(rows), low, high, problems=len(rows), samples=sum(map(len, rows)))

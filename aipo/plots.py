@@ -1,0 +1,85 @@
+"""Curves of a run, drawn from its ``metrics.jsonl`` alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+
+class Panel(NamedTuple):
+    """A title, the metrics drawn as lines, and two metrics with a band between them."""
+
+    title: str
+    lines: tuple[str, ...]
+    band: tuple[str, ...] = ()
+
+
+PANELS = (
+    Panel("reward", ("reward/mean",)),
+    Panel("held-out accuracy", ("validation/accuracy",), ("validation/accuracy_low", "validation/accuracy_high")),
+    Panel("share of tokens trained on (OTF)", ("mask/otf",)),
+    Panel("mask threshold κ", ("mask/kappa",)),
+    Panel("mutual information, mean", ("mi/mean",)),
+    Panel("mutual information, skew", ("mi/skew",)),
+    Panel("completion length, tokens", ("rollout/length_mean",)),
+    Panel("KL to the reference", ("loss/kl",)),
+    Panel("policy entropy, nats", ("policy/entropy",)),
+    Panel("clip fraction", ("loss/clip_fraction",)),
+    Panel("KL between vLLM and the trainer", ("mismatch/kl",)),
+    Panel("importance weight", ("mismatch/weight_mean", "mismatch/weight_max")),
+)
+Series = dict[str, tuple[list[int], list[float]]]  # metric -> steps, values
+
+
+def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Draw every panel of which there are numbers on one sheet, a PNG at ``path``; False if there are none.
+
+    ``metrics`` are lines of ``metrics.jsonl``: dicts with ``step``; a missing or null value is a step without a point.
+    """
+    series = {key: _series(metrics, key) for panel in PANELS for key in panel.lines + panel.band}
+    panels = [panel for panel in PANELS if any(series[key][0] for key in panel.lines)]
+    if not panels:
+        return False
+    columns = min(len(panels), 4)
+    rows = -(-len(panels) // columns)
+    sheet = Figure(figsize=(4 * columns, 2.8 * rows))
+    axes = sheet.subplots(rows, columns, squeeze=False).flatten()
+    for ax, panel in zip(axes, panels):
+        _draw(ax, panel, series)
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    # Inches, not the automatic layouts, which take longer than the drawing.
+    width, height = sheet.get_size_inches()
+    sheet.subplots_adjust(0.5 / width, 0.5 / height, 1 - 0.15 / width, 1 - 0.35 / height, wspace=0.25, hspace=0.45)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(".tmp-" + path.name)
+    sheet.savefig(temporary, format="png", dpi=100)
+    os.replace(temporary, path)  # whoever looks never sees half a picture
+    return True
+
+
+def _series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _draw(ax: Axes, panel: Panel, series: Series) -> None:
+    for key in panel.lines:
+        steps, values = series[key]
+        # A few points are marked: a single one would not show as a line.
+        ax.plot(steps, values, label=key.split("/")[-1], linewidth=1.3, marker="." if len(steps) < 30 else "")
+    if panel.band and series[panel.band[0]][0] == series[panel.band[1]][0]:
+        (steps, low), (_, high) = (series[key] for key in panel.band)
+        ax.fill_between(steps, low, high, alpha=0.2, linewidth=0)
+    if len(panel.lines) > 1:
+        ax.legend(fontsize="small", frameon=False, loc="upper left")
+    ax.set_title(panel.title, fontsize="medium")
+    ax.set_xlabel("step", fontsize="small")
+    ax.tick_params(labelsize="small")
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)

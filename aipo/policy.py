@@ -1,0 +1,151 @@
+"""The policy: a causal LM in ONE module whose forward does everything that ZeRO-3 must see.
+
+ZeRO-3 gathers a weight when the module that owns it is called, on all ranks together. So the number of calls must
+not depend on a rank's data: the head is called exactly once a forward, with however many positions were selected
+(none is fine), and cuts them into chunks *inside* that call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from aipo.errors import UserError
+from aipo.rollouts import MicroBatch
+
+Select = Callable[[Tensor], Tensor]
+"""(N, d) states that predict the N completion tokens -> (N,) bool, the tokens whose log-probability is needed"""
+
+
+class Policy(nn.Module):
+    """Hidden states, selected log-probabilities and entropies of completion tokens.
+
+    Args:
+        model: a transformers causal LM with a decoder of ``layers`` and a linear head.
+        temperature: logits are divided by it, as in the sampling that they are compared with.
+        layer: decoder layer whose output (raw residual stream, before the final norm) is the hidden state.
+        head_chunk: positions whose logits exist at one time.
+    """
+
+    def __init__(self, model: nn.Module, *, temperature: float, layer: int = -1, head_chunk: int = 1024) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.head_chunk = head_chunk
+        layers = self.model.base_model.layers  # type: ignore[union-attr]
+        if not -len(layers) <= layer < len(layers):  # type: ignore[arg-type]
+            raise UserError(f"mi.layer: {layer} is not a layer of this model, which has {len(layers)}")  # type: ignore[arg-type]
+        self.probed_layer: nn.Module = layers[layer]  # type: ignore[index, assignment]
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        head.forward = MethodType(_head_forward, head)  # its ZeRO-3 hooks and its name in the checkpoint stay
+
+    def forward(self, micro: MicroBatch, select: Select | None = None) -> dict[str, Tensor]:
+        """One pass over ``micro``.
+
+        Returns:
+            Without ``select``: ``states`` (N, d), detached. With it: ``mask`` (N,) bool as selected and, for its
+            K true positions, ``logp`` (K,) with gradient and ``entropy`` (K,) without, both float32, in nats and
+            after temperature.
+        """
+        captured: list[Tensor] = []
+        # only for this forward: gradient checkpointing runs the layer again in the backward pass
+        hook = self.probed_layer.register_forward_hook(lambda _m, _i, output: captured.append(_first(output).detach()))
+        try:
+            last = self.model.base_model(  # type: ignore[operator]
+                input_ids=micro.input_ids,
+                attention_mask=micro.attention_mask,
+                position_ids=micro.position_ids,
+                use_cache=False,
+            ).last_hidden_state  # (r, s, d)
+        finally:
+            hook.remove()
+        states = captured[0].flatten(0, 1)[micro.predictors]  # (N, d)
+        if select is None:
+            return {"states": states}
+        with torch.no_grad():
+            mask = select(states)  # (N,)
+        hidden = last.flatten(0, 1)[micro.predictors[mask]]  # (K, d)
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        logp, entropy = head(hidden, micro.targets[mask], temperature=self.temperature, chunk=self.head_chunk)
+        return {"mask": mask, "logp": logp, "entropy": entropy}
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _head_forward(
+    self: nn.Linear, hidden: Tensor, targets: Tensor | None = None, *, temperature: float = 1.0, chunk: int = 1024
+) -> Any:
+    """The plain linear head or, with ``targets``, their log-probabilities without ever holding all logits."""
+    if targets is None:
+        return F.linear(hidden, self.weight, self.bias)
+    return SelectedLogProbs.apply(hidden, self.weight, self.bias, targets, temperature, chunk)
+
+
+class SelectedLogProbs(torch.autograd.Function):
+    """log softmax(h W^T / temperature)[target] and its entropy, chunk by chunk, logits recomputed in backward.
+
+    Shapes: hidden (K, d), weight (V, d), bias (V,) or None, targets (K,) -> logp (K,), entropy (K,), float32.
+    At most (chunk, V) float32 logits exist at a time. The entropy carries no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, chunk):
+        logp = hidden.new_empty(len(targets), dtype=torch.float32)  # (K,)
+        entropy = torch.empty_like(logp)  # (K,)
+        for part in _parts(len(targets), chunk):
+            logits = F.linear(hidden[part], weight, bias).float().div_(temperature)  # (chunk, V)
+            log_z = logits.logsumexp(-1)  # (chunk,)
+            logp[part] = logits.gather(-1, targets[part, None])[:, 0] - log_z
+            entropy[part] = log_z - (logits.sub(log_z[:, None]).exp_() * logits).sum(-1)
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logp, _):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)  # (K, d)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # (V, d)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for part in _parts(len(targets), ctx.chunk):
+            logits = F.linear(hidden[part], weight, bias).float().div_(ctx.temperature)  # (chunk, V)
+            # d logp / d logits = (onehot - softmax) / temperature
+            grad = logits.softmax(-1).neg_()  # (chunk, V)
+            grad.scatter_add_(-1, targets[part, None], torch.ones_like(grad[:, :1]))
+            grad.mul_(grad_logp[part, None] / ctx.temperature)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(hidden.dtype)
+            grad_hidden[part] = grad @ weight
+            grad_weight += grad.T @ hidden[part]
+        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None
+
+
+def _parts(count: int, chunk: int) -> list[slice]:
+    return [slice(i, min(i + chunk, count)) for i in range(0, count, chunk)]
+
+
+def load_model(path: str, *, dtype: torch.dtype, attention: str, gradient_checkpointing: bool) -> nn.Module:
+    """A causal LM ready for training, in ``dtype``, without dropout."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    unsupported = [
+        k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(model.config, k, None)
+    ]
+    if unsupported:
+        raise UserError(
+            f"model {path} changes its logits after the head ({', '.join(unsupported)}), which is not supported"
+        )
+    return model.train()

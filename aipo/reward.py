@@ -1,0 +1,118 @@
+"""The reward of a completion: correctness, format and length, each in [0, 1], weighted."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import torch
+from torch import Tensor
+
+from aipo.verify import Verdict, Verifier, after_thinking, extract_answer, last_box
+
+Weights = tuple[float, float, float]  # correctness, format, length: none negative, sum 1 (the config checks it)
+
+
+def soft_overlong(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
+    """DAPO's soft overlong punishment (arXiv 2503.14476, section 3.4), in [-1, 0].
+
+    Args:
+        lengths: (B,) completion tokens.
+        max_length: L_max, from where the punishment is -1.
+        buffer: L_c, the tokens before L_max over which it falls from 0; 0 makes it a step behind L_max.
+    """
+    if buffer == 0:
+        return -(lengths > max_length).float()  # (B,)
+    return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0)  # (B,)
+
+
+def well_formed(text: str, *, kind: str = "math", thinking: bool = False) -> bool:
+    """Whether the answer stands where it was asked for, right or wrong.
+
+    math: a complete ``\\boxed{}`` behind the thinking block; choice: a letter in a box or an ``Answer:`` line.
+    With ``thinking`` there must also be exactly one closed block; its ``<think>`` may be part of the prompt.
+    """
+    if thinking:
+        opened, closed = text.count("<think>"), text.count("</think>")
+        if closed != 1 or opened > 1 or text.find("<think>") > text.find("</think>"):
+            return False
+    if kind == "choice":
+        return extract_answer(text, kind) is not None
+    return bool((last_box(after_thinking(text) or "") or "").strip())
+
+
+def combine(correct: Tensor, format: Tensor, length: Tensor, weights: Weights) -> Tensor:
+    """(B,) parts in [0, 1] -> (B,) float rewards, again in [0, 1] if no weight is negative and their sum is 1."""
+    return weights[0] * correct.float() + weights[1] * format.float() + weights[2] * length.float()
+
+
+class Rewarder:
+    """Scores rollouts: all at once (:meth:`score`), or while generation runs (:meth:`submit`, then :meth:`collect`).
+
+    Args:
+        weights: of correctness, format and length; see :func:`combine`.
+        max_tokens, overlong_buffer: L_max and L_c of :func:`soft_overlong`.
+        thinking: whether a thinking block is expected, for the format reward.
+        workers, timeout, memory_mb: of the :class:`~aipo.verify.Verifier` that judges correctness.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_tokens: int,
+        overlong_buffer: int,
+        weights: Weights = (1.0, 0.0, 0.0),
+        thinking: bool = False,
+        workers: int = 2,
+        timeout: float = 5.0,
+        memory_mb: int = 1024,
+    ) -> None:
+        self.verifier = Verifier(workers, timeout, memory_mb)
+        self.weights = weights
+        self.max_tokens = max_tokens
+        self.overlong_buffer = overlong_buffer
+        self.thinking = thinking
+        self._pending: dict[int, tuple[Future[Verdict], bool, int]] = {}
+
+    def submit(self, index: int, gold: str, kind: str, text: str, length: int) -> None:
+        """Hand in rollout ``index`` of the batch; returns at once. ``length`` is in completion tokens."""
+        if index in self._pending:
+            raise ValueError(f"rollout {index} was handed in twice")
+        formed = well_formed(text, kind=kind, thinking=self.thinking)
+        self._pending[index] = (self.verifier.submit(gold, text, kind), formed, length)
+
+    def collect(self) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Wait for everything handed in since the last call.
+
+        Returns ``(rewards (B,) float, correct (B,) bool, metrics)`` in the order of the indices; the metrics are
+        means and shares over these B rollouts. Raises RuntimeError if no verifier process can be started.
+        """
+        if not self._pending:
+            raise ValueError("no rollout was handed in")
+        pending, self._pending = [self._pending[i] for i in sorted(self._pending)], {}
+        verdicts = [future.result() for future, _, _ in pending]
+        correct = torch.tensor([verdict.correct for verdict in verdicts])  # (B,) bool
+        formed = torch.tensor([formed for _, formed, _ in pending])  # (B,) bool
+        lengths = torch.tensor([length for _, _, length in pending])  # (B,)
+        length = 1.0 + soft_overlong(lengths, self.max_tokens, self.overlong_buffer)  # (B,) in [0, 1]
+        rewards = combine(correct, formed, length, self.weights)  # (B,)
+        metrics = {
+            "reward/mean": rewards.mean().item(),
+            "reward/correct": correct.float().mean().item(),
+            "reward/format": formed.float().mean().item(),
+            "reward/length": length.mean().item(),
+        }
+        for verdict in (Verdict.NO_ANSWER, Verdict.TIMED_OUT, Verdict.KILLED):
+            metrics[f"reward/{verdict.value}"] = verdicts.count(verdict) / len(verdicts)
+        return rewards, correct, metrics
+
+    def score(
+        self, golds: list[str], kinds: list[str], texts: list[str], lengths: list[int]
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """:meth:`submit` of B rollouts and :meth:`collect`."""
+        for index, rollout in enumerate(zip(golds, kinds, texts, lengths, strict=True)):
+            self.submit(index, *rollout)
+        return self.collect()
+
+    def close(self) -> None:
+        """Kill the verifier's workers."""
+        self.verifier.close()

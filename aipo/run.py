@@ -1,0 +1,401 @@
+"""From a config to a finished run: what can be wrong is checked first, then the parts are built and joined."""
+
+from __future__ import annotations
+
+import random
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from aipo import distributed
+from aipo.checkpoint import CheckpointStore, compare_identity, resolve, run_identity
+from aipo.config import Config, dump_config
+from aipo.curriculum import Curriculum
+from aipo.datasets import Problem, fingerprint, load_problems
+from aipo.embedded import cache_folder, resolve_model
+from aipo.errors import UserError
+from aipo.labelling import label_folder, label_questions
+from aipo.policy import Policy, load_model
+from aipo.progress import Progress, final_table, summarize
+from aipo.prompts import Prompter
+from aipo.reward import Rewarder
+from aipo.rollout import make_engine, require_engine
+from aipo.rollout.check import check_weight_sync
+from aipo.rollout.collect import Collector
+from aipo.rollouts import MicroBatch, micro_batches
+from aipo.selection import TokenSelector
+from aipo.sharding import Sharded, deepspeed_config, shard
+from aipo.tracking import Tracker, peak_memory_bytes, prepare_run_folder, read_jsonl
+from aipo.trainer import Trainer
+
+T = TypeVar("T")
+
+# what may differ between a checkpoint and the run that goes on from it: nothing of it changes what is computed
+MAY_CHANGE = ("name", "runs", "tracking", "checkpoint", "guards", "reward.workers", "rollout.check_sync")
+LABEL_BLOCK = 64  # questions a rank labels between two savings
+
+
+@dataclass
+class Inputs:
+    """All that a run reads, checked, before any model is loaded."""
+
+    model_path: str
+    problems: list[Problem]
+    held_out: list[Problem]
+    prompter: Prompter
+    notes: list[str]  # what was dropped, for the user
+    identity: dict[str, Any]
+
+
+def check_inputs(config: Config, world: int) -> Inputs:
+    """Read and check model folder, tokenizer and data. Raises UserError; loads no weights."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    config.check_world_size(world)
+    require_engine(config.rollout.engine)
+    path = resolve_model(config.model.path)
+    loaded = {split: load_problems(getattr(config.data, split), split=split) for split in ("train", "validation")}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.path: cannot load the tokenizer of {config.model.path}: {reason}") from None
+    try:
+        generation = GenerationConfig.from_pretrained(path)
+    except OSError:  # a model need not have one
+        generation = None
+    data = config.data
+    prompter = Prompter(
+        tokenizer,
+        system=data.system,
+        examples=data.examples,
+        suffix=data.suffix,
+        thinking=data.thinking,
+        max_prompt_tokens=data.max_prompt_tokens,
+        generation_config=generation,
+    )
+    notes, kept = [], {}
+    for split, content in loaded.items():
+        kept[split], too_long = prompter.filter(content.problems)
+        dropped = {**content.dropped, f"longer than {data.max_prompt_tokens} tokens": too_long}
+        text = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count)
+        notes.append(
+            f"{split}: {len(kept[split])} questions from {getattr(data, split)}" + (f"; dropped {text}" if text else "")
+        )
+        if not kept[split]:
+            raise UserError(f"data.{split}: no question is left of {getattr(data, split)}")
+    if config.rollout.questions_per_step > len(kept["train"]):
+        raise UserError(
+            f"rollout.questions_per_step ({config.rollout.questions_per_step}) exceeds the {len(kept['train'])} "
+            f"questions of data.train: lower it or add questions"
+        )
+    held_out = kept["validation"][: config.validation.questions]
+    identity = run_identity(
+        config.model_dump(),
+        may_change=MAY_CHANGE,
+        world_size=world,
+        train_fingerprint=fingerprint(kept["train"]),
+        validation_fingerprint=fingerprint(held_out),
+    )
+    return Inputs(path, kept["train"], held_out, prompter, notes, identity)
+
+
+def on_first(action: Callable[[], T]) -> T:
+    """Run on rank 0 and share what it gave, or raised as UserError, with all ranks."""
+    outcome: tuple[Any, str | None] = (None, None)
+    if distributed.rank() == 0:
+        try:
+            outcome = (action(), None)
+        except UserError as error:
+            outcome = (None, str(error))
+    value, problem = distributed.gather_objects(outcome)[0]
+    if problem is not None:
+        raise UserError(problem)
+    return value
+
+
+def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
+    """Train as ``config`` says. Returns False if the run was stopped by a signal before its end."""
+    import json
+
+    rank, world = distributed.rank(), distributed.world_size()
+    inputs = check_inputs(config, world)
+    checkpoints = config.folder / "checkpoints"
+
+    def prepare() -> Path | None:
+        found = resolve(checkpoints, resume)
+        if found is not None:
+            compare_identity(json.loads((found / "identity.json").read_text()), inputs.identity)
+        prepare_run_folder(config.folder, resume, config_text=dump_config(config))
+        return found
+
+    checkpoint = on_first(prepare)
+    seed_everything(config.seed, rank)
+    console = Console(stderr=False)
+    with Progress(config.optim.steps, active=rank == 0, console=console) as progress:
+        for note in inputs.notes:
+            progress.say(note)
+        trainer = build(config, inputs, checkpoint, progress, device)
+        try:
+            finished = go(trainer, config, inputs, checkpoint)
+        finally:
+            trainer.tracker.close()
+            trainer.collector.rewarder.close()
+    if finished and trainer.before and trainer.accuracy:
+        peaks = distributed.gather_objects(peak_memory_bytes())
+        save_final_model(trainer.sharded, inputs, config.folder / "final")
+        if rank == 0:
+            summary = summarize(
+                read_jsonl(config.folder / "metrics.jsonl"),
+                before=trainer.before,
+                after=trainer.accuracy,
+                peak_memory_bytes={key: max(peak[key] for peak in peaks) for key in peaks[0]},
+                run_folder=config.folder,
+            )
+            final_table(summary, console=console)
+    trainer.collector.engine.close()
+    return finished
+
+
+def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None) -> bool:
+    """Restore or label, then train until the end or a signal."""
+    if checkpoint is not None:
+        trainer.load(checkpoint)
+        trainer.store.rewind(trainer.step)
+        trainer.progress.say(f"resumed after step {trainer.step} from {checkpoint}")
+    else:
+        trainer.store.rewind(-1)
+        if config.curriculum.enabled:
+            folder = label_folder(
+                cache_folder(),
+                identity={k: v for k, v in inputs.identity.items() if k.startswith(LABELS_DEPEND_ON)},
+                model=model_stamp(inputs.model_path),
+            )
+            labels = label_questions(
+                inputs.problems, trainer.label, folder, block=LABEL_BLOCK, progress=trainer.progress
+            )
+            trainer.curriculum.set_labels(labels)
+    with signals() as stop:
+        trainer.stop_requested = lambda: bool(stop)
+        finished = trainer.train()
+    if not finished and distributed.rank() == 0:
+        trainer.progress.say(f"stopped after step {trainer.step}; go on with: {resume_command()}")
+    return finished
+
+
+LABELS_DEPEND_ON = (
+    "model.",
+    "data.",
+    "mi.",
+    "seed",
+    "train_fingerprint",
+    "mask.kappa_start",
+    "curriculum.bucket_by",
+    "curriculum.probe_tokens",
+    "rollout.engine",
+    "rollout.max_tokens",
+    "rollout.temperature",
+    "rollout.top_",
+)
+
+
+def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Progress, device: torch.device) -> Trainer:
+    """Engine first, as long as its GPU is empty, then policy, optimizer, reference and the stages around them."""
+    rank = distributed.rank()
+    rollout, reward = config.rollout, config.reward
+    options: dict[str, Any] = {"dtype": config.model.dtype, "seed": config.seed + rank, "load_weights": False}
+    if rollout.engine == "vllm":
+        options |= {
+            "gpu_memory_utilization": rollout.gpu_memory_utilization,
+            "kv_cache_gb": None if device.type == "cuda" else rollout.kv_cache_gb,
+        }
+    progress.say(f"building the rollout engine ({rollout.engine}) and the policy")
+    engine = make_engine(
+        rollout.engine,
+        inputs.model_path,
+        max_model_len=config.data.max_prompt_tokens + rollout.max_tokens,
+        end_token_ids=sorted(inputs.prompter.end_ids),
+        **options,
+    )
+    rewarder = Rewarder(
+        weights=(reward.correctness, reward.format, reward.length),
+        max_tokens=rollout.max_tokens,
+        overlong_buffer=reward.overlong_buffer,
+        thinking=config.data.thinking,
+        workers=reward.workers,
+        timeout=reward.timeout_s,
+        memory_mb=reward.memory_mb,
+    )
+    collector = Collector(engine, inputs.prompter, rewarder, seed=config.seed)
+    policy = make_policy(config, inputs.model_path)
+    sharded = shard(policy, config, device)
+    reference = frozen_reference(config, inputs.model_path, device) if config.loss.kl_beta > 0 else None
+    seed_everything(config.seed, rank)  # building engines draws random numbers
+    if rollout.check_sync:
+        prompts = [inputs.prompter.encode(problem.question) for problem in inputs.problems[:4]]
+        gap = check_weight_sync(
+            engine, sharded.full_parameters, log_probs_of(sharded, device), prompts, seed=config.seed
+        )
+        progress.say(f"weight sync checked: {rollout.engine} and the policy differ by {gap:.4f} nats a token")
+    else:
+        engine.sync(sharded.full_parameters())
+    curriculum, mask = config.curriculum, config.mask
+    return Trainer(
+        config,
+        problems=inputs.problems,
+        held_out=inputs.held_out,
+        collector=collector,
+        sharded=sharded,
+        reference=reference,
+        selector=TokenSelector(config),
+        curriculum=Curriculum(
+            [problem.id for problem in inputs.problems],
+            total_steps=config.optim.steps,
+            seed=config.seed,
+            enabled=curriculum.enabled,
+            t1=curriculum.t1,
+            t2=curriculum.t2,
+            start=curriculum.start,
+            end=curriculum.end,
+            bucket_by=curriculum.bucket_by,
+            cuts=curriculum.cuts,
+            kappa_start=mask.kappa_start,
+            kappa_end=mask.kappa_end,
+            kappa_schedule=mask.kappa_schedule,
+            kappa_decay_steps=mask.kappa_decay_steps,
+            stall_patience=curriculum.stall_patience,
+        ),
+        store=CheckpointStore(
+            config.folder / "checkpoints",
+            keep_last=config.checkpoint.keep_last,
+            rank=rank,
+            all_ok=distributed.all_true,
+        ),
+        tracker=Tracker(
+            config.folder,
+            active=rank == 0,
+            resume_step=-1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]),
+            config=config.model_dump(mode="json"),
+            wandb_mode=config.tracking.wandb,
+            project=config.tracking.project,
+            plot_every=config.tracking.plot_every,
+        ),
+        progress=progress,
+        device=device,
+        identity=inputs.identity,
+    )
+
+
+def make_policy(config: Config, path: str) -> Policy:
+    model = load_model(
+        path,
+        dtype=getattr(torch, config.model.dtype),
+        attention=config.model.attention,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+    )
+    return Policy(
+        model, temperature=config.rollout.temperature, layer=config.mi.layer, head_chunk=config.model.head_chunk
+    )
+
+
+def frozen_reference(config: Config, path: str, device: torch.device) -> Callable[[MicroBatch, Tensor], Tensor]:
+    """Log-probabilities of the initial model at a given mask; sharded as the policy is under ZeRO-3."""
+    policy = make_policy(config, path).eval().requires_grad_(False)
+    if config.sharding.zero_stage == 3:
+        import deepspeed
+
+        settings = deepspeed_config(config)
+        settings["zero_optimization"] = {"stage": 3}
+        forward, *_ = deepspeed.initialize(model=policy, config=settings, dist_init_required=False)
+    else:
+        forward = policy.to(device)
+
+    @torch.no_grad()
+    def log_probs(micro: MicroBatch, mask: Tensor) -> Tensor:
+        return forward(micro, lambda _: mask)["logp"]
+
+    return log_probs
+
+
+def log_probs_of(
+    sharded: Sharded, device: torch.device
+) -> Callable[[Sequence[int], Sequence[int], float], list[float]]:
+    """(prompt, completion, temperature) -> the policy's log-probability of each completion token; a collective."""
+
+    @torch.no_grad()
+    def log_probs(prompt: Sequence[int], completion: Sequence[int], temperature: float) -> list[float]:
+        (micro,) = micro_batches([prompt], [completion], budget=1, packing=False)
+        usual, sharded.policy.temperature = sharded.policy.temperature, temperature
+        try:
+            out = sharded.forward(micro.to(device), lambda states: torch.ones_like(states[:, 0], dtype=torch.bool))
+        finally:
+            sharded.policy.temperature = usual
+        return out["logp"].tolist()
+
+    return log_probs
+
+
+def save_final_model(sharded: Sharded, inputs: Inputs, folder: Path) -> None:
+    """The trained weights as an ordinary Hugging Face folder with its tokenizer. Collective; rank 0 writes."""
+    first = distributed.rank() == 0
+    state = {}
+    for name, tensor in sharded.full_parameters():
+        if first:
+            state[name] = tensor.detach().to("cpu", copy=True)
+    if first:
+        sharded.policy.model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+        inputs.prompter.tokenizer.save_pretrained(folder)
+    distributed.barrier()
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    random.seed(seed * 1009 + rank)
+    np.random.seed((seed * 1009 + rank) % 2**32)
+    torch.manual_seed(seed * 1009 + rank)
+
+
+def model_stamp(path: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a local model's files: other weights in the same folder are another model."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return []
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir()) if f.is_file()]
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT are noted instead of ending the process; a second SIGINT ends it at once."""
+    caught: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        if number == signal.SIGINT and number in caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        if distributed.rank() == 0:
+            print("stopping after this step; a checkpoint will be saved", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def resume_command() -> str:
+    arguments = list(sys.argv[1:])
+    if "--resume" in arguments:
+        at = arguments.index("--resume")
+        del arguments[at : at + 2]
+    arguments = [a for a in arguments if not a.startswith("--resume=")]
+    return "accelerate launch train.py " + shlex.join([*arguments, "--resume", "auto"])

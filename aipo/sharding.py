@@ -1,0 +1,229 @@
+"""Weights, gradients and optimizer over ranks: DeepSpeed (ZeRO 1-3) or plain PyTorch (0), behind the same few calls.
+
+Losses come in unnormalised and their denominator is known only after the last micro-batch (the mask is decided
+inside the forward). So gradients are accumulated as sums and :meth:`step` divides them, clips them and updates.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aipo import distributed
+from aipo.config import Config
+from aipo.policy import Policy
+
+
+class Sharded(ABC):
+    """A policy with its optimizer. All methods are collective: every rank calls them equally often."""
+
+    policy: Policy
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """:meth:`Policy.forward`."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a sum () to what :meth:`step` will use."""
+
+    @abstractmethod
+    def step(self, denominator: float, lr: float) -> float:
+        """Divide the gradient summed over micro-batches and ranks by ``denominator``, clip its norm, update.
+
+        Returns:
+            The gradient norm before clipping; not finite if the gradient was not, and then nothing was updated.
+        """
+
+    @abstractmethod
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, full tensor) one at a time; valid until the next. Consume it fully on every rank."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of weights and optimizer."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None: ...
+
+    def poison(self, loss: Tensor) -> Tensor:
+        """A non-finite loss with a gradient that is surely non-finite too, so that all ranks skip the step."""
+        return loss if torch.isfinite(loss) else loss * float("nan")
+
+    def names(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Parameters under their Hugging Face names; tied ones once."""
+        return list(self.policy.model.named_parameters())
+
+
+class DeepSpeed(Sharded):
+    def __init__(self, policy: Policy, config: Config, device: torch.device) -> None:
+        import deepspeed
+
+        deepspeed.utils.logger.setLevel("WARNING")
+        self.policy = policy
+        self.stage = config.sharding.zero_stage
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=policy,
+            optimizer=make_optimizer(policy, config, device),
+            config=deepspeed_config(config),
+            dist_init_required=False,
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        self._divide_by(1.0)
+        self.engine.backward(self.poison(loss))
+
+    def step(self, denominator: float, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._divide_by(denominator / distributed.world_size())  # DeepSpeed averages over ranks
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def _divide_by(self, scale: float) -> None:
+        """Of the gradient: what DeepSpeed calls the loss scale multiplies the loss and divides the gradient."""
+        if hasattr(self.optimizer, "override_loss_scale"):
+            self.optimizer.override_loss_scale(scale)
+        elif scale != 1:  # ZeRO-1 in bfloat16 has no loss scale
+            for gradient in self.optimizer.get_grads_for_norm(for_clipping=True):
+                gradient.div_(scale)
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        import deepspeed
+
+        for name, parameter in self.names():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                yield name, parameter.data
+
+    def save(self, folder: Path) -> None:
+        # DeepSpeed waits for all ranks after writing: a rank whose disk is full must get there before it complains
+        writer, failures = self.engine.checkpoint_engine, []
+        write = writer.save
+
+        def attempt(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return write(*args, **kwargs)
+            except (OSError, RuntimeError) as error:
+                failures.append(error)
+
+        writer.save = attempt
+        try:
+            self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+        finally:
+            writer.save = write
+        if failures:
+            raise failures[0]
+
+    def load(self, folder: Path) -> None:
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
+        if loaded is None:
+            raise RuntimeError(f"DeepSpeed could not load {folder}")
+
+
+class Plain(Sharded):
+    """Data parallelism by hand: every rank holds everything, float32 weights, autocast where config says bfloat16."""
+
+    def __init__(self, policy: Policy, config: Config, device: torch.device) -> None:
+        self.policy = policy.float().to(device)
+        self.optimizer = make_optimizer(policy, config, device)
+        self.max_norm = config.optim.max_grad_norm
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16")
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        with self.autocast:
+            return self.policy(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        self.poison(loss).backward()
+
+    def step(self, denominator: float, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        gradients = []
+        for parameter in self.policy.parameters():
+            if parameter.grad is None:  # on no rank may a parameter be left out of the reduction
+                parameter.grad = torch.zeros_like(parameter)
+            if distributed.world_size() > 1:
+                dist.all_reduce(parameter.grad)
+            gradients.append(parameter.grad.div_(denominator))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_norm))
+        if torch.isfinite(torch.tensor(norm)):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.names():
+            yield name, parameter.data
+
+    def save(self, folder: Path) -> None:
+        if distributed.rank() == 0:
+            torch.save(
+                {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / "plain.pt"
+            )
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "plain.pt", map_location="cpu", weights_only=True)
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def make_optimizer(policy: Policy, config: Config, device: torch.device) -> torch.optim.AdamW:
+    optim = config.optim
+    return torch.optim.AdamW(
+        policy.parameters(),
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        fused=device.type == "cuda" and not config.sharding.offload_optimizer,
+    )
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Of step 0, 1, ...: linear warm-up, then constant, or linear or cosine down to 0 after the last step."""
+    optim = config.optim
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    done = (step - optim.warmup_steps) / (optim.steps - optim.warmup_steps)
+    factor = {
+        "constant": 1.0,
+        "linear": 1 - done,
+        "cosine": 0.5 * (1 + torch.cos(torch.tensor(done * torch.pi)).item()),
+    }
+    return optim.lr * factor[optim.schedule]
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """DeepSpeed's own configuration; the optimizer, the schedule and the micro-batches are ours."""
+    sharding = config.sharding
+    zero: dict[str, Any] = {"stage": sharding.zero_stage}
+    if sharding.zero_stage == 3:
+        zero |= {"stage3_gather_16bit_weights_on_model_save": False}
+    if sharding.offload_optimizer:
+        zero |= {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # a step has as many backward passes as come before step()
+        "gradient_clipping": config.optim.max_grad_norm,
+        "bf16": {"enabled": config.model.dtype == "bfloat16", "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},  # sums over micro-batches lose nothing to bfloat16
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def shard(policy: Policy, config: Config, device: torch.device) -> Sharded:
+    return (DeepSpeed if config.sharding.zero_stage > 0 else Plain)(policy, config, device)

@@ -1,0 +1,492 @@
+"""The training loop: a plain PyTorch loop in which each stage of the method is one line.
+
+curriculum.sample -> collect (vLLM) -> judge (verifier) -> advantage -> forward { hidden states -> FastHSIC -> mask ->
+log-probabilities } -> loss -> backward -> step (ZeRO-3) -> sync. Rules and settings come from the config; no line here
+knows the name of a method.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aipo import distributed
+from aipo.advantage import blend, constant_groups, group_advantages
+from aipo.checkpoint import CheckpointStore, rng_state, set_rng_state
+from aipo.config import Config
+from aipo.curriculum import Curriculum, peak_label
+from aipo.datasets import Problem
+from aipo.errors import TrainingError
+from aipo.evaluation import validate
+from aipo.loss import importance_weights, loss_terms
+from aipo.metrics import Accuracy
+from aipo.progress import Progress
+from aipo.rollout.base import Sampling
+from aipo.rollout.collect import Collector
+from aipo.rollouts import MicroBatch, Rollouts, filler, micro_batches, pad, unpad
+from aipo.selection import TokenSelector
+from aipo.sharding import Sharded, learning_rate
+from aipo.tracking import Tracker
+
+
+class Clock:
+    """Seconds by phase; the device is waited for, so that a phase pays for its own work."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds[phase] += time.perf_counter() - start
+
+
+class Trainer:
+    """Everything that a run consists of; :meth:`train` is the loop, the rest are its stages.
+
+    Args:
+        problems, held_out: all ranks hold all of them.
+        reference: (micro-batch, mask (N,)) -> log-probabilities (K,) of the initial model; None without a KL term.
+        identity: what a run that resumes this one must share with it; kept beside each checkpoint.
+        stop_requested: asked after every step; true on any rank ends the run after a checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        problems: Sequence[Problem],
+        held_out: Sequence[Problem],
+        collector: Collector,
+        sharded: Sharded,
+        reference: Callable[[MicroBatch, Tensor], Tensor] | None,
+        selector: TokenSelector,
+        curriculum: Curriculum,
+        store: CheckpointStore,
+        tracker: Tracker,
+        progress: Progress,
+        device: torch.device,
+        identity: dict[str, Any],
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config, self.device = config, device
+        self.problems, self.held_out = {p.id: p for p in problems}, held_out
+        self.collector, self.sharded, self.reference = collector, sharded, reference
+        self.selector, self.curriculum = selector, curriculum
+        self.store, self.tracker, self.progress = store, tracker, progress
+        self.identity, self.stop_requested = identity, stop_requested
+        rollout = config.rollout
+        self.sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+        self.step = 0
+        self.bad_steps = 0
+        self.before: Accuracy | None = None
+        self.accuracy: Accuracy | None = None  # of the last validation
+        self.newest_peaks: dict[str, float] = {}  # question -> N_peak, since the last relabelling
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def train(self) -> bool:
+        """Run to the last step. Returns False if it was asked to stop before; a checkpoint is written either way."""
+        config, steps = self.config, self.config.optim.steps
+        if self.before is None:
+            self.before = self.validate()
+            self.tracker.log(0, self._validation)
+        stop = False
+        while self.step < steps and not stop:
+            step, clock = self.step, Clock()
+            kappa = self.curriculum.kappa(step)
+
+            with clock("rollout"):
+                problems = self.sample_questions(step)
+                rollouts = self.collector.collect(
+                    problems, self.sampling, samples=config.rollout.samples_per_question, stream=f"step {step}"
+                )
+            with clock("reward"):
+                metrics = self.collector.judge(rollouts)
+                self.set_advantages(rollouts)
+            self.collector.engine.sleep()
+            metrics |= self.update(rollouts, kappa, step, clock)
+            with clock("sync"):
+                self.collector.engine.sync(self.sharded.full_parameters())
+
+            self.step += 1
+            metrics = self.reduce_metrics(rollouts, metrics, clock) | {"mask/kappa": kappa, **self.curriculum.metrics()}
+            if self.step % config.validation.every == 0 or self.step == steps:
+                self.curriculum.observe_validation(self.validate().value)
+                metrics |= self._validation
+            self.refresh_labels(rollouts, kappa)
+            self.tracker.log(self.step, metrics)
+            self.tracker.log_rollouts(self.step, self.rollout_rows(rollouts))
+            self.progress.update(self.step, metrics)
+            stop = not distributed.all_true(not self.stop_requested())
+            if self.step % config.checkpoint.every == 0 or self.step == steps or stop:
+                self.save()
+        return self.step == steps
+
+    def update(self, rollouts: Rollouts, kappa: float, step: int, clock: Clock) -> dict[str, float]:
+        """One optimizer step on each part of the batch (one part by default). Returns sums for the log."""
+        config, sharded, selector = self.config, self.sharded, self.selector
+        sums: defaultdict[str, float] = defaultdict(float)
+        selector.seconds = 0.0
+        with clock("forward"):
+            gold = self.gold_states(rollouts) if selector.scored else None
+            selector.begin(rollouts, gold, kappa=kappa, step=step)
+            parts = self.lay_out(rollouts)
+            every = [micro for part in parts for micro in part]
+            selector.probe(every, self.states)
+            old = self.old_log_probs(every, rollouts) if len(parts) > 1 else None  # (B, T)
+        engine = rollouts.logp_engine  # (B, T)
+        for part in parts:
+            denominator = 0.0
+            for micro in part:
+                with clock("forward"):
+                    out = sharded.forward(micro, lambda states, micro=micro: selector(micro, states))
+                    mask, logp = out["mask"], out["logp"]  # (N,), (K,)
+                    logp_ref = None if self.reference is None else self.reference(micro, mask)  # (K,)
+                    logp_old = logp.detach() if old is None else self.of(micro, old)[mask]  # (K,)
+                    weight, mismatch = importance_weights(
+                        self.grid(micro, mask, logp_old),
+                        self.grid(micro, mask, self.of(micro, engine)[mask]),
+                        pad(mask, micro.lengths, False),
+                        rule=config.rollout.importance_correction,
+                        cap=config.rollout.importance_cap,
+                    )
+                    terms = loss_terms(
+                        self.grid(micro, mask, logp),
+                        self.grid(micro, mask, logp_old),
+                        self.token_advantages(micro, rollouts),
+                        pad(mask, micro.lengths, False),
+                        logp_ref=None if logp_ref is None else self.grid(micro, mask, logp_ref),
+                        clip_low=config.loss.clip_low,
+                        clip_high=config.loss.clip_high,
+                        kl_beta=config.loss.kl_beta,
+                        aggregation=config.loss.aggregation,
+                        ratio=config.loss.ratio,
+                        max_length=config.rollout.max_tokens,
+                        importance_weight=weight,
+                        lengths=micro.lengths,
+                    )
+                with clock("backward"):
+                    sharded.backward(terms.total)
+                denominator += float(terms.denominator)
+                sums["loss"] += float(terms.total.detach())
+                sums["entropy"] += float(out["entropy"].sum())
+                sums["weight_max"] = max(sums["weight_max"], float(mismatch.pop("weight_max")))
+                for name, value in [*terms.sums.items(), *((f"mismatch_{k}", v) for k, v in mismatch.items())]:
+                    sums[name] += float(value)
+            with clock("optimizer"):
+                self.optimizer_step(part, denominator, rollouts, sums)
+        clock.seconds["mi"] += selector.seconds
+        clock.seconds["forward"] -= selector.seconds
+        return dict(sums) | selector.sums()
+
+    # -- stages --------------------------------------------------------------------------------------------------
+
+    def sample_questions(self, step: int) -> list[Problem]:
+        """This rank's share of the questions that the curriculum draws for all ranks together."""
+        drawn = self.curriculum.sample(step, self.config.rollout.questions_per_step)
+        return [self.problems[i] for i in drawn[distributed.rank() :: distributed.world_size()]]
+
+    def set_advantages(self, rollouts: Rollouts) -> None:
+        """Advantages (B,) and which rollouts take part in the update (B,)."""
+        advantage, n = self.config.advantage, rollouts.group_size
+        rewards = rollouts.rewards
+        if advantage.baseline == "batch":  # the mean over all ranks
+            share = len(rewards)
+            everywhere = group_advantages(
+                distributed.gather(rewards), n, baseline=advantage.baseline, normalize=advantage.normalize
+            )
+            rollouts.advantages = everywhere[distributed.rank() * share :][:share]
+        else:
+            rollouts.advantages = group_advantages(
+                rewards, n, baseline=advantage.baseline, normalize=advantage.normalize
+            )
+        rollouts.used = torch.ones(len(rewards), dtype=torch.bool)
+        if advantage.drop_constant_groups:
+            rollouts.used = ~constant_groups(rewards.reshape(-1, n)).repeat_interleave(n)
+
+    def lay_out(self, rollouts: Rollouts) -> list[list[MicroBatch]]:
+        """Micro-batches of each optimizer step, equally many on every rank."""
+        questions = len(rollouts.problems) // self.config.optim.updates_per_batch
+        size = questions * rollouts.group_size
+        parts = []
+        for start in range(0, len(rollouts.completions), size):
+            rows = torch.arange(start, start + size)[rollouts.used[start : start + size]]
+            prompts = [rollouts.prompts[i // rollouts.group_size] for i in rows.tolist()]
+            completions = [rollouts.completions[i].token_ids for i in rows.tolist()]
+            part = self.batches(prompts, completions)
+            for micro in part:
+                micro.rows = rows.to(micro.rows.device)[micro.rows]
+            parts.append(part)
+        return parts
+
+    def batches(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[MicroBatch]:
+        """Micro-batches on the device, as many as the rank with most has (ZeRO-3 counts forward passes)."""
+        optim = self.config.optim
+        made = micro_batches(prompts, completions, budget=optim.micro_tokens, packing=optim.packing)
+        made += [filler()] * (distributed.agree_max(len(made)) - len(made))
+        return [micro.to(self.device) for micro in made]
+
+    @torch.no_grad()
+    def states(self, micro: MicroBatch) -> Tensor:
+        """Hidden states that predict the completion tokens. (N, d)"""
+        return self.sharded.forward(micro)["states"]
+
+    def gold_states(self, rollouts: Rollouts) -> Tensor:
+        """State of each question's gold answer, from the weights that score it. (Q, d)"""
+        mi, prompter = self.config.mi, self.collector.prompter
+        golds = [prompter.encode_gold(problem, mi.gold_text) for problem in rollouts.problems]
+        # the state at a token is the one that predicts the next: shift by one to get every token's own
+        batches = self.batches([gold[:1] for gold in golds], [[*gold[1:], gold[-1]] for gold in golds])
+        pooled: dict[int, Tensor] = {}
+        for micro in batches:
+            flat = self.states(micro)  # (N, d)
+            for row, own in zip(micro.rows.tolist(), flat.split(micro.lengths.tolist())):
+                pooled[row] = own[-1] if mi.gold_pool == "last" else own.float().mean(0).to(own.dtype)
+        return torch.stack([pooled[q] for q in range(len(golds))]) if golds else flat[:0]
+
+    @torch.no_grad()
+    def old_log_probs(self, batches: Sequence[MicroBatch], rollouts: Rollouts) -> Tensor:
+        """Log-probabilities before the first update, at the tokens that will be trained on. (B, T)"""
+        old = torch.zeros_like(rollouts.logp_engine)  # (B, T)
+        for micro in batches:
+            out = self.sharded.forward(micro, lambda states, micro=micro: self.selector(micro, states))
+            values = self.grid(micro, out["mask"], out["logp"]).cpu()  # (b, t)
+            if len(micro.rows):
+                old[micro.rows.cpu(), : values.shape[1]] = values
+        self.selector.decided = True  # later forwards, of changed weights, keep these masks
+        return old
+
+    def token_advantages(self, micro: MicroBatch, rollouts: Rollouts) -> Tensor:
+        """(b,), or (b, t) where mutual information is blended in."""
+        rows, advantage = micro.rows.cpu(), self.config.advantage
+        width = max(int(micro.lengths.max()), 1) if len(rows) else 1
+        return blend(
+            rollouts.advantages[rows],
+            self.selector.scores[rows, :width].nan_to_num(0.0),
+            rollouts.lengths[rows],
+            how=advantage.mi_blend,
+            weight=advantage.mi_weight,
+        ).to(self.device)
+
+    def of(self, micro: MicroBatch, padded: Tensor) -> Tensor:
+        """The ragged (N,) values of a micro-batch's rows, from (B, T)."""
+        return unpad(padded[micro.rows.cpu()], micro.lengths.cpu()).to(self.device)
+
+    def grid(self, micro: MicroBatch, mask: Tensor, values: Tensor) -> Tensor:
+        """Values at the selected tokens (K,) -> (b, t), 0 elsewhere; keeps the gradient."""
+        ragged = values.new_zeros(len(mask)).masked_scatter(mask, values)  # (N,)
+        return pad(ragged, micro.lengths)
+
+    def optimizer_step(
+        self, part: list[MicroBatch], denominator: float, rollouts: Rollouts, sums: dict[str, float]
+    ) -> None:
+        """Normalise over the whole step and all ranks, update; skip together what is not finite."""
+        total = float(distributed.all_reduce(torch.tensor(denominator, dtype=torch.float64)))
+        sums["denominator"] = sums.get("denominator", 0.0) + denominator
+        if total == 0:  # nothing was selected anywhere: AdamW would still move by its momentum
+            return
+        norm = self.sharded.step(total, learning_rate(self.step, self.config))
+        if norm == norm and norm != float("inf"):
+            sums["grad_norm"], self.bad_steps = norm, 0
+            return
+        self.bad_steps += 1
+        sums["skipped"] = sums.get("skipped", 0.0) + 1
+        self.dump(part, rollouts)
+        if self.bad_steps >= self.config.guards.max_bad_steps:
+            raise TrainingError(
+                f"loss or gradient was not finite in {self.bad_steps} steps in a row (the last is {self.step + 1}); "
+                f"each was skipped and its batch is in {self.tracker.folder / 'bad_steps'}. Try a lower optim.lr, "
+                "model.dtype=float32, or rollout.importance_correction=token_truncated"
+            )
+
+    # -- around the loop -----------------------------------------------------------------------------------------
+
+    def label(self, problems: Sequence[Problem]) -> dict[str, float]:
+        """N_peak of some questions under the present policy at kappa_start; a collective."""
+        config = self.config
+        rollouts = self.collector.collect(problems, self.sampling, samples=1, stream="label")
+        self.collector.judge(rollouts)
+        prompts, completions = rollouts.prompts, [c.token_ids for c in rollouts.completions]
+        self.selector.begin(rollouts, self.gold_states(rollouts), kappa=config.mask.kappa_start, step=0)
+        self.selector.score_all(self.batches(prompts, completions), self.states)
+        return self.peaks(rollouts, config.mask.kappa_start)
+
+    def peaks(self, rollouts: Rollouts, kappa: float) -> dict[str, float]:
+        """Mean N_peak of each question's rollouts, from the selector's scores."""
+        curriculum = self.config.curriculum
+        found = defaultdict(list)
+        for i, length in enumerate(rollouts.lengths.tolist()):
+            scores = self.selector.scores[i, :length]
+            if scores.isfinite().all():
+                label = peak_label(scores, kappa, curriculum.bucket_by, curriculum.probe_tokens)
+                found[rollouts.problems[i // rollouts.group_size].id].append(label)
+        return {question: sum(labels) / len(labels) for question, labels in found.items()}
+
+    def refresh_labels(self, rollouts: Rollouts, kappa: float) -> None:
+        """Every ``curriculum.refresh_every`` steps, relabel the questions seen since from their newest rollouts."""
+        every = self.config.curriculum.refresh_every
+        if every is None:
+            return
+        for part in distributed.gather_objects(self.peaks(rollouts, kappa)):
+            self.newest_peaks |= part
+        if self.step % every == 0:
+            self.curriculum.relabel(self.newest_peaks)
+            self.newest_peaks = {}
+
+    def validate(self) -> Accuracy:
+        samples, world = self.config.validation.samples, distributed.world_size()
+        with self.progress.task("validation", len(self.held_out) * samples) as task:
+            self.accuracy, self._validation = validate(
+                self.collector,
+                self.held_out,
+                self.config.validation,
+                max_tokens=self.config.rollout.max_tokens,
+                on_done=lambda: task.advance(world),
+            )
+        return self.accuracy
+
+    def reduce_metrics(self, rollouts: Rollouts, local: dict[str, float], clock: Clock) -> dict[str, float]:
+        """What this rank saw -> means over all ranks, under the names that are logged."""
+        lengths = rollouts.lengths
+        mine = dict(local) | {
+            "tokens": float(lengths.sum()),
+            "rollouts": float(len(lengths)),
+            "truncated": float(sum(c.finish_reason == "length" for c in rollouts.completions)),
+            "used": float(rollouts.used.sum()),
+        }
+        questions = [problem.id for problem in rollouts.problems]
+        parts = distributed.gather_objects((mine, dict(clock.seconds), questions))
+        total: defaultdict[str, float] = defaultdict(float)
+        for part, _, _ in parts:
+            for key, value in part.items():
+                total[key] += value
+
+        def per(key: str, count: str) -> float:
+            return total[key] / total[count] if total[count] else 0.0
+
+        seconds = {phase: max(part.get(phase, 0.0) for _, part, _ in parts) for phase in clock.seconds}
+        world = len(parts)
+        return {
+            **{k: v / world for k, v in total.items() if k.startswith("reward/")},
+            "rollout/questions": float(len({question for _, _, part in parts for question in part})),
+            "rollout/length_mean": per("tokens", "rollouts"),
+            "rollout/tokens": total["tokens"],
+            "rollout/truncated": per("truncated", "rollouts"),
+            "rollout/used": per("used", "rollouts"),
+            "loss/total": per("loss", "denominator"),
+            "loss/kl": per("kl", "selected"),
+            "loss/clip_fraction": per("clip_fraction", "selected"),
+            "loss/skipped_steps": total["skipped"] / world,
+            "policy/entropy": per("entropy", "selected"),
+            "policy/grad_norm": total["grad_norm"] / world,
+            "policy/lr": learning_rate(self.step - 1, self.config),
+            "mask/otf": per("selected", "tokens"),
+            "mi/mean": per("mi", "mi_tokens"),
+            "mi/skew": per("mi_skew", "mi_sequences"),
+            "mismatch/kl": per("mismatch_kl", "selected"),
+            "mismatch/gap": per("mismatch_gap", "selected"),
+            "mismatch/weight_mean": per("mismatch_weight", "selected"),
+            "mismatch/weight_max": max(part.get("weight_max", 0.0) for part, _, _ in parts),
+            **{f"time/{phase}_s": value for phase, value in seconds.items()},
+            "speed/tokens_per_s": total["tokens"] / max(sum(seconds.values()), 1e-9),
+        }
+
+    def rollout_rows(self, rollouts: Rollouts) -> list[dict[str, Any]]:
+        """A sample of this rank's rollouts with the MI and mask of each token; those of the update first."""
+        decode = self.collector.prompter.tokenizer.convert_ids_to_tokens
+        order = sorted(range(len(rollouts.texts)), key=lambda i: (not rollouts.used[i], -abs(rollouts.advantages[i])))
+        rows = []
+        for i in order[: self.config.tracking.rollouts_per_step]:
+            problem, completion = rollouts.problems[i // rollouts.group_size], rollouts.completions[i]
+            length = len(completion.token_ids)
+            rows.append(
+                {
+                    "question": problem.question,
+                    "answer": problem.answer,
+                    "completion": rollouts.texts[i],
+                    "reward": float(rollouts.rewards[i]),
+                    "correct": bool(rollouts.correct[i]),
+                    "advantage": float(rollouts.advantages[i]),
+                    "finish_reason": completion.finish_reason,
+                    "tokens": decode(completion.token_ids),
+                    "mi": self.selector.scores[i, :length].tolist(),
+                    "mask": self.selector.mask[i, :length].int().tolist(),
+                }
+            )
+        return rows
+
+    def dump(self, part: list[MicroBatch], rollouts: Rollouts) -> None:
+        """What led to a bad step, for a look afterwards."""
+        folder = Path(self.tracker.folder) / "bad_steps"
+        folder.mkdir(exist_ok=True)
+        rows = sorted(i for micro in part for i in micro.rows.tolist())
+        content = {
+            "questions": [rollouts.problems[i // rollouts.group_size].id for i in rows],
+            "prompts": [rollouts.prompts[i // rollouts.group_size] for i in rows],
+            "completions": [rollouts.completions[i].token_ids for i in rows],
+            "logprobs": [rollouts.completions[i].logprobs for i in rows],
+            "advantages": rollouts.advantages[rows],
+            "scores": self.selector.scores[rows],
+            "mask": self.selector.mask[rows],
+        }
+        torch.save(content, folder / f"step-{self.step + 1:06d}-rank-{distributed.rank()}.pt")
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Write a checkpoint that a killed run goes on from as if nothing had happened."""
+        validated_now = self.step % self.config.validation.every == 0 or self.step == self.config.optim.steps
+        accuracy = self.accuracy.value if self.accuracy and validated_now else None
+        state = self.state_dict()
+
+        def write(folder: Path) -> None:
+            if distributed.rank() == 0:
+                (folder / "identity.json").write_text(json.dumps(self.identity, indent=1))
+            torch.save(state, folder / f"rank-{distributed.rank()}.pt")
+            self.sharded.save(folder)
+
+        return self.store.save(self.step, write, accuracy=accuracy)
+
+    def load(self, folder: Path) -> None:
+        self.load_state_dict(
+            torch.load(folder / f"rank-{distributed.rank()}.pt", map_location="cpu", weights_only=True)
+        )
+        self.sharded.load(folder)
+        self.collector.engine.sync(self.sharded.full_parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "bad_steps": self.bad_steps,
+            "before": vars(self.before) if self.before else None,
+            "accuracy": vars(self.accuracy) if self.accuracy else None,
+            "newest_peaks": self.newest_peaks,
+            "curriculum": self.curriculum.state_dict(),
+            "selector": self.selector.state_dict(),
+            "tracker": self.tracker.state_dict(),
+            "rng": rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.bad_steps = state["step"], state["bad_steps"]
+        self.before = Accuracy(**state["before"]) if state["before"] else None
+        self.accuracy = Accuracy(**state["accuracy"]) if state["accuracy"] else None
+        self.newest_peaks = state["newest_peaks"]
+        self.curriculum.load_state_dict(state["curriculum"])
+        self.selector.load_state_dict(state["selector"])
+        self.tracker.load_state_dict(state["tracker"])
+        set_rng_state(state["rng"])

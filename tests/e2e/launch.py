@@ -1,0 +1,34 @@
+"""Start train.py as a user would, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*arguments: str, ranks: int = 1) -> list[str]:
+    if ranks == 1:
+        return ["accelerate", "launch", "train.py", *arguments]
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "train.py", *arguments]
+
+
+def train(*arguments: str, ranks: int = 1, expect: int = 0) -> str:
+    """Run to the end; returns what it printed."""
+    done = subprocess.run(
+        command(*arguments, ranks=ranks), cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def metrics(folder: Path, *, timed: bool = False) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl, without what no two runs share: times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if timed:
+        return lines
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "speed/"))} for line in lines]

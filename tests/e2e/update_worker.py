@@ -1,0 +1,183 @@
+"""One rank of test_sharding.py: optimizer steps on a fixed batch, their gradients saved by rank 0.
+
+Usage: torchrun --nproc_per_node N update_worker.py MODEL OUT
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from aipo import distributed
+
+device = distributed.start()
+
+from aipo.checkpoint import CheckpointError, CheckpointStore, latest  # noqa: E402
+from aipo.config import Config, load_config  # noqa: E402
+from aipo.datasets import Problem  # noqa: E402
+from aipo.errors import TrainingError  # noqa: E402
+from aipo.prompts import Prompter  # noqa: E402
+from aipo.rollout.base import Completion  # noqa: E402
+from aipo.rollouts import Rollouts  # noqa: E402
+from aipo.run import frozen_reference, make_policy  # noqa: E402
+from aipo.selection import TokenSelector  # noqa: E402
+from aipo.sharding import Sharded, shard  # noqa: E402
+from aipo.trainer import Clock, Trainer  # noqa: E402
+
+MODEL, OUT = sys.argv[1], Path(sys.argv[2])
+RANK, WORLD = distributed.rank(), distributed.world_size()
+BETA1 = 0.9
+VARIANTS = {
+    "plain, one by one": ["sharding.zero_stage=0", "optim.micro_tokens=1"],
+    "zero 3, one by one": ["optim.micro_tokens=1"],
+    "zero 3, two by two": ["optim.micro_tokens=100"],
+    "zero 3, four by four": ["optim.micro_tokens=200"],
+    "zero 3, packed": ["optim.micro_tokens=150", "optim.packing=true"],
+    "zero 3, checkpointed": ["model.gradient_checkpointing=true"],
+    "zero 2": ["sharding.zero_stage=2"],
+    "zero 1": ["sharding.zero_stage=1"],
+    "batch scope": ["mask.scope=batch"],
+    "batch scope, one by one": ["mask.scope=batch", "optim.micro_tokens=1"],
+    "pointwise": ["mi.estimator=pointwise", "mi.num_features=16", "mi.warmup_steps=0"],
+    "token mean": ["loss.aggregation=token"],
+}
+
+
+def fixed_batch(prompter: Prompter) -> Rollouts:
+    """6 questions x 2 rollouts, lengths 1 to 30. The first 5 questions are rank 0's where there are two ranks."""
+    draw = torch.Generator().manual_seed(0)
+
+    def ints(low: int, high: int, count: int = 1) -> list[int]:
+        return torch.randint(low, high, (count,), generator=draw).tolist()
+
+    problems = [Problem(str(q), f"{q} + {q} =", str(2 * q)) for q in range(6)]
+    completions = []
+    for _ in range(12):
+        ids = ints(10, 300, ints(1, 31)[0])
+        completions.append(Completion(ids, (-torch.rand(len(ids), generator=draw) * 5).tolist(), "length"))
+    advantages = torch.randn(12, generator=draw)
+    shares = [range(6)] if WORLD == 1 else [range(5), range(5, 6)]
+    mine = list(shares[RANK])
+    rows = [q * 2 + i for q in mine for i in range(2)]
+    return Rollouts(
+        problems=[problems[q] for q in mine],
+        prompts=[prompter.encode(problems[q].question) for q in mine],
+        completions=[completions[i] for i in rows],
+        group_size=2,
+        ids=torch.tensor(rows),
+        texts=[""] * len(rows),
+        advantages=advantages[rows],
+        used=torch.ones(len(rows), dtype=torch.bool),
+    )
+
+
+def make_trainer(config: Config, prompter: Prompter) -> Trainer:
+    """What the update stage needs, all real; the stages around it are left out."""
+    return Trainer(
+        config,
+        problems=[],
+        held_out=[],
+        collector=SimpleNamespace(prompter=prompter),  # type: ignore[arg-type]
+        sharded=shard(make_policy(config, MODEL), config, device),
+        reference=frozen_reference(config, MODEL, device),
+        selector=TokenSelector(config),
+        curriculum=None,  # type: ignore[arg-type]
+        store=None,  # type: ignore[arg-type]
+        tracker=SimpleNamespace(folder=OUT),  # type: ignore[arg-type]
+        progress=None,  # type: ignore[arg-type]
+        device=device,
+        identity={},
+    )
+
+
+def gradient(sharded: Sharded) -> dict[str, torch.Tensor]:
+    """The gradient that AdamW's first step was made with, from its first moment."""
+    found = {}
+    for name, parameter in sharded.names():
+        if hasattr(sharded, "engine"):
+            from deepspeed.utils import safe_get_full_optimizer_state
+
+            moment = safe_get_full_optimizer_state(parameter, "exp_avg")
+        else:
+            moment = sharded.optimizer.state[parameter]["exp_avg"]  # type: ignore[attr-defined]
+        found[name] = moment.float().cpu().clone() / (1 - BETA1)
+    return found
+
+
+def weights(sharded: Sharded) -> torch.Tensor:
+    return torch.cat([tensor.float().flatten().clone() for _, tensor in sharded.full_parameters()])
+
+
+def config_of(overrides: list[str]) -> Config:
+    usual = [f"model.path={MODEL}", "model.dtype=float32", "rollout.samples_per_question=2", "optim.max_grad_norm=1e9"]
+    usual += ["rollout.questions_per_step=6", "loss.kl_beta=0.1", "mask.kappa_start=0.3", "rollout.max_tokens=30"]
+    return load_config("tiny.yaml", [*usual, f"optim.betas=[{BETA1}, 0.95]", *overrides])
+
+
+def main() -> None:
+    base = config_of([])
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    prompter = Prompter(tokenizer, system=None, examples=[], suffix=None, thinking=False, max_prompt_tokens=192)
+    result: dict[str, Any] = {}
+    for name, overrides in VARIANTS.items():
+        trainer = make_trainer(config_of(overrides), prompter)
+        rollouts = fixed_batch(prompter)
+        clock = Clock()
+        local = trainer.update(rollouts, kappa=0.3, step=0, clock=clock)
+        trainer.step = 1
+        rollouts.rewards = torch.zeros(len(rollouts.ids))
+        logged = trainer.reduce_metrics(rollouts, local, clock)
+        result[name] = (
+            gradient(trainer.sharded),
+            {k: v for k, v in logged.items() if not k.startswith(("time", "sp"))},
+        )
+
+    # a gradient that is not finite on one rank is skipped on all, dumped, and ends the run the second time
+    trainer = make_trainer(config_of(["guards.max_bad_steps=2"]), prompter)
+    before = weights(trainer.sharded)
+    rollouts = fixed_batch(prompter)
+    if RANK == WORLD - 1:
+        rollouts.advantages[:] = float("inf")
+    trainer.update(rollouts, kappa=0.3, step=0, clock=Clock())
+    assert torch.equal(before, weights(trainer.sharded)), "a bad step changed the weights"
+    assert list(OUT.glob(f"bad_steps/step-000001-rank-{RANK}.pt"))
+    try:
+        trainer.update(rollouts, kappa=0.3, step=0, clock=Clock())
+        raise AssertionError("two bad steps in a row went on")
+    except TrainingError as error:
+        assert "2 steps in a row" in str(error)
+    trainer = make_trainer(base, prompter)
+    trainer.update(fixed_batch(prompter), kappa=0.3, step=0, clock=Clock())
+    assert trainer.bad_steps == 0
+
+    # a rank whose disk is full fails the save on all; what was saved before stays
+    store = CheckpointStore(OUT / "checkpoints", keep_last=2, rank=RANK, all_ok=distributed.all_true)
+    saved = store.save(1, trainer.sharded.save)
+    kept = weights(trainer.sharded)
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if RANK == WORLD - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, usual[1]))
+    try:
+        store.save(2, trainer.sharded.save)
+        raise AssertionError("a full disk went unnoticed")
+    except CheckpointError as error:
+        result["full disk"] = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert latest(OUT / "checkpoints") == saved
+    trainer.update(fixed_batch(prompter), kappa=0.3, step=1, clock=Clock())
+    assert not torch.equal(kept, weights(trainer.sharded))
+    trainer.sharded.load(saved)
+    assert torch.equal(kept, weights(trainer.sharded)), "the checkpoint does not bring the weights back"
+    if RANK == 0:
+        torch.save(result, OUT / "result.pt")
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

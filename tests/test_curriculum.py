@@ -1,0 +1,223 @@
+"""Schedules by hand, sampling by its promises."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aipo.curriculum import Curriculum, bucket_of, kappa_at, mixture, peak_label
+
+LABEL = (5, 20, 30)  # one count inside each bucket
+
+
+def make(sizes: tuple[int, int, int] = (60, 30, 10), **options: Any) -> Curriculum:
+    ids = [f"{name}{i}" for name, size in zip("emh", sizes) for i in range(size)]
+    curriculum = Curriculum(ids, **{"total_steps": 100, "seed": 0, **options})
+    curriculum.set_labels({question: LABEL["emh".index(question[0])] for question in ids})
+    return curriculum
+
+
+def test_mixture_by_hand():
+    for step in (0, 29.9):
+        assert mixture(step, 100) == (0.70, 0.25, 0.05)
+    assert mixture(50, 100) == pytest.approx((0.475, 0.30, 0.225))
+    assert mixture(40, 100) == pytest.approx((0.5875, 0.275, 0.1375))
+    for step in (70, 99, 200):
+        assert mixture(step, 100) == (0.25, 0.35, 0.40)
+    assert mixture(49, 100, t1=0.5, t2=0.5) == (0.70, 0.25, 0.05)  # a jump
+    assert mixture(50, 100, t1=0.5, t2=0.5) == (0.25, 0.35, 0.40)
+
+
+@given(st.floats(0, 300), st.integers(1, 200))
+def test_mixture_sums_to_one(step, total):
+    assert sum(mixture(step, total)) == pytest.approx(1)
+
+
+def test_kappa_by_hand():
+    def kappa(step: int, stalls: int = 0, schedule: Any = "combined") -> float:
+        return kappa_at(step, decay_steps=100, stalls=stalls, schedule=schedule)
+
+    assert [kappa(t) for t in (0, 50, 100, 150)] == pytest.approx([0.3, 0.2, 0.1, 0.1])
+    assert [kappa(50, s) for s in (1, 2, 3)] == pytest.approx([0.15, 0.1, 0.1])
+    assert kappa(50, 2, "linear") == pytest.approx(0.2)
+    assert kappa(50, 2, "plateau") == pytest.approx(0.2)
+    assert kappa(50, 3, "plateau") == pytest.approx(0.15)
+    assert kappa(99, 9, "constant") == 0.3
+    assert kappa_at(10, start=0.5, end=0.0, decay_steps=20, stalls=1, stall_drop=0.1) == pytest.approx(0.15)
+
+
+def test_buckets_by_hand():
+    assert [bucket_of(n) for n in (0, 15, 16, 25, 26, 40)] == [0, 0, 1, 1, 2, 2]
+    assert [bucket_of(n, (5, 15)) for n in (5, 6, 16)] == [0, 1, 2]
+    by_quantile = Curriculum(list("abcdef"), total_steps=1, seed=0, bucket_by="quantile")
+    by_quantile.set_labels(dict(zip("abcdef", [0, 1, 2, 3, 4, 5])))  # terciles 1.67 and 3.33
+    assert by_quantile.buckets.tolist() == [0, 0, 1, 1, 2, 2]
+    by_rate = Curriculum(list("abc"), total_steps=1, seed=0, bucket_by="rate")
+    by_rate.set_labels({"a": 15.0, "b": 15.5, "c": 25.5})
+    assert by_rate.buckets.tolist() == [0, 1, 2]
+
+
+def test_peak_label():
+    scores = torch.tensor([0.0, 1.0] * 16)  # 15 peaks in 32 tokens: the last token is no peak
+    assert peak_label(scores, 0.3) == 15
+    assert peak_label(scores, 0.3, "quantile") == 15
+    assert peak_label(scores, 0.3, probe_tokens=11) == 5
+    assert peak_label(scores, 0.3, "rate") == 40  # 240, clipped
+    sparse = torch.zeros(1024)
+    sparse[10:1000:100] = 1.0
+    assert peak_label(sparse, 0.3, "rate", probe_tokens=1024) == 5.0
+    assert peak_label(torch.zeros(0), 0.3, "rate") == 0
+
+
+def drawn_by_bucket(curriculum: Curriculum, steps: range, n: int) -> Counter[str]:
+    return Counter(question[0] for step in steps for question in curriculum.sample(step, n))
+
+
+def test_sampling_follows_the_mixture():
+    # 10 a step for 30 steps of (.7, .25, .05): 210, 75, 15 on average, though .05 of 10 is less than one question.
+    drawn = drawn_by_bucket(make((400, 400, 400)), range(30), 10)
+    assert [drawn[name] for name in "emh"] == pytest.approx([210, 75, 15], abs=10)
+    drawn = drawn_by_bucket(make((400, 400, 400)), range(70, 100), 10)
+    assert [drawn[name] for name in "emh"] == pytest.approx([75, 105, 120], abs=10)
+
+
+def test_each_question_once_before_any_comes_again():
+    curriculum = make((7, 5, 3))
+    drawn: dict[str, Counter[str]] = {name: Counter() for name in "emh"}
+    for step in range(100):
+        for question in curriculum.sample(step, 4):
+            drawn[question[0]][question] += 1
+    for name, size in zip("emh", (7, 5, 3)):
+        counts = drawn[name].values()
+        assert len(counts) == size
+        # A step that ends an epoch skips what it has drawn already, so counts differ by one, and never by more.
+        assert max(counts) - min(counts) <= 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.tuples(*[st.integers(0, 6)] * 3).filter(any),
+    st.integers(0, 100),
+    st.integers(1, 25),
+    st.integers(0, 9),
+    st.sampled_from([(0.7, 0.25, 0.05), (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)]),
+    st.booleans(),
+)
+def test_a_step_has_distinct_questions(sizes, step, n, seed, start, enabled):
+    curriculum = make(sizes, seed=seed, start=start, enabled=enabled)
+    for _ in range(3):
+        questions = curriculum.sample(step, n)
+        assert len(questions) == n
+        counts = Counter(questions).values()
+        assert len(counts) == min(n, sum(sizes))
+        assert max(counts) <= -(-n // sum(sizes))
+
+
+def test_an_empty_bucket_gives_its_share_in_proportion():
+    drawn = drawn_by_bucket(make((300, 0, 300), t1=1, t2=1), range(90), 10)
+    assert drawn["e"] == pytest.approx(900 * 0.70 / 0.75, abs=20)
+    assert drawn["h"] == pytest.approx(900 * 0.05 / 0.75, abs=20)
+
+
+def test_ranks_agree_seeds_differ_and_questions_are_mixed():
+    first, second, other = make(), make(), make(seed=1)
+    samples = [first.sample(step, 16) for step in range(5)]
+    assert samples == [second.sample(step, 16) for step in range(5)]
+    assert samples != [other.sample(step, 16) for step in range(5)]
+    assert any(sample != sorted(sample) for sample in samples)  # not bucket by bucket: ranks take slices
+
+
+def test_disabled_is_uniform_without_replacement_and_needs_no_labels():
+    curriculum = Curriculum([str(i) for i in range(20)], total_steps=10, seed=0, enabled=False)
+    drawn = [question for step in range(4) for question in curriculum.sample(step, 5)]
+    assert len(set(drawn)) == 20
+    assert set(curriculum.sample(4, 20)) == set(drawn)
+    with pytest.raises(RuntimeError, match="set_labels"):
+        Curriculum(["a"], total_steps=1, seed=0).sample(0, 1)
+
+
+def test_stalls_lower_kappa_and_advance_the_clock_up_to_t2():
+    curriculum = make(stall_patience=2)
+    for accuracy in (0.4, 0.5, 0.5):
+        curriculum.observe_validation(accuracy)
+    assert curriculum.stalls == 0
+    curriculum.observe_validation(0.45)
+    assert curriculum.stalls == 1
+    assert curriculum.kappa(0) == pytest.approx(0.25)
+    assert curriculum.clock(28) == 33
+    assert curriculum.mixture(28) == mixture(33, 100)
+    curriculum.observe_validation(0.6)  # a new best, and the count starts again
+    curriculum.observe_validation(0.6)
+    assert curriculum.stalls == 1
+    curriculum.observe_validation(0.6)
+    assert curriculum.stalls == 2
+    assert [curriculum.clock(step) for step in (0, 55, 65, 69, 70, 90)] == [10, 65, 70, 70, 70, 90]
+
+
+def test_relabel_moves_questions_between_buckets():
+    curriculum = make((10, 10, 10), t1=1, t2=1, start=(0.0, 0.0, 1.0))
+    first = curriculum.sample(0, 4)
+    curriculum.relabel({"e0": 33, first[0]: 3})
+    second = curriculum.sample(1, 7)  # what the hard bucket still has: 6 of its own, and e0
+    assert set(second) == {"e0"} | {f"h{i}" for i in range(10)} - set(first)
+    assert first[0] not in curriculum.sample(2, 10)
+    with pytest.raises(ValueError, match="belong to no question"):
+        curriculum.relabel({"x": 1})
+    with pytest.raises(ValueError, match="29 questions have no label"):
+        curriculum.set_labels({"e0": 1})
+
+
+def test_resume_is_exact():
+    curriculum = make((9, 5, 4), stall_patience=1)
+    for step in range(7):
+        curriculum.sample(step, 5)
+        curriculum.observe_validation(0.3)
+    curriculum.relabel({"e1": 27, "h0": 2})
+    state = json.loads(json.dumps(curriculum.state_dict()))
+    resumed = Curriculum(curriculum.question_ids, total_steps=100, seed=0, stall_patience=1)
+    resumed.load_state_dict(state)
+    for step in range(7, 30):
+        assert resumed.sample(step, 5) == curriculum.sample(step, 5)
+        curriculum.observe_validation(step / 100)
+        resumed.observe_validation(step / 100)
+        assert resumed.metrics() == curriculum.metrics()
+        assert resumed.kappa(step) == curriculum.kappa(step)
+    assert resumed.state_dict() == curriculum.state_dict()
+    with pytest.raises(ValueError, match="belong to no question"):
+        Curriculum(["a"], total_steps=1, seed=0).load_state_dict(state)
+
+
+def test_metrics():
+    curriculum = make()
+    curriculum.sample(50, 8)
+    metrics = curriculum.metrics()
+    assert metrics["curriculum/clock"] == 50
+    assert metrics["curriculum/share_hard"] == pytest.approx(0.225)
+    assert metrics["curriculum/questions_easy"] == 60
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"question_ids": []}, "no questions"),
+        ({"question_ids": ["a", "a"]}, "distinct"),
+        ({"total_steps": 0}, "total_steps"),
+        ({"t1": 0.8}, "t1"),
+        ({"start": (0.5, 0.5, 0.5)}, "sum to 1"),
+        ({"end": (1.5, -0.5, 0.0)}, "sum to 1"),
+        ({"bucket_by": "size"}, "bucket_by"),
+        ({"cuts": (25, 15)}, "cuts"),
+        ({"kappa_end": 0.4}, "kappa_end"),
+        ({"kappa_schedule": "cosine"}, "kappa_schedule"),
+        ({"stall_patience": 0}, "stall_patience"),
+    ],
+)
+def test_contradictory_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Curriculum(**{"question_ids": ["a"], "total_steps": 10, "seed": 0, **options})

@@ -1,0 +1,269 @@
+"""Token selection against numpy, scipy and hand-worked rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.signal import find_peaks
+from torch import Tensor
+
+from aipo.mask import MaskRule, count_peaks, local_maxima, peaks, threshold_mask
+
+NAN, INF = float("nan"), float("inf")
+# Few distinct values make ties and plateaus common.
+values = st.one_of(st.integers(0, 4).map(float), st.floats(0, 100, width=32, allow_subnormal=False))
+completions = st.lists(st.lists(values, max_size=12), min_size=1, max_size=4)
+
+
+def padded(rows: list[list[float]], filler: float = 1e6) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows)) + 2
+    scores = torch.tensor([row + [filler] * (width - len(row)) for row in rows], dtype=torch.float32)
+    return scores, torch.tensor([len(row) for row in rows])
+
+
+def select(rule: MaskRule, scores: Tensor, lengths: Tensor, **options: Any) -> Tensor:
+    defaults: dict[str, Any] = {"kappa": 0.3, "step": 0, "rollout_ids": torch.arange(len(scores))}
+    return rule.select(scores, lengths, **{**defaults, **options})
+
+
+# --- threshold ----------------------------------------------------------------------------------------------------
+
+
+def test_threshold_by_hand():
+    # mu = 2, sigma = 2 (population): thresholds 4 and 6 for kappa 1 and 2; 6 is not above 6.
+    scores, lengths = padded([[1.0, 1.0, 1.0, 1.0, 6.0]])
+    assert threshold_mask(scores, lengths, kappa=1)[0].tolist() == [False] * 4 + [True] + [False] * 2
+    assert not threshold_mask(scores, lengths, kappa=2).any()
+    # Q1 = 2, Q3 = 4, IQR = 2: the threshold is 7.
+    scores, lengths = padded([[1.0, 2.0, 3.0, 4.0, 7.5], [1.0, 2.0, 3.0, 4.0, 7.0]])
+    mask = threshold_mask(scores, lengths, kappa=0.3, statistic="iqr")
+    assert mask.sum(1).tolist() == [1, 0]
+    assert threshold_mask(scores, lengths, kappa=0.3, statistic="iqr", tau=0.5).sum(1).tolist() == [1, 1]
+
+
+@given(completions, st.floats(-1, 2), st.sampled_from(["mean_std", "iqr"]))
+def test_threshold_matches_numpy(rows, kappa, statistic):
+    mask = threshold_mask(*padded(rows), kappa=kappa, statistic=statistic)
+    for row, selected in zip(rows, mask):
+        x = np.array(row, dtype=np.float32).astype(np.float64)
+        if len(x) == 0 or x.max() - x.min() <= 1e-5 * x.max():
+            assert not selected.any()
+            continue
+        q1, q3 = np.quantile(x, [0.25, 0.75])
+        limit = x.mean() + kappa * x.std() if statistic == "mean_std" else q3 + 1.5 * (q3 - q1)
+        clear = np.abs(x - limit) > 1e-4 * x.max()  # leave out what rounding decides
+        assert (selected[: len(x)].numpy() == (x > limit))[clear].all()
+
+
+@given(completions, st.floats(0, 1), st.floats(0, 1))
+def test_larger_kappa_selects_a_subset(rows, kappa, more):
+    scores, lengths = padded(rows)
+    loose, tight = (threshold_mask(scores, lengths, kappa=k) for k in (kappa, kappa + more))
+    assert not (tight & ~loose).any()
+
+
+ALL_RULES = [
+    {"rule": rule, "scope": scope, "statistic": statistic}
+    for rule in ("threshold", "top_fraction", "peaks_only", "all", "random")
+    for scope in ("sequence", "group", "batch", "running")
+    for statistic in ("mean_std", "iqr")
+]
+
+
+@settings(max_examples=15)
+@given(rows=completions, filler=st.sampled_from([NAN, INF, -INF, -7.0, 0.0]))
+@pytest.mark.parametrize("options", ALL_RULES, ids=lambda o: "-".join(o.values()))
+def test_padding_never_matters(options, rows, filler):
+    scores, lengths = padded(rows)
+    other, _ = padded(rows, filler)
+    mask = select(MaskRule(**options), scores, lengths)
+    assert torch.equal(mask, select(MaskRule(**options), other, lengths))
+    assert not (mask & (torch.arange(scores.shape[1]) >= lengths[:, None])).any()
+
+
+@settings(max_examples=15)
+@given(rows=completions, data=st.data())
+@pytest.mark.parametrize("options", [o for o in ALL_RULES if o["scope"] != "group"], ids=lambda o: "-".join(o.values()))
+def test_order_of_rollouts_does_not_matter(options, rows, data):
+    scores, lengths = padded(rows)
+    order = torch.tensor(data.draw(st.permutations(range(len(rows)))))
+    straight = select(MaskRule(**options), scores, lengths)
+    permuted = select(MaskRule(**options), scores[order], lengths[order], rollout_ids=order)
+    # Summing in another order may move a mean by a rounding error: allow tokens that stand on the threshold.
+    assert (straight[order] ^ permuted).sum() <= (0 if options["statistic"] == "iqr" else 1)
+
+
+@pytest.mark.parametrize("options", [o for o in ALL_RULES if o["rule"] not in ("all", "random")])
+def test_constant_and_non_finite_scores_are_never_selected(options):
+    scores, lengths = padded([[0.3] * 6, [0.3] * 6])
+    assert not select(MaskRule(**options), scores, lengths).any()
+    noisy = scores * (1 + 1e-7 * torch.randn(scores.shape, generator=torch.Generator().manual_seed(0)))
+    if options["rule"] != "top_fraction":  # a budget is spent on whatever differs
+        assert not select(MaskRule(**options), noisy, lengths).any()
+    bad, lengths = padded([[1.0, NAN, 2.0, INF, 1.0, -INF, 8.0, 1.0], [NAN] * 8])
+    mask = select(MaskRule(**options), bad, lengths)
+    assert mask[0, 6]
+    assert not (mask & ~bad.isfinite()).any()
+
+
+def test_bf16_scores():
+    scores, lengths = padded([[1.0, 2.0, 3.0, 9.0]])
+    mask = select(MaskRule(), scores.bfloat16(), lengths)
+    assert mask[0].tolist() == [False, False, False, True, False, False]
+
+
+# --- scopes -------------------------------------------------------------------------------------------------------
+
+
+def test_scopes_share_their_threshold():
+    # Two questions of two rollouts; the second question scores ten times higher.
+    rows = [[1.0, 2.0, 1.0], [1.0, 1.0, 3.0], [10.0, 20.0, 10.0], [10.0, 10.0, 30.0]]
+    scores, lengths = padded(rows)
+
+    def selected(**options: Any) -> list[int]:
+        return select(MaskRule(**options), scores, lengths, kappa=0.6).sum(1).tolist()
+
+    assert selected(scope="sequence") == [1, 1, 1, 1]
+    # group 1: mean 1.5, std 0.76, threshold 1.96: both the 2 and the 3. Batch: mean 8.25, std 8.73, threshold 13.5.
+    assert selected(scope="group", group_size=2) == [1, 1, 1, 1]
+    assert selected(scope="batch") == [0, 0, 1, 1]
+    assert select(MaskRule(scope="group", group_size=2), scores, lengths, kappa=0.7).sum(1).tolist() == [0, 1, 0, 1]
+    with pytest.raises(ValueError, match="no whole number of groups of 3"):
+        selected(scope="group", group_size=3)
+
+
+@pytest.mark.parametrize("rule", ["threshold", "top_fraction"])
+@pytest.mark.parametrize("scope", ["batch", "running"])
+def test_batch_scope_is_global_over_ranks(rule, scope):
+    scores, lengths = torch.rand(6, 9, generator=torch.Generator().manual_seed(0)), torch.tensor([9, 4, 7, 0, 3, 9])
+    whole = select(MaskRule(rule=rule, scope=scope), scores, lengths)
+    halves = [slice(0, 2), slice(2, 6)]
+    sent: list[Tensor] = []
+
+    def send(tensor: Tensor) -> Tensor:
+        sent.append(tensor)
+        return tensor
+
+    for half in halves:  # what each rank sends
+        select(MaskRule(rule=rule, scope=scope), scores[half], lengths[half], gather=send)
+    assert len(sent) == 2
+    for half in halves:
+        mask = select(MaskRule(rule=rule, scope=scope), scores[half], lengths[half], gather=lambda _: torch.cat(sent))
+        assert torch.equal(mask, whole[half])
+
+
+def test_a_rank_without_tokens_still_gathers():
+    calls = []
+
+    def gather(tensor: Tensor) -> Tensor:
+        calls.append(len(tensor))
+        return tensor
+
+    mask = select(MaskRule(scope="batch"), torch.zeros(1, 4), torch.tensor([0]), gather=gather)
+    assert calls == [0]
+    assert not mask.any()
+
+
+def test_running_scope_averages_and_resumes():
+    first, lengths = padded([[0.0, 2.0]])  # mean 1, variance 1
+    second, _ = padded([[10.0, 14.0]])  # mean 12, variance 4
+    rule = MaskRule(scope="running")
+    select(rule, first, lengths)
+    state = {key: value.clone() for key, value in rule.state_dict().items()}
+    # mean 0.9 + 1.2 = 2.1, variance 1.3: both tokens of the second step lie above.
+    assert select(rule, second, lengths).sum() == 2
+    torch.testing.assert_close(rule.state_dict()["running"], torch.tensor([[2.1, 1.3]], dtype=torch.float64))
+    resumed = MaskRule(scope="running")
+    resumed.load_state_dict(state)
+    assert select(resumed, second, lengths).sum() == 2
+    assert torch.equal(resumed.state_dict()["running"], rule.state_dict()["running"])
+    before = rule.state_dict()["running"]
+    select(rule, second, 0 * lengths)  # a step without tokens changes nothing
+    assert torch.equal(rule.state_dict()["running"], before)
+    assert MaskRule().state_dict() == {}
+
+
+# --- other rules --------------------------------------------------------------------------------------------------
+
+
+def test_top_fraction_keeps_its_budget():
+    rows = [[5.0, 1.0, 4.0, 2.0, 3.0], [7.0], [1.0, 2.0, 2.0, 2.0, 2.0]]
+    scores, lengths = padded(rows)
+    mask = select(MaskRule(rule="top_fraction", fraction=0.4), scores, lengths)
+    assert mask[0].nonzero()[:, 0].tolist() == [0, 2]
+    assert mask[1].nonzero()[:, 0].tolist() == [0]
+    assert not mask[2].any()  # four tie for two places
+    assert select(MaskRule(rule="top_fraction", fraction=1.0), scores, lengths).sum() == 11
+    pooled = select(MaskRule(rule="top_fraction", fraction=0.2, scope="batch"), scores, lengths)  # 2 of 11
+    assert pooled.nonzero().tolist() == [[0, 0], [1, 0]]
+
+
+def test_all_and_random_look_at_lengths_only():
+    scores, lengths = torch.full((3, 30), NAN), torch.tensor([30, 7, 0])
+    assert select(MaskRule(rule="all"), scores, lengths).sum(1).tolist() == [30, 7, 0]
+    rule = MaskRule(rule="random", fraction=0.2, seed=3)
+    assert select(rule, scores, lengths).sum(1).tolist() == [6, 1, 0]
+    mask = select(rule, scores, lengths)
+    assert torch.equal(mask, select(rule, scores, lengths))
+    assert not torch.equal(mask, select(rule, scores, lengths, step=1))
+    assert not torch.equal(mask, select(MaskRule(rule="random", seed=4), scores, lengths))
+    # A rollout keeps its tokens wherever it lands in a micro-batch, and others have other ones.
+    alone = select(rule, scores[:1], lengths[:1], rollout_ids=torch.tensor([0]))
+    assert torch.equal(alone, mask[:1])
+    assert not torch.equal(alone, select(rule, scores[:1], lengths[:1], rollout_ids=torch.tensor([1])))
+    # Every token is drawn about equally often.
+    counts = sum(select(rule, scores[:1], lengths[:1], step=step)[0].int() for step in range(300))
+    assert isinstance(counts, Tensor)
+    assert (counts - 60).abs().max() < 30
+
+
+def test_local_rules():
+    assert MaskRule().local
+    assert MaskRule(rule="random", scope="batch").local
+    assert not MaskRule(scope="group", group_size=4).local
+
+
+@pytest.mark.parametrize(
+    "options", [{"rule": "best"}, {"scope": "micro"}, {"statistic": "mad"}, {"fraction": 0.0}, {"fraction": 1.1}]
+)
+def test_unknown_choices_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        MaskRule(**options)
+
+
+# --- peaks --------------------------------------------------------------------------------------------------------
+
+
+def test_peaks_by_hand():
+    #        0  1  2  3  4  5  6  7
+    scores = [9, 1, 5, 1, 4, 4, 1, 9]
+    row, length = padded([[float(s) for s in scores]])
+    # 2 is a peak; 4-5 is a plateau, counted at 4; the ends have one neighbour only.
+    assert local_maxima(row, length)[0].nonzero()[:, 0].tolist() == [2, 4]
+    assert peaks(row[0, :8], kappa=0.0).nonzero()[:, 0].tolist() == [2]  # mean 4.25
+    assert count_peaks(row[0, :8], kappa=0.0) == 1
+    assert count_peaks(row[0, :8], kappa=1.0) == 0
+    assert count_peaks(torch.tensor([0.0, 1.0] * 60 + [0.0]), kappa=0.3) == 40  # clipped
+    for flat in ([], [1.0], [1.0, 2.0], [3.0, 3.0, 3.0]):
+        assert count_peaks(torch.tensor(flat), kappa=0.0) == 0
+    assert count_peaks(torch.tensor([0.0, 5.0, NAN, 0.0, INF, 0.0, 0.0]), kappa=0.0) == 1
+
+
+@given(completions, st.floats(0, 1))
+def test_peaks_match_scipy(rows, kappa):
+    scores, lengths = padded(rows)
+    maxima = local_maxima(scores, lengths)
+    rule = select(MaskRule(rule="peaks_only"), scores, lengths, kappa=kappa)
+    for row, batched, chosen in zip(rows, maxima, rule):
+        x = np.array(row, dtype=np.float32)
+        found, plateaus = find_peaks(x, plateau_size=1)
+        assert batched.nonzero()[:, 0].tolist() == plateaus["left_edges"].tolist()
+        alone = peaks(torch.from_numpy(x), kappa=kappa)
+        assert torch.equal(alone, chosen[: len(x)])
+        above = threshold_mask(torch.from_numpy(x)[None], torch.tensor([len(x)]), kappa=kappa)[0]
+        assert count_peaks(torch.from_numpy(x), kappa=kappa) == int(above[found].sum())

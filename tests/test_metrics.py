@@ -1,0 +1,117 @@
+import itertools
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aipo.metrics import accuracy_summary, avg_at_k, bootstrap_interval, maj_at_k, pass_at_k, training_efficiency
+
+tables = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=1, max_size=4)
+
+
+def test_avg_at_k_is_a_mean_of_means():
+    assert avg_at_k([[1, 0, 0, 0], [1, 1]]) == pytest.approx((0.25 + 1.0) / 2)  # not 3/6
+    assert avg_at_k(torch.tensor([[True, False], [True, True]])) == pytest.approx(0.75)
+
+
+def test_pass_at_k_by_hand():
+    # n = 4, c = 1: C(3, 2) / C(4, 2) = 3 / 6 of the pairs miss it.
+    assert pass_at_k([[1, 0, 0, 0]], 2) == pytest.approx(0.5)
+    assert pass_at_k([[1, 0, 0, 0], [0, 0, 0, 0]], 4) == pytest.approx(0.5)
+
+
+@given(tables, st.integers(1, 6))
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(table, k):
+    if k > min(map(len, table)):
+        with pytest.raises(ValueError, match="fewest samples"):
+            pass_at_k(table, k)
+        return
+    slow = statistics.mean(statistics.mean(any(s) for s in itertools.combinations(row, k)) for row in table)
+    assert pass_at_k(table, k) == pytest.approx(slow)
+
+
+@given(tables)
+def test_pass_at_1_is_avg(table):
+    assert pass_at_k(table, 1) == pytest.approx(avg_at_k(table))
+
+
+def test_maj_at_k_by_hand():
+    assert maj_at_k([["7", "7", "8"]], [[1, 1, 0]]) == 1.0
+    assert maj_at_k([["7", "8", "8"]], [[1, 0, 0]]) == 0.0
+    assert maj_at_k([["7", "8"]], [[1, 0]]) == 0.5  # a tie is shared
+    assert maj_at_k([["7", "8", "9"]], [[1, 0, 0]]) == pytest.approx(1 / 3)
+    assert maj_at_k([[None, None, "7"]], [[0, 0, 1]]) == 1.0  # no answer, no vote
+    assert maj_at_k([[None, None]], [[0, 0]]) == 0.0
+    assert maj_at_k([["7", "8"], ["1", "1"]], [[1, 0], [1, 1]]) == 0.75
+
+
+@given(st.lists(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=7), min_size=1, max_size=4))
+def test_maj_at_k_against_a_vote_count(answers):
+    """With 'a' the right answer everywhere."""
+    correct = [[answer == "a" for answer in row] for row in answers]
+    expected = 0.0
+    for row in answers:
+        counts = {letter: row.count(letter) for letter in "abc"}
+        top = [letter for letter in "abc" if counts[letter] == max(counts.values()) > 0]
+        expected += ("a" in top) / len(top) if top else 0.0
+    assert maj_at_k(answers, correct) == pytest.approx(expected / len(answers))
+
+
+@pytest.mark.parametrize(("mag", "otf", "tes"), [(12.10, 22.15, 54.6), (14.91, 21.07, 70.8), (18.02, 19.54, 92.2)])
+def test_training_efficiency_follows_the_paper(mag, otf, tes):
+    assert training_efficiency(mag, otf) == pytest.approx(tes, abs=0.05)
+
+
+@pytest.mark.parametrize("otf", [0.0, -1.0, 101.0, float("nan")])
+def test_training_efficiency_refuses_a_share_that_is_none(otf):
+    with pytest.raises(ValueError, match="percentage"):
+        training_efficiency(10, otf)
+
+
+def test_bootstrap_is_seeded_and_matches_the_normal_interval():
+    scores = [0.0] * 60 + [1.0] * 40
+    low, high = bootstrap_interval(scores, seed=3)
+    assert (low, high) == bootstrap_interval(scores, seed=3)
+    half_width = 1.96 * (0.4 * 0.6 / 100) ** 0.5
+    assert low == pytest.approx(0.4 - half_width, abs=0.015)
+    assert high == pytest.approx(0.4 + half_width, abs=0.015)
+
+
+def test_bootstrap_against_all_resamples():
+    """Three problems have 27 equally likely resamples; their quantiles are what the bootstrap approaches."""
+    scores = [0.0, 0.3, 1.0]
+    means = [sum(draw) / 3 for draw in itertools.product(scores, repeat=3)]
+    low, high = bootstrap_interval(scores, seed=0, level=0.5)
+    # A quarter of the mass lies at or below each end: the ends are values of the exact distribution.
+    assert sum(m <= low + 1e-9 for m in means) / 27 >= 0.25 > sum(m < low - 1e-9 for m in means) / 27
+    assert sum(m <= high + 1e-9 for m in means) / 27 >= 0.75 > sum(m < high - 1e-9 for m in means) / 27
+
+
+def test_a_wider_level_is_a_wider_interval():
+    scores = [0, 0.25, 0.5, 1, 1, 0.75]
+    inner, outer = (bootstrap_interval(scores, seed=0, level=level) for level in (0.8, 0.99))
+    assert outer[0] < inner[0] < inner[1] < outer[1]
+
+
+def test_bootstrap_of_equal_scores_has_no_width():
+    assert bootstrap_interval([0.25] * 5, seed=0) == (0.25, 0.25)
+
+
+def test_accuracy_summary():
+    accuracy = accuracy_summary([[1, 0], [1, 1], [0, 0]], seed=1)
+    assert accuracy.value == pytest.approx(0.5)
+    assert accuracy.low < 0.5 < accuracy.high
+    assert (accuracy.problems, accuracy.samples) == (3, 6)
+    assert str(accuracy).startswith("50.0 % [")
+
+
+def test_empty_input_is_an_error():
+    no_problems: list[list[int]] = []
+    no_samples: list[list[int]] = [[1], []]
+    for empty in (no_problems, no_samples):
+        with pytest.raises(ValueError, match="at least one"):
+            avg_at_k(empty)
+    with pytest.raises(ValueError, match="same problems"):
+        maj_at_k([["7"]], [[1, 0]])

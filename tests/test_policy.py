@@ -1,0 +1,311 @@
+"""The chunked, selected forward and backward pass against plain full logits, one sequence at a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_tiny
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3ForCausalLM
+
+from aipo.errors import UserError
+from aipo.policy import Policy, SelectedLogProbs, load_model
+from aipo.rollouts import MicroBatch, filler, micro_batches, pad, unpad
+
+VOCABULARY = 61
+TEMPERATURE = 0.7
+PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [1], [11] * 6, [40, 41]]
+COMPLETIONS = [[1, 2, 3, 4], [60, 0, 0], [7, 7, 7, 7, 7, 7, 7, 7], [3], [50, 51, 52, 53, 54, 55]]
+LENGTHS = torch.tensor([len(c) for c in COMPLETIONS])
+GRID = (len(COMPLETIONS), int(LENGTHS.max()))
+LAYOUTS = {  # keyword arguments of micro_batches
+    "one by one": {"budget": 1, "packing": False},
+    "padded": {"budget": 27, "packing": False},
+    "packed": {"budget": 20, "packing": True},
+    "one packed row": {"budget": 1000, "packing": True},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Threads only wait for each other on tensors as small as these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def llama(tied: bool, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.2,
+            tie_word_embeddings=tied,
+            attn_implementation="sdpa",
+        )
+    ).train()
+
+
+@pytest.fixture(scope="module")
+def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(params=["llama tied", "llama untied", "qwen3"])
+def model(request: pytest.FixtureRequest, qwen_folder: Path) -> nn.Module:
+    if request.param == "qwen3":
+        return Qwen3ForCausalLM.from_pretrained(qwen_folder, dtype=torch.float32).train()
+    return llama(tied=request.param == "llama tied")
+
+
+def grid(seed: int) -> Tensor:
+    return torch.randn(GRID, generator=torch.Generator().manual_seed(seed))
+
+
+CHOSEN = grid(1) > 0  # (B, T)
+WEIGHTS = grid(2)  # (B, T) of the log-probabilities in the objective, so that each one's gradient counts
+
+
+def reference(model: nn.Module, chosen: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Log-probabilities and entropies of all tokens (B, T), and the gradient of a weighted sum over chosen ones."""
+    logps, entropies = [], []
+    for prompt, completion in zip(PROMPTS, COMPLETIONS):
+        logits = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]  # (t, V)
+        log_p = (logits.float() / TEMPERATURE).log_softmax(-1)
+        logps.append(log_p[range(len(completion)), completion])
+        entropies.append(-(log_p.exp() * log_p).sum(-1))
+    logp = pad(torch.cat(logps), LENGTHS)
+    gradients = torch.autograd.grad((logp * WEIGHTS * chosen).sum(), list(model.parameters()))
+    names = [name for name, _ in model.named_parameters()]
+    return logp.detach(), pad(torch.cat(entropies).detach(), LENGTHS), dict(zip(names, gradients))
+
+
+def ours(policy: Policy, chosen: Tensor, **layout: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The same three through micro-batches; zeros where nothing was chosen."""
+    policy.zero_grad()
+    logp, entropy = torch.zeros(GRID), torch.zeros(GRID)
+    for micro in micro_batches(PROMPTS, COMPLETIONS, **layout):
+        out = policy(micro, select=picked(chosen, micro))
+        assert torch.equal(out["mask"], ragged(chosen, micro))
+        assert out["logp"].dtype == out["entropy"].dtype == torch.float32
+        assert not out["entropy"].requires_grad
+        (out["logp"] * ragged(WEIGHTS, micro)[out["mask"]]).sum().backward()
+        for values, name in ((logp, "logp"), (entropy, "entropy")):
+            flat = torch.zeros(len(micro.targets))
+            flat[out["mask"]] = out[name].detach()
+            rows = pad(flat, micro.lengths)
+            values[micro.rows, : rows.shape[1]] = rows
+    return logp, entropy, {n: p.grad for n, p in policy.model.named_parameters() if p.grad is not None}
+
+
+def ragged(values: Tensor, micro: MicroBatch) -> Tensor:
+    return unpad(values[micro.rows], micro.lengths)  # (N,)
+
+
+def picked(chosen: Tensor, micro: MicroBatch) -> Callable[[Tensor], Tensor]:
+    return lambda states: ragged(chosen, micro)
+
+
+def assert_same(actual: Any, expected: Any, chosen: Tensor) -> None:
+    inside = chosen & (torch.arange(GRID[1]) < LENGTHS[:, None])
+    torch.testing.assert_close(actual[0], expected[0] * inside, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(actual[1], expected[1] * inside, rtol=1e-4, atol=2e-5)
+    assert actual[2].keys() == expected[2].keys()
+    for name, gradient in expected[2].items():
+        torch.testing.assert_close(actual[2][name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max() + 1e-3))
+
+
+# --- parity with full logits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_logp_entropy_and_every_gradient(model: nn.Module, layout: str, chunk: int) -> None:
+    expected = reference(model, CHOSEN)
+    policy = Policy(copy.deepcopy(model), temperature=TEMPERATURE, head_chunk=chunk)
+    assert_same(ours(policy, CHOSEN, **LAYOUTS[layout]), expected, CHOSEN)
+
+
+def test_all_tokens_and_gradient_checkpointing(model: nn.Module) -> None:
+    chosen = torch.ones(GRID, dtype=torch.bool)
+    expected = reference(model, chosen)
+    policy = Policy(copy.deepcopy(model), temperature=TEMPERATURE, head_chunk=3)
+    policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    for layout in ("padded", "packed"):
+        assert_same(ours(policy, chosen, **LAYOUTS[layout]), expected, chosen)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_nothing_selected_still_reaches_every_parameter(packing: bool) -> None:
+    policy = Policy(llama(tied=False), temperature=TEMPERATURE)
+    for micro in (micro_batches(PROMPTS, COMPLETIONS, budget=1000, packing=packing)[0], filler()):
+        policy.zero_grad()
+        out = policy(micro, select=lambda states: torch.zeros(len(states), dtype=torch.bool))
+        assert out["logp"].shape == out["entropy"].shape == (0,)
+        out["logp"].sum().backward()
+        for name, parameter in policy.named_parameters():
+            assert parameter.grad is not None, name
+            assert (parameter.grad == 0).all(), name
+
+
+def test_head_runs_once_a_forward_whatever_is_selected() -> None:
+    policy = Policy(llama(tied=False), temperature=TEMPERATURE, head_chunk=2)
+    calls: list[int] = []
+    policy.model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))  # type: ignore[operator]
+    (micro,) = micro_batches(PROMPTS, COMPLETIONS, budget=1000, packing=True)
+    for count in (0, 1, 22):
+        policy(micro, select=lambda states, count=count: torch.arange(len(states)) < count)
+    assert len(calls) == 3
+    policy(micro)
+    assert len(calls) == 3  # hidden states alone need no head
+
+
+def test_generation_still_sees_the_plain_head() -> None:
+    model = llama(tied=True)
+    ids = torch.tensor([PROMPTS[1]])
+    expected = model(input_ids=ids).logits
+    Policy(model, temperature=TEMPERATURE)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+
+
+def test_bfloat16_stays_within_its_noise() -> None:
+    expected_logp, expected_entropy, expected_gradients = reference(llama(tied=False), CHOSEN)
+    policy = Policy(llama(tied=False).bfloat16(), temperature=TEMPERATURE, head_chunk=4)
+    logp, entropy, gradients = ours(policy, CHOSEN, **LAYOUTS["packed"])
+    inside = CHOSEN & (torch.arange(GRID[1]) < LENGTHS[:, None])
+    torch.testing.assert_close(logp, expected_logp * inside, rtol=0, atol=0.1)
+    torch.testing.assert_close(entropy, expected_entropy * inside, rtol=0, atol=0.1)
+    for name, gradient in expected_gradients.items():
+        assert gradients[name].dtype == torch.bfloat16
+        assert torch.cosine_similarity(gradients[name].float().flatten(), gradient.flatten(), 0) > 0.99, name
+
+
+# --- hidden states ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_hidden_states_are_the_raw_residual_stream(model: nn.Module, layout: str, checkpointing: bool) -> None:
+    policies = {layer: Policy(copy.deepcopy(model), temperature=TEMPERATURE, layer=layer) for layer in (0, -1)}
+    if checkpointing:
+        for policy in policies.values():
+            policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    seen = 0
+    for micro in micro_batches(PROMPTS, COMPLETIONS, **LAYOUTS[layout]):
+        first, last = (policies[layer](micro)["states"].split(micro.lengths.tolist()) for layer in (0, -1))
+        for i, row in enumerate(micro.rows.tolist()):
+            ids = torch.tensor([[*PROMPTS[row], *COMPLETIONS[row]]])
+            hidden = model(input_ids=ids, output_hidden_states=True).hidden_states
+            predicting = slice(len(PROMPTS[row]) - 1, -1)  # the state at t - 1 predicts token t
+            torch.testing.assert_close(first[i], hidden[1][0, predicting].detach(), rtol=1e-4, atol=1e-5)
+            normed = model.base_model.norm(last[i])  # type: ignore[union-attr, operator]
+            torch.testing.assert_close(normed, hidden[-1][0, predicting], rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(last[i], hidden[-1][0, predicting], rtol=0.1)  # raw, not normed
+            assert not last[i].requires_grad
+            seen += 1
+    assert seen == len(PROMPTS)
+
+
+def test_select_sees_the_states_of_the_same_forward() -> None:
+    policy = Policy(llama(tied=True), temperature=TEMPERATURE, layer=1)
+    (micro,) = micro_batches(PROMPTS, COMPLETIONS, budget=1000, packing=False)
+    seen: list[Tensor] = []
+
+    def select(states: Tensor) -> Tensor:
+        seen.append(states)
+        return states[:, 0] > 0
+
+    passes: list[int] = []
+    policy.probed_layer.register_forward_hook(lambda *_: passes.append(1))
+    out = policy(micro, select=select)
+    assert len(passes) == 1
+    assert torch.equal(seen[0], policy(micro)["states"])
+    assert torch.equal(out["mask"], seen[0][:, 0] > 0)
+    assert 0 < len(out["logp"]) == int(out["mask"].sum()) < len(seen[0])
+
+
+@pytest.mark.parametrize("layer", [3, -4])
+def test_layer_out_of_range(layer: int) -> None:
+    with pytest.raises(UserError, match=rf"mi\.layer: {layer} .* has 3"):
+        Policy(llama(tied=True), temperature=1.0, layer=layer)
+
+
+# --- SelectedLogProbs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("count", "chunk"), [(0, 4), (1, 4), (7, 3), (8, 4), (9, 100)])
+def test_selected_logprobs_against_float64(bias: bool, count: int, chunk: int) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(count, 6), torch.randn(19, 6), *([torch.randn(19)] if bias else [])]
+    targets = torch.randint(19, (count,))
+    upstream = torch.randn(count)
+
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    with_bias = leaves if bias else [*leaves, None]
+    logp, entropy = SelectedLogProbs.apply(*with_bias, targets, TEMPERATURE, chunk)
+    gradients = torch.autograd.grad(logp, leaves, upstream)
+
+    exact = [t.double().requires_grad_() for t in inputs]
+    logits = (exact[0] @ exact[1].T + (exact[2] if bias else 0)) / TEMPERATURE
+    log_p = logits.log_softmax(-1)
+    expected = log_p[torch.arange(count), targets]
+    torch.testing.assert_close(logp.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(entropy.double(), -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-5)
+    for actual, wanted in zip(gradients, torch.autograd.grad(expected, exact, upstream.double())):
+        torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_never_exceed_one_chunk() -> None:
+    class Largest(TorchDispatchMode):
+        rows = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[1] == 97:
+                    self.rows = max(self.rows, len(tensor))
+            return out
+
+    hidden, weight = torch.randn(50, 4, requires_grad=True), torch.randn(97, 4, requires_grad=True)
+    with Largest() as largest:
+        logp, _ = SelectedLogProbs.apply(hidden, weight, None, torch.randint(97, (50,)), 1.0, 8)
+        logp.sum().backward()
+    assert largest.rows == 8
+
+
+# --- loading ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_load_model(qwen_folder: Path, checkpointing: bool) -> None:
+    model: Any = load_model(
+        str(qwen_folder), dtype=torch.bfloat16, attention="eager", gradient_checkpointing=checkpointing
+    )
+    assert model.training
+    assert model.is_gradient_checkpointing == checkpointing
+    assert model.config._attn_implementation == "eager"
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_load_model_refuses_logits_changed_after_the_head(qwen_folder: Path, tmp_path: Path) -> None:
+    for file in qwen_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 30.0}))
+    with pytest.raises(UserError, match="final_logit_softcapping"):
+        load_model(str(tmp_path), dtype=torch.float32, attention="sdpa", gradient_checkpointing=False)

@@ -1,0 +1,124 @@
+"""Reward components, their combination, and the rewarder on real verifier processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aipo.reward import Rewarder, combine, soft_overlong, well_formed
+
+
+@pytest.fixture(scope="module")
+def rewarder() -> Iterator[Rewarder]:
+    scorer = Rewarder(max_tokens=100, overlong_buffer=20, weights=(0.8, 0.1, 0.1), workers=1, timeout=20.0)
+    yield scorer
+    scorer.close()
+
+
+def test_soft_overlong_by_hand() -> None:
+    lengths = torch.tensor([0, 16384, 16385, 18432, 20480, 20481])
+    expected = torch.tensor([0.0, 0.0, -1 / 4096, -0.5, -1.0, -1.0])
+    torch.testing.assert_close(soft_overlong(lengths, 20480, 4096), expected)
+    assert soft_overlong(torch.tensor([5, 6]), 5, 0).tolist() == [0.0, -1.0]
+
+
+@given(st.lists(st.integers(0, 300), min_size=1), st.integers(1, 200), st.integers(1, 200))
+def test_soft_overlong_is_the_three_cases_of_dapo(lengths: list[int], max_length: int, buffer: int) -> None:
+    def slow(y: int) -> float:
+        if y <= max_length - buffer:
+            return 0.0
+        return (max_length - buffer - y) / buffer if y <= max_length else -1.0
+
+    shaped = soft_overlong(torch.tensor(lengths), max_length, buffer)
+    torch.testing.assert_close(shaped, torch.tensor([slow(y) for y in lengths]))
+
+
+@pytest.mark.parametrize(
+    ("text", "plain", "with_thinking"),
+    [
+        (r"\boxed{5}", True, False),
+        (r"<think>a</think>\boxed{5}", True, True),
+        (r"a</think>\boxed{5}", True, True),  # the prompt opened the block
+        (r"<think>a</think><think>b</think>\boxed{5}", True, False),
+        (r"<think>a</think></think>\boxed{5}", True, False),
+        (r"</think><think>\boxed{5}", False, False),
+        (r"<think>\boxed{5}", False, False),
+        (r"<think>\boxed{5}</think>", False, False),
+        (r"<think>a</think>\boxed{5", False, False),
+        (r"<think>a</think>\boxed{ }", False, False),
+        ("<think>a</think>Answer: 5", False, False),
+    ],
+)
+def test_well_formed_math(text: str, plain: bool, with_thinking: bool) -> None:
+    assert well_formed(text) is plain
+    assert well_formed(text, thinking=True) is with_thinking
+
+
+def test_well_formed_choice() -> None:
+    assert well_formed("Answer: B", kind="choice")
+    assert not well_formed("<think>Answer: B", kind="choice")
+    assert not well_formed("It is B.", kind="choice")
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.floats(0, 1)), min_size=1), st.floats(0, 1), st.floats(0, 1))
+def test_combined_rewards_stay_between_0_and_1(parts: list[tuple[bool, bool, float]], u: float, v: float) -> None:
+    low, high = sorted((u, v))
+    weights = (low, high - low, 1 - high)
+    correct, formed, length = (torch.tensor(part) for part in zip(*parts, strict=True))
+    rewards = combine(correct, formed, length, weights)
+    assert rewards.shape == (len(parts),)
+    assert -1e-6 <= rewards.min() <= rewards.max() <= 1 + 1e-6
+    for reward, (c, f, n) in zip(rewards.tolist(), parts, strict=True):
+        assert reward == pytest.approx(weights[0] * c + weights[1] * f + weights[2] * n, abs=1e-6)
+
+
+GOLDS = [r"\frac{1}{2}", r"\frac{1}{2}", "5", "B", "5"]
+KINDS = ["math", "math", "math", "choice", "math"]
+TEXTS = [r"\boxed{0.5}", r"\boxed{0.25}", "Answer: 5", "Answer: B", r"\boxed{5"]
+LENGTHS = [10, 90, 100, 80, 85]
+
+
+def test_score_by_hand(rewarder: Rewarder) -> None:
+    rewards, correct, metrics = rewarder.score(GOLDS, KINDS, TEXTS, LENGTHS)
+    assert correct.tolist() == [True, False, True, True, False]
+    assert correct.dtype == torch.bool
+    # 0.8 correct + 0.1 format + 0.1 length; lengths count 1, 0.5, 0, 1, 0.75
+    torch.testing.assert_close(rewards, torch.tensor([1.0, 0.15, 0.8, 1.0, 0.075]))
+    assert metrics == pytest.approx(
+        {
+            "reward/mean": 3.025 / 5,
+            "reward/correct": 3 / 5,
+            "reward/format": 3 / 5,
+            "reward/length": 3.25 / 5,
+            "reward/no_answer": 1 / 5,
+            "reward/timed_out": 0.0,
+            "reward/killed": 0.0,
+        }
+    )
+
+
+def test_streaming_in_any_order_is_the_same_as_all_at_once(rewarder: Rewarder) -> None:
+    together = rewarder.score(GOLDS, KINDS, TEXTS, LENGTHS)
+    for i in (3, 0, 4, 2, 1):
+        rewarder.submit(i, GOLDS[i], KINDS[i], TEXTS[i], LENGTHS[i])
+    with pytest.raises(ValueError, match="rollout 3 was handed in twice"):
+        rewarder.submit(3, "5", "math", "5", 1)
+    rewards, correct, metrics = rewarder.collect()
+    torch.testing.assert_close(rewards, together[0])
+    assert correct.tolist() == together[1].tolist()
+    assert metrics == together[2]
+    with pytest.raises(ValueError, match="no rollout"):
+        rewarder.collect()
+
+
+def test_a_hostile_answer_scores_0_and_is_counted() -> None:
+    rewarder = Rewarder(max_tokens=100, overlong_buffer=20, workers=1, timeout=0.5)
+    rewards, correct, metrics = rewarder.score(["5", "5"], ["math"] * 2, [r"\boxed{9^{9^{9^9}}}", r"\boxed{5}"], [9, 9])
+    rewarder.close()
+    assert rewards.tolist() == [0.0, 1.0]
+    assert correct.tolist() == [False, True]
+    assert metrics["reward/timed_out"] == 0.5

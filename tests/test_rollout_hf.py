@@ -1,0 +1,161 @@
+"""HfEngine against plain Hugging Face calls on a tiny random model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import make_tiny
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from aipo.errors import UserError
+from aipo.rollout import Completion, Request, Sampling, make_engine
+from aipo.rollout.base import keep_rng
+from aipo.rollout.check import check_weight_sync, perturbed
+from aipo.rollout.hf import HfEngine, draw
+
+PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [5, 6, 7], [11] * 12, [40, 41]]
+REQUESTS = [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
+SAMPLING = Sampling(max_tokens=12, temperature=0.8, top_p=0.9, top_k=50, min_p=0.01)
+EOS = 2
+OPTIONS = {"max_model_len": 64, "end_token_ids": [EOS], "dtype": "float32", "seed": 7}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def folder(request, tmp_path_factory) -> str:
+    return str(make_tiny(tmp_path_factory.mktemp("tiny"), tied=request.param))
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def engine_for(folder: str, **options) -> HfEngine:
+    """With another seed than the checkpoint's: where nothing is loaded, the weights are others too."""
+    return HfEngine(folder, **OPTIONS | options)
+
+
+@torch.no_grad()
+def full_logprobs(model, prompt, completion, temperature=1.0) -> list[float]:
+    """Without cache, padding or batch."""
+    logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1] / temperature
+    return logits.log_softmax(-1)[range(len(completion)), completion].tolist()
+
+
+def test_a_request_does_not_depend_on_its_company(folder):
+    engine = engine_for(folder)
+    together = engine.generate(REQUESTS, SAMPLING)
+    alone = [engine.generate([request], SAMPLING)[0] for request in REQUESTS]
+    small = engine_for(folder, batch_size=2).generate(REQUESTS, SAMPLING)
+    for others in (alone, small):
+        assert [c.token_ids for c in together] == [c.token_ids for c in others]
+        for a, b in zip(together, others):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    assert together[0].token_ids != together[2].token_ids  # one prompt, two seeds
+
+
+def test_logprobs_are_those_of_a_full_forward(folder, model):
+    completions = engine_for(folder).generate(REQUESTS, Sampling(max_tokens=12, temperature=0.7))
+    for prompt, completion in zip(PROMPTS, completions):
+        expected = full_logprobs(model, prompt, completion.token_ids, 0.7)
+        assert completion.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_greedy_equals_generate(folder, model):
+    completions = engine_for(folder).generate(REQUESTS, Sampling(max_tokens=12, temperature=0))
+    for prompt, completion in zip(PROMPTS, completions):
+        expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)[0, len(prompt) :]
+        assert completion.token_ids == expected.tolist()
+        assert completion.logprobs == pytest.approx(full_logprobs(model, prompt, completion.token_ids), abs=1e-4)
+
+
+def test_end_tokens_length_and_on_done(folder):
+    free = engine_for(folder, end_token_ids=[]).generate(REQUESTS, SAMPLING)
+    assert all(c.finish_reason == "length" and len(c.token_ids) == 12 for c in free)
+    end = free[1].token_ids[4]
+    seen: dict[int, Completion] = {}
+    ended = engine_for(folder, end_token_ids=[end]).generate(REQUESTS, SAMPLING, on_done=seen.__setitem__)
+    for before, after in zip(free, ended):
+        if end in before.token_ids:
+            cut = before.token_ids.index(end) + 1
+            assert (after.token_ids, after.finish_reason) == (before.token_ids[:cut], "stop")
+        else:
+            assert (after.token_ids, after.finish_reason) == (before.token_ids, "length")
+    assert ended[1].finish_reason == "stop"
+    assert [seen[i] for i in range(len(REQUESTS))] == ended
+
+
+def test_draw_follows_the_filtered_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -2.0]])
+    sampling = Sampling(max_tokens=1, temperature=0.5, top_k=4, top_p=0.9, min_p=0.01)
+    # By hand: at temperature 0.5 the weights are exp(4, 2, 0, -2, -4); min-p 0.01 drops those under 1 % of the first,
+    # which leaves the first three; of these the first two hold more than 90 %.
+    weights = torch.tensor([4.0, 2.0]).exp()
+    expected = weights / weights.sum()
+    n = 4000
+    tokens, logprobs = draw(logits.expand(n, -1), sampling, [torch.Generator().manual_seed(i) for i in range(n)])
+    frequency = torch.bincount(tokens, minlength=5) / n
+    assert frequency[2:].sum() == 0
+    torch.testing.assert_close(frequency[:2], expected, atol=0.02, rtol=0)
+    torch.testing.assert_close(logprobs.exp(), expected[tokens])
+
+
+def test_sync_replaces_every_weight(folder, model):
+    engine = engine_for(folder, load_weights=False)
+    other = dict(perturbed(model.named_parameters(), seed=3))
+    engine.sync(other.items())
+    drawn = engine.generate(REQUESTS, Sampling(max_tokens=8))
+    changed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    changed.load_state_dict(other, strict=False)
+    for prompt, completion in zip(PROMPTS, drawn):
+        assert completion.logprobs == pytest.approx(full_logprobs(changed, prompt, completion.token_ids), abs=1e-3)
+        assert completion.logprobs != pytest.approx(full_logprobs(model, prompt, completion.token_ids), abs=1)
+
+
+def test_sync_names_missing_weights(folder, model):
+    engine = engine_for(folder)
+    incomplete = [(name, p) for name, p in model.named_parameters() if "layers.1.self_attn.q_norm" not in name]
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_norm\.weight"):
+        engine.sync(incomplete)
+
+
+def test_start_up_check_passes_and_fails(folder, model):
+    def logprobs(prompt, completion, temperature):
+        return full_logprobs(model, prompt, completion, temperature)
+
+    engine = engine_for(folder, load_weights=False)
+    assert check_weight_sync(engine, model.named_parameters, logprobs, PROMPTS) < 1e-4
+
+    class OneStaysStale(HfEngine):
+        def sync(self, weights):
+            projection = self._model.model.layers[1].mlp.down_proj.weight
+            before = projection.clone()
+            super().sync(weights)
+            projection.data.copy_(before)
+
+    stale = OneStaysStale(folder, load_weights=False, **OPTIONS)
+    with pytest.raises(UserError, match="does not follow the trained weights"):
+        check_weight_sync(stale, model.named_parameters, logprobs, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"), [(Request([], 0), "empty prompt"), (Request([5] * 60, 0), "context of 64")]
+)
+def test_requests_that_do_not_fit(folder, request_, message):
+    with pytest.raises(ValueError, match=message):
+        engine_for(folder).generate([request_], SAMPLING)
+
+
+def test_random_state_is_kept(folder):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    with keep_rng():
+        torch.rand(3)
+    engine_for(folder, load_weights=False).generate(REQUESTS, SAMPLING)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_vllm_missing_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("aipo.rollout.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install vllm"):
+        make_engine("vllm", "any")

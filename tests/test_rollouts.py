@@ -1,0 +1,145 @@
+"""Layouts of one step's sequences: nothing lost, nothing twice, every token predicted from the right place."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aipo.datasets import Problem
+from aipo.rollout import Completion
+from aipo.rollouts import MicroBatch, Rollouts, filler, micro_batches, pad, token_grid, unpad
+
+lengths_lists = st.lists(st.integers(0, 6), max_size=6)
+sequences = st.lists(
+    st.tuples(st.lists(st.integers(0, 99), min_size=1, max_size=9), st.lists(st.integers(0, 99), max_size=9)),
+    max_size=8,
+)
+
+
+# --- padded and ragged --------------------------------------------------------------------------------------------
+
+
+def test_pad_by_hand() -> None:
+    padded = pad(torch.tensor([1, 2, 3]), torch.tensor([2, 0, 1]), value=-1)
+    assert padded.tolist() == [[1, 2], [-1, -1], [3, -1]]
+    assert token_grid(torch.tensor([2, 0, 1]), 3).tolist() == [[True, True, False], [False] * 3, [True, False, False]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths_lists, st.sampled_from([(), (3,)]), st.sampled_from([torch.float32, torch.long, torch.bool]))
+def test_pad_and_unpad_round_trip(rows: list[int], tail: tuple[int, ...], dtype: torch.dtype) -> None:
+    lengths = torch.tensor(rows, dtype=torch.long)
+    flat = (torch.arange(1, sum(rows) * (3 if tail else 1) + 1).reshape(sum(rows), *tail)).to(dtype)
+    padded = pad(flat, lengths)
+    assert padded.shape == (len(rows), max([*rows, 1]), *tail)
+    assert padded.dtype == dtype
+    assert torch.equal(unpad(padded, lengths), flat)
+    wider = torch.nn.functional.pad(padded, (*[0, 0] * len(tail), 0, 2))  # columns that no row reaches
+    assert torch.equal(unpad(wider, lengths), flat)
+
+
+def test_unpad_carries_the_gradient_to_its_tokens_only() -> None:
+    padded = torch.zeros(2, 3, requires_grad=True)
+    unpad(padded, torch.tensor([1, 3])).sum().backward()
+    assert padded.grad is not None
+    assert padded.grad.tolist() == [[1, 0, 0], [1, 1, 1]]
+
+
+def test_rollouts_lengths_and_engine_logprobs() -> None:
+    completions = [Completion([7, 0], [-1.0, -2.0], "stop"), Completion([], [], "stop"), Completion([0], [-3.0], "length")]
+    rollouts = Rollouts([Problem("1", "q", "a")], [[1, 2]], completions, group_size=3, ids=torch.arange(3))
+    assert rollouts.lengths.tolist() == [2, 0, 1]  # token 0 may be the padding id: lengths decide
+    assert rollouts.logp_engine.tolist() == [[-1, -2], [0, 0], [-3, 0]]
+
+
+# --- micro-batches ------------------------------------------------------------------------------------------------
+
+
+def spans(micro: MicroBatch, sizes: list[int], packing: bool) -> list[slice]:
+    """Where each sequence lies in the flattened (r * s) input."""
+    width, start, out = micro.input_ids.shape[1], 0, []
+    for i, size in enumerate(sizes):
+        first = start if packing else i * width
+        out.append(slice(first, first + size))
+        start += size
+    return out
+
+
+@settings(max_examples=150, deadline=None)
+@given(sequences, st.integers(1, 60), st.booleans())
+def test_micro_batches(rows: list[tuple[list[int], list[int]]], budget: int, packing: bool) -> None:
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    micros = micro_batches(prompts, completions, budget=budget, packing=packing)
+    order = [row for micro in micros for row in micro.rows.tolist()]
+    assert sorted(order) == list(range(len(rows)))  # each row exactly once
+    sizes = [len(p) + len(c) for p, c in rows]
+    assert all(sizes[a] >= sizes[b] for a, b in pairwise(order))  # longest first
+    for micro in micros:
+        members = micro.rows.tolist()
+        assert len(members) == 1 or micro.input_ids.numel() <= budget
+        assert micro.input_ids.shape == micro.position_ids.shape
+        assert micro.input_ids.shape[0] == (1 if packing else len(members))
+        assert micro.lengths.tolist() == [len(completions[i]) for i in members]
+        assert micro.targets.tolist() == [t for i in members for t in completions[i]]
+        assert (micro.attention_mask is None) == packing
+
+        ids, positions = micro.input_ids.flatten(), micro.position_ids.flatten()
+        predictors, used = micro.predictors.tolist(), 0
+        for span, i in zip(spans(micro, [sizes[i] for i in members], packing), members):
+            whole = prompts[i] + completions[i]
+            assert ids[span].tolist() == whole
+            assert positions[span].tolist() == list(range(len(whole)))
+            if micro.attention_mask is not None:
+                attended = micro.attention_mask.flatten()
+                assert attended[span].all()
+                assert not attended[span.stop : span.start + micro.input_ids.shape[1]].any()
+            for t, token in enumerate(completions[i]):
+                where = predictors[used + t]
+                assert where == span.start + len(prompts[i]) - 1 + t  # the state before the token
+                assert ids[where + 1] == token
+            used += len(completions[i])
+        assert used == len(predictors)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sequences.filter(bool), st.integers(1, 60), st.booleans())
+def test_micro_batches_are_full(rows: list[tuple[list[int], list[int]]], budget: int, packing: bool) -> None:
+    """The first sequence of a micro-batch would not have fitted into the one before."""
+    micros = micro_batches([p for p, _ in rows], [c for _, c in rows], budget=budget, packing=packing)
+    for before, after in pairwise(micros):
+        first = len(rows[int(after.rows[0])][0]) + len(rows[int(after.rows[0])][1])
+        longest = before.input_ids.shape[1]
+        assert (before.input_ids.numel() + first if packing else (len(before.rows) + 1) * longest) > budget
+
+
+def test_by_hand() -> None:
+    prompts, completions = [[1, 2], [3]], [[4], [5, 6, 7]]
+    (padded,) = micro_batches(prompts, completions, budget=8, packing=False)
+    assert padded.rows.tolist() == [1, 0]
+    assert padded.input_ids.tolist() == [[3, 5, 6, 7], [1, 2, 4, 0]]
+    assert padded.predictors.tolist() == [0, 1, 2, 5]
+    assert padded.targets.tolist() == [5, 6, 7, 4]
+    assert padded.attention_mask is not None
+    assert padded.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    (packed,) = micro_batches(prompts, completions, budget=7, packing=True)
+    assert packed.input_ids.tolist() == [[3, 5, 6, 7, 1, 2, 4]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert packed.predictors.tolist() == [0, 1, 2, 5]
+    assert len(micro_batches(prompts, completions, budget=7, packing=False)) == 2  # padding costs
+    assert len(micro_batches(prompts, completions, budget=6, packing=True)) == 2
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_no_rows(packing: bool) -> None:
+    assert micro_batches([], [], budget=10, packing=packing) == []
+
+
+def test_filler_holds_nothing_to_learn() -> None:
+    micro = filler().to(torch.device("cpu"))
+    assert micro.input_ids.numel() == 1
+    assert len(micro.rows) == len(micro.lengths) == len(micro.targets) == len(micro.predictors) == 0
+    assert micro.predictors.dtype == micro.targets.dtype == torch.long  # they index

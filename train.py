@@ -1,0 +1,67 @@
+"""Train a model:  accelerate launch train.py --config qwen3_8b.yaml [--resume auto] [--dry-run] [key.path=value ...]"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+
+from aipo.config import dump_config, help_keys, load_config
+from aipo.errors import TrainingError, UserError
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description=__doc__,
+        epilog="keys, for YAML and key.path=value:\n" + help_keys().replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="YAML file; a name without a folder is looked up in configs/")
+    parser.add_argument(
+        "--resume",
+        default="none",
+        metavar="auto|PATH|none",
+        help="go on from the newest checkpoint of the run folder, from this one, or start afresh (default)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, load no weights")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs that --dry-run plans for (default 8)")
+    parser.add_argument(
+        "--gpu-memory-gb",
+        type=float,
+        default=None,
+        help="memory of one GPU for --dry-run (default: this one's, else 80)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the config")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main() -> int:
+    arguments = parse()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            from aipo.planner import dry_run
+
+            print(dump_config(config))
+            return dry_run(config, gpus=arguments.gpus, gpu_memory_gb=arguments.gpu_memory_gb)
+        # Threads that wait must not spin: verifier workers or a second rank would slow training several times.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+        warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.dist", category=FutureWarning)
+        from aipo import distributed  # torch and all that: only once the config is known to be right
+
+        device = distributed.start()
+        from aipo.run import run
+
+        finished = run(config, resume=arguments.resume, device=device)
+        distributed.stop()
+        return 0 if finished else 3
+    except (UserError, TrainingError) as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, UserError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
