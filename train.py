@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 
-from aipo.config import dump_config, help_keys, load_config
+from aipo.config import Config, dump_config, help_keys, load_config
 from aipo.errors import TrainingError, UserError
 
 
@@ -26,7 +26,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="go on from the newest checkpoint of the run folder, from this one, or start afresh (default)",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, load no weights")
-    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs that --dry-run plans for (default 8)")
+    parser.add_argument("--gpus", type=int, help="GPUs that --dry-run plans for (default: those here, or 1)")
     parser.add_argument(
         "--gpu-memory-gb",
         type=float,
@@ -37,15 +37,28 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
+def dry_run(config: Config, arguments: argparse.Namespace) -> int:
+    """Print the resolved config, what the data holds, and the plan; 2 if it does not fit."""
+    import torch
+    from rich.console import Console
+
+    from aipo.planner import plan, render
+    from aipo.run import describe_data
+
+    print(dump_config(config))
+    for line in describe_data(config):
+        print(line)
+    made = plan(config, arguments.gpus or torch.cuda.device_count() or 1, gpu_memory_gb=arguments.gpu_memory_gb)
+    Console().print(render(made))
+    return 2 if made.problems else 0
+
+
 def main() -> int:
     arguments = parse()
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
-            from aipo.planner import dry_run
-
-            print(dump_config(config))
-            return dry_run(config, gpus=arguments.gpus, gpu_memory_gb=arguments.gpu_memory_gb)
+            return dry_run(config, arguments)
         # Threads that wait must not spin: verifier workers or a second rank would slow training several times.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
         warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.dist", category=FutureWarning)

@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from aipo.errors import UserError
 
+POSITION_ELEMENTS = 2**27  # float64 moments of mi.estimator: position, 1 GiB
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 Positive = Annotated[int, Field(gt=0)]
@@ -332,6 +333,12 @@ class Config(Section):
             raise ValueError(
                 "mi.features: quadrature is for scalars: use mi.estimator: coordinate, or features: random"
             )
+        moments = self.rollout.max_tokens * self.mi.num_features**2
+        if self.mi.estimator == "position" and moments > POSITION_ELEMENTS:
+            raise ValueError(
+                f"mi.estimator: position with {self.mi.num_features} features and {self.rollout.max_tokens} tokens "
+                "needs over 1 GiB: lower mi.num_features"
+            )
         if self.rollout.samples_per_question == 1 and self.advantage.baseline != "batch":
             raise ValueError(
                 "rollout.samples_per_question: 1 leaves nothing to compare with: use advantage.baseline: batch"
@@ -356,8 +363,8 @@ class Config(Section):
         per_update = self.rollout.questions_per_step // self.optim.updates_per_batch
         if per_update % world:
             raise UserError(
-                f"rollout.questions_per_step ({self.rollout.questions_per_step}, {per_update} an update) is not divisible by "
-                f"the {world} processes: change it or start another number of processes"
+                f"rollout.questions_per_step ({self.rollout.questions_per_step}, {per_update} an update) is not "
+                f"divisible by the {world} processes: change it or start another number of processes"
             )
 
 

@@ -160,7 +160,8 @@ def importance_weights(
 
     Returns:
         (B, T) weights without gradient, and sums over selected tokens: ``weight``, ``kl`` (k3 estimate of the KL
-        from the engine's distribution to ours, nats) and ``gap`` (absolute difference); ``weight_max`` is a maximum.
+        from the engine's distribution to ours, nats) and ``gap`` (absolute difference); ``weight_max`` is the
+        largest ratio, before the cap.
     """
     difference = torch.where(mask, logp_old - logp_engine, 0.0).detach().float()  # (B, T)
     ratio = difference.exp()  # (B, T)

@@ -26,13 +26,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from aipo.config import POSITION_ELEMENTS
+
 Features = Literal["random", "orthogonal", "quadrature"]
 Sigma = float | Literal["median"]
 Estimator = Literal["coordinate", "pointwise", "position"]
 Normalize = Literal["none", "layernorm", "zscore"]
 
 CHUNK_ELEMENTS = 1 << 24  # size of the largest temporary: 64 MiB in fp32
-POSITION_ELEMENTS = 1 << 27  # size of the per-position second moments: 1 GiB in fp64
 RANK_TOLERANCE = 1e-14  # on eigenvalues, that is 1e-7 on singular values
 
 

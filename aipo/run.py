@@ -92,8 +92,6 @@ def check_inputs(config: Config, world: int) -> Inputs:
         notes.append(
             f"{split}: {len(kept[split])} questions from {getattr(data, split)}" + (f"; dropped {text}" if text else "")
         )
-        if not kept[split]:
-            raise UserError(f"data.{split}: no question is left of {getattr(data, split)}")
     if config.rollout.questions_per_step > len(kept["train"]):
         raise UserError(
             f"rollout.questions_per_step ({config.rollout.questions_per_step}) exceeds the {len(kept['train'])} "
@@ -108,6 +106,19 @@ def check_inputs(config: Config, world: int) -> Inputs:
         validation_fingerprint=fingerprint(held_out),
     )
     return Inputs(path, kept["train"], held_out, prompter, notes, identity)
+
+
+def describe_data(config: Config) -> list[str]:
+    """For --dry-run: how many questions there are, or that a file is not there yet. Raises UserError for bad rows."""
+    lines = []
+    for split in ("train", "validation"):
+        spec = getattr(config.data, split)
+        if not spec.startswith("embedded:") and not Path(spec).is_file():
+            lines.append(f"data.{split}: {spec} is not there yet; before the run, put a JSONL file there")
+            continue
+        loaded = load_problems(spec, split=split)
+        lines.append(f"data.{split}: {len(loaded.problems)} questions; dropped {loaded.dropped}")
+    return lines
 
 
 def on_first(action: Callable[[], T]) -> T:
@@ -227,6 +238,7 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
         end_token_ids=sorted(inputs.prompter.end_ids),
         **options,
     )
+    engine.sleep()  # weights arrive by the first sync; until then its GPU memory serves the loading of the policy
     rewarder = Rewarder(
         weights=(reward.correctness, reward.format, reward.length),
         max_tokens=rollout.max_tokens,

@@ -117,6 +117,13 @@ def test_constant_scores_change_nothing(score: float, length: int, how: str) -> 
     assert torch.equal(out, torch.full((1, 50), 0.7))
 
 
+def test_rounding_noise_is_no_variation() -> None:
+    scores = torch.tensor([[0.1, 0.1 + 1e-8, 0.1, 0.1 - 1e-8]])
+    assert len(scores.unique()) > 1
+    out = blend(torch.tensor([0.7]), scores, torch.tensor([4]), how="additive", weight=0.5)
+    assert torch.equal(out, torch.full((1, 4), 0.7))
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=12).filter(lambda s: len(set(s)) > 1), st.integers(0, 4))
 def test_blend_against_statistics(scores: list[int], padding: int) -> None:

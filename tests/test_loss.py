@@ -43,8 +43,8 @@ def eq2(
             clipped = 1 - clip_low if ratio < 1 - clip_low else 1 + clip_high if ratio > 1 + clip_high else ratio
             surrogate, bounded = ratio * advantage, clipped * advantage
             token = surrogate if surrogate <= bounded else bounded
-            if kl_beta:
-                ref_over_policy = torch.exp(float(logp_ref[i, t]) - logp[i, t])  # type: ignore[index]
+            if kl_beta and logp_ref is not None:
+                ref_over_policy = torch.exp(float(logp_ref[i, t]) - logp[i, t])
                 token = token - kl_beta * (ref_over_policy - torch.log(ref_over_policy) - 1)
             if importance_weight is not None:
                 token = token * float(importance_weight[i, t])
@@ -53,7 +53,7 @@ def eq2(
             rows.append(row / selected)
         tokens, selected_tokens = tokens + row, selected_tokens + selected
     if aggregation == "sequence":
-        return -sum(rows) / len(rows) if rows else tokens
+        return -torch.stack(rows).mean() if rows else tokens
     if aggregation == "token":
         return -tokens / max(selected_tokens, 1)
     if aggregation == "constant":
@@ -163,6 +163,17 @@ def test_by_hand() -> None:
     assert policy_loss(*args)[1]["clip_fraction"] == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize(("sign", "clipped"), [(1.0, [1.5, 1.4]), (-1.0, [0.5])])
+def test_clip_fraction_counts_where_the_bound_decides(sign: float, clipped: list[float]) -> None:
+    ratios = [1.5, 1.4, 1.1, 0.9, 0.5]
+    logp, mask = torch.tensor([ratios]).log(), torch.ones(1, 5, dtype=torch.bool)
+    for kept in range(6):
+        mask[0, kept:] = False
+        metrics = policy_loss(logp, torch.zeros(1, 5), torch.tensor([sign]), mask)[1]
+        assert metrics["clip_fraction"] == pytest.approx(len(set(clipped) & set(ratios[:kept])) / max(kept, 1))
+        mask[:] = True
+
+
 def test_k3_by_hand() -> None:
     logp, logp_ref = torch.tensor([[0.5, 0.2]]).log(), torch.tensor([[0.25, 0.2]]).log()
     args = (logp, logp, torch.zeros(1), torch.ones(1, 2, dtype=torch.bool))
@@ -266,12 +277,14 @@ def test_micro_batches_add_up(seed: int, parts: list[int], aggregation: str) -> 
     names = ("logp", "logp_old", "advantages", "mask")
     options: dict[str, Any] = {"kl_beta": 0.1, "aggregation": aggregation, "max_length": 7}
     named = ("logp_ref", "importance_weight", "lengths")
-    whole, gradient = value_and_gradient(policy_loss, *[b[k] for k in names], **options, **{k: b[k] for k in named})
+    options |= {k: b[k] for k in named}
+    whole, gradient = value_and_gradient(policy_loss, *[b[k] for k in names], **options)
 
     logp = b["logp"].clone().requires_grad_()
     pieces = [{k: v.split(parts)[i] for k, v in {**b, "logp": logp}.items()} for i in range(len(parts))]
-    terms = [loss_terms(*[p[k] for k in names], **options, **{k: p[k] for k in named}) for p in pieces]
-    loss = torch.stack([t.total for t in terms]).sum() / sum(t.denominator for t in terms).clamp(min=1)  # type: ignore[union-attr]
+    terms = [loss_terms(*[p[k] for k in names], **{**options, **{k: p[k] for k in named}}) for p in pieces]
+    denominator = torch.stack([t.denominator for t in terms]).sum().clamp(min=1)
+    loss = torch.stack([t.total for t in terms]).sum() / denominator
     torch.testing.assert_close(loss.detach(), whole, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(loss, logp)[0], gradient, rtol=1e-9, atol=1e-12)
     assert sum(int(t.sums["selected"]) for t in terms) == int(b["mask"].sum())
@@ -279,9 +292,15 @@ def test_micro_batches_add_up(seed: int, parts: list[int], aggregation: str) -> 
 
 def test_bad_arguments() -> None:
     args = (torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1), torch.ones(1, 1, dtype=torch.bool))
-    for options in ({"aggregation": "mean"}, {"ratio": "word"}, {"kl_beta": 0.1}, {"aggregation": "constant"}):
+    bad: list[dict[str, Any]] = [
+        {"aggregation": "mean"},
+        {"ratio": "word"},
+        {"kl_beta": 0.1},
+        {"aggregation": "constant"},
+    ]
+    for options in bad:
         with pytest.raises(ValueError, match=next(iter(options))):
-            policy_loss(*args, **options)  # type: ignore[arg-type]
+            policy_loss(*args, **options)
 
 
 # --- importance correction ----------------------------------------------------------------------------------------

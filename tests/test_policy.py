@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_tiny
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3ForCausalLM
@@ -18,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3ForCausalLM
 from aipo.errors import UserError
 from aipo.policy import Policy, SelectedLogProbs, load_model
 from aipo.rollouts import MicroBatch, filler, micro_batches, pad, unpad
+from tests.tiny import make_tiny
 
 VOCABULARY = 61
 TEMPERATURE = 0.7
@@ -25,7 +25,7 @@ PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [1], [11] * 6, [40, 41]]
 COMPLETIONS = [[1, 2, 3, 4], [60, 0, 0], [7, 7, 7, 7, 7, 7, 7, 7], [3], [50, 51, 52, 53, 54, 55]]
 LENGTHS = torch.tensor([len(c) for c in COMPLETIONS])
 GRID = (len(COMPLETIONS), int(LENGTHS.max()))
-LAYOUTS = {  # keyword arguments of micro_batches
+LAYOUTS: dict[str, dict[str, Any]] = {  # keyword arguments of micro_batches
     "one by one": {"budget": 1, "packing": False},
     "padded": {"budget": 27, "packing": False},
     "packed": {"budget": 20, "packing": True},
@@ -45,7 +45,7 @@ def _one_thread() -> Iterator[None]:
 def llama(tied: bool, seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(
-        LlamaConfig(
+        LlamaConfig(  # type: ignore[call-arg]
             vocab_size=VOCABULARY,
             hidden_size=32,
             intermediate_size=48,
@@ -116,6 +116,11 @@ def ragged(values: Tensor, micro: MicroBatch) -> Tensor:
     return unpad(values[micro.rows], micro.lengths)  # (N,)
 
 
+def checkpoint(policy: Policy) -> None:
+    model: Any = policy.model
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def picked(chosen: Tensor, micro: MicroBatch) -> Callable[[Tensor], Tensor]:
     return lambda states: ragged(chosen, micro)
 
@@ -144,7 +149,7 @@ def test_all_tokens_and_gradient_checkpointing(model: nn.Module) -> None:
     chosen = torch.ones(GRID, dtype=torch.bool)
     expected = reference(model, chosen)
     policy = Policy(copy.deepcopy(model), temperature=TEMPERATURE, head_chunk=3)
-    policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    checkpoint(policy)
     for layout in ("padded", "packed"):
         assert_same(ours(policy, chosen, **LAYOUTS[layout]), expected, chosen)
 
@@ -165,7 +170,7 @@ def test_nothing_selected_still_reaches_every_parameter(packing: bool) -> None:
 def test_head_runs_once_a_forward_whatever_is_selected() -> None:
     policy = Policy(llama(tied=False), temperature=TEMPERATURE, head_chunk=2)
     calls: list[int] = []
-    policy.model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))  # type: ignore[operator]
+    policy.model.lm_head.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
     (micro,) = micro_batches(PROMPTS, COMPLETIONS, budget=1000, packing=True)
     for count in (0, 1, 22):
         policy(micro, select=lambda states, count=count: torch.arange(len(states)) < count)
@@ -203,7 +208,7 @@ def test_hidden_states_are_the_raw_residual_stream(model: nn.Module, layout: str
     policies = {layer: Policy(copy.deepcopy(model), temperature=TEMPERATURE, layer=layer) for layer in (0, -1)}
     if checkpointing:
         for policy in policies.values():
-            policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+            checkpoint(policy)
     seen = 0
     for micro in micro_batches(PROMPTS, COMPLETIONS, **LAYOUTS[layout]):
         first, last = (policies[layer](micro)["states"].split(micro.lengths.tolist()) for layer in (0, -1))
@@ -212,7 +217,7 @@ def test_hidden_states_are_the_raw_residual_stream(model: nn.Module, layout: str
             hidden = model(input_ids=ids, output_hidden_states=True).hidden_states
             predicting = slice(len(PROMPTS[row]) - 1, -1)  # the state at t - 1 predicts token t
             torch.testing.assert_close(first[i], hidden[1][0, predicting].detach(), rtol=1e-4, atol=1e-5)
-            normed = model.base_model.norm(last[i])  # type: ignore[union-attr, operator]
+            normed = model.base_model.norm(last[i])  # type: ignore[operator]
             torch.testing.assert_close(normed, hidden[-1][0, predicting], rtol=1e-4, atol=1e-4)
             assert not torch.allclose(last[i], hidden[-1][0, predicting], rtol=0.1)  # raw, not normed
             assert not last[i].requires_grad
@@ -233,6 +238,9 @@ def test_select_sees_the_states_of_the_same_forward() -> None:
     policy.probed_layer.register_forward_hook(lambda *_: passes.append(1))
     out = policy(micro, select=select)
     assert len(passes) == 1
+    assert (
+        len(policy.probed_layer._forward_hooks) == 1
+    )  # ours; the policy's own is gone, or the backward pass would run it
     assert torch.equal(seen[0], policy(micro)["states"])
     assert torch.equal(out["mask"], seen[0][:, 0] > 0)
     assert 0 < len(out["logp"]) == int(out["mask"].sum()) < len(seen[0])
@@ -268,6 +276,16 @@ def test_selected_logprobs_against_float64(bias: bool, count: int, chunk: int) -
     torch.testing.assert_close(entropy.double(), -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-5)
     for actual, wanted in zip(gradients, torch.autograd.grad(expected, exact, upstream.double())):
         torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_the_head_is_summed_in_float32() -> None:
+    """512 chunks of one position: a bfloat16 sum would stop growing."""
+    torch.manual_seed(0)
+    hidden, weight = torch.ones(512, 4).bfloat16(), torch.zeros(2, 4).bfloat16().requires_grad_()
+    logp, _ = SelectedLogProbs.apply(hidden, weight, None, torch.zeros(512, dtype=torch.long), 1.0, 1)
+    logp.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [[256.0] * 4, [-256.0] * 4]  # (1 - 1/2) * 512
 
 
 def test_logits_never_exceed_one_chunk() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import make_tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from aipo.errors import UserError
@@ -12,6 +11,7 @@ from aipo.rollout import Completion, Request, Sampling, make_engine
 from aipo.rollout.base import keep_rng
 from aipo.rollout.check import check_weight_sync, perturbed
 from aipo.rollout.hf import HfEngine, draw
+from tests.tiny import make_tiny
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [5, 6, 7], [11] * 12, [40, 41]]
 REQUESTS = [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS)]

@@ -50,7 +50,11 @@ def test_unpad_carries_the_gradient_to_its_tokens_only() -> None:
 
 
 def test_rollouts_lengths_and_engine_logprobs() -> None:
-    completions = [Completion([7, 0], [-1.0, -2.0], "stop"), Completion([], [], "stop"), Completion([0], [-3.0], "length")]
+    completions = [
+        Completion([7, 0], [-1.0, -2.0], "stop"),
+        Completion([], [], "stop"),
+        Completion([0], [-3.0], "length"),
+    ]
     rollouts = Rollouts([Problem("1", "q", "a")], [[1, 2]], completions, group_size=3, ids=torch.arange(3))
     assert rollouts.lengths.tolist() == [2, 0, 1]  # token 0 may be the padding id: lengths decide
     assert rollouts.logp_engine.tolist() == [[-1, -2], [0, 0], [-3, 0]]

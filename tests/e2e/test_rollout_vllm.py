@@ -18,9 +18,7 @@ from aipo.errors import UserError
 from aipo.rollout import Completion, Request, Sampling, make_engine
 from aipo.rollout.check import TOLERANCE, check_weight_sync, logprob_gap, perturbed
 from aipo.rollout.vllm import VllmEngine, cpu_threads
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny import make_tiny
+from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.e2e
 

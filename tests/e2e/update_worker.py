@@ -151,7 +151,7 @@ def main() -> None:
         trainer.update(rollouts, kappa=0.3, step=0, clock=Clock())
         raise AssertionError("two bad steps in a row went on")
     except TrainingError as error:
-        assert "2 steps in a row" in str(error)
+        assert "2 steps in a row" in str(error)  # noqa: PT017
     trainer = make_trainer(base, prompter)
     trainer.update(fixed_batch(prompter), kappa=0.3, step=0, clock=Clock())
     assert trainer.bad_steps == 0

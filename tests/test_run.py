@@ -1,0 +1,115 @@
+"""Bad input: one clear line that names the key or file, before any model loads, exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from aipo.config import load_config
+from aipo.errors import UserError
+from aipo.run import check_inputs, resume_command
+from tests.tiny import make_tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("model"))
+
+
+def write(path: Path, rows: list[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+GOOD = [{"question": f"{i} + 1", "answer": str(i + 1)} for i in range(8)]
+
+
+def config_with(model: Path, data: Path, *overrides: str):  # type: ignore[no-untyped-def]
+    return load_config(
+        "tiny.yaml", [f"model.path={model}", f"data.train={data}", f"data.validation={data}", *overrides]
+    )
+
+
+def test_good_input(model: Path, tmp_path: Path) -> None:
+    inputs = check_inputs(config_with(model, write(tmp_path / "d.jsonl", GOOD)), world=2)
+    assert len(inputs.problems) == 8
+    assert len(inputs.held_out) == 4  # validation.questions
+
+
+def test_what_is_dropped_is_counted(model: Path, tmp_path: Path) -> None:
+    rows = [*GOOD, {"question": "long " * 300, "answer": "1"}, GOOD[0], *({"question": "?", "answer": a} for a in "12")]
+    inputs = check_inputs(config_with(model, write(tmp_path / "d.jsonl", rows)), world=1)
+    assert len(inputs.problems) == 8
+    assert "1 duplicate" in inputs.notes[0]
+    assert "2 conflicting answers" in inputs.notes[0]
+    assert "1 longer than 192 tokens" in inputs.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "said"),
+    [
+        (["data.train=nowhere.jsonl"], 1, "nowhere.jsonl"),
+        (["model.path=./nowhere/at/all"], 1, "nowhere/at/all"),
+        (["rollout.questions_per_step=6"], 4, "not divisible by the 4 processes"),
+        (["rollout.questions_per_step=16"], 1, "exceeds the 8 questions"),
+        (["data.max_prompt_tokens=2"], 1, "data.max_prompt_tokens"),
+    ],
+)
+def test_bad_input(model: Path, tmp_path: Path, overrides: list[str], world: int, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_inputs(config_with(model, write(tmp_path / "d.jsonl", GOOD), *overrides), world=world)
+
+
+@pytest.mark.parametrize("row", [{"question": "a"}, {"question": "a", "answer": ""}, {"question": "a", "answer": 3}])
+def test_bad_rows_are_numbered(model: Path, tmp_path: Path, row: object) -> None:
+    with pytest.raises(UserError, match=r"d\.jsonl.*9.*answer"):
+        check_inputs(config_with(model, write(tmp_path / "d.jsonl", [*GOOD, row])), world=1)
+
+
+def test_model_without_chat_template(tmp_path: Path) -> None:
+    bare = make_tiny(tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="no chat template"):
+        check_inputs(config_with(bare, write(tmp_path / "d.jsonl", GOOD)), world=1)
+
+
+def test_engine_that_is_not_installed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setattr("aipo.rollout.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install vllm"):
+        check_inputs(config_with(model, write(tmp_path / "d.jsonl", GOOD)), world=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config", "tiny.yaml", "mask.kapa_start=0.2"], "mask.kappa_start"),
+        (["--config", "tiny.yaml", "optim.lr=fast"], "optim.lr"),
+        (["--config", "tinny.yaml"], "tiny.yaml"),
+    ],
+)
+def test_exit_code_2_and_one_line(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    assert train.main() == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    shown = capsys.readouterr().out
+    for key in ("optim.lr", "mask.kappa_start", "curriculum.refresh_every", "rollout.engine"):
+        assert f"  {key}  (" in shown
+
+
+def test_resume_command_keeps_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "a.yaml", "--resume", "none", "seed=3"])
+    assert resume_command() == "accelerate launch train.py --config a.yaml seed=3 --resume auto"
