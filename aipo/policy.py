@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aipo.errors import UserError
 from aipo.rollouts import MicroBatch
 
 Select = Callable[[Tensor], Tensor]
@@ -38,8 +37,6 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.head_chunk = head_chunk
         layers = self.model.base_model.layers  # type: ignore[union-attr]
-        if not -len(layers) <= layer < len(layers):  # type: ignore[arg-type]
-            raise UserError(f"mi.layer: {layer} is not a layer of this model, which has {len(layers)}")  # type: ignore[arg-type]
         self.probed_layer: nn.Module = layers[layer]  # type: ignore[index, assignment]
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         head.forward = MethodType(_head_forward, head)  # its ZeRO-3 hooks and its name in the checkpoint stay
@@ -141,11 +138,4 @@ def load_model(path: str, *, dtype: torch.dtype, attention: str, gradient_checkp
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    unsupported = [
-        k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(model.config, k, None)
-    ]
-    if unsupported:
-        raise UserError(
-            f"model {path} changes its logits after the head ({', '.join(unsupported)}), which is not supported"
-        )
     return model.train()

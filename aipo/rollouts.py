@@ -51,7 +51,8 @@ class MicroBatch:
     rows: Tensor  # (b,) positions in Rollouts
     input_ids: Tensor  # (r, s): r = b rows padded on the right, or r = 1 packed row
     position_ids: Tensor  # (r, s): start at 0 for every sequence
-    attention_mask: Tensor | None  # (r, s), or None when packed: the positions tell sequences apart
+    # (r, s); None when packed, where the positions tell sequences apart; (1, 1, s, s) bool where prompts are shared
+    attention_mask: Tensor | None
     predictors: Tensor  # (N,) where in the flattened (r * s) states each completion token is predicted
     targets: Tensor  # (N,) completion token ids
     lengths: Tensor  # (b,) completion lengths
@@ -97,6 +98,78 @@ def micro_batches(
         groups[-1].append(row)
         used += sizes[row]
     return [_lay_out(rows, [prompts[i] for i in rows], [completions[i] for i in rows], packing) for rows in groups]
+
+
+def shared_prompt_batches(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, budget: int
+) -> list[MicroBatch]:
+    """Micro-batches in which every distinct prompt stands once, whatever the number of its completions.
+
+    A micro-batch is one row of at most ``budget`` tokens (one sequence always fits); what all its prompts begin with
+    also stands once. A token attends to what comes before it in its own sequence, so states, log-probabilities and
+    gradients are those of separate sequences, up to rounding. The last token of a completion predicts nothing and is
+    left out.
+    """
+    rows_of: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows_of.setdefault(tuple(prompt), []).append(row)
+    groups: list[list[int]] = []
+    used = 0
+    for prompt, rows in sorted(rows_of.items(), key=lambda item: -len(item[0])):
+        seen = False  # the prompt stands in the present micro-batch
+        for row in sorted(rows, key=lambda i: -len(completions[i])):
+            cost = len(completions[row]) + (0 if seen else len(prompt))
+            if not groups or used + cost > budget:
+                groups.append([])
+                used, cost = 0, len(completions[row]) + len(prompt)
+            groups[-1].append(row)
+            used, seen = used + cost, True
+    return [_share(rows, [prompts[i] for i in rows], [completions[i] for i in rows]) for rows in groups]
+
+
+def _share(rows: list[int], prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> MicroBatch:
+    """One row made of a tree of segments: what all prompts begin with, the rest of each, their completions."""
+    distinct = sorted({tuple(prompt) for prompt in prompts})
+    common = 0
+    if len(distinct) > 1:  # sorted, so what the first and the last share, all share
+        shortest = min(map(len, distinct)) - 1  # every prompt keeps its last token, which predicts
+        first, last = distinct[0], distinct[-1]
+        common = next((i for i in range(shortest) if first[i] != last[i]), shortest)
+    tokens: list[int] = []  # s, as are positions and segment
+    positions: list[int] = []
+    segment: list[int] = []
+    parents: list[int | None] = []
+
+    def add(ids: Sequence[int], start: int, parent: int | None) -> int:
+        tokens.extend(ids)
+        positions.extend(range(start, start + len(ids)))
+        segment.extend([len(parents)] * len(ids))
+        parents.append(parent)
+        return len(parents) - 1
+
+    root = add(distinct[0][:common], 0, None)
+    ends: dict[tuple[int, ...], tuple[int, int]] = {}  # prompt -> its segment, and where its last token stands
+    for each in distinct:
+        ends[each] = (add(each[common:], common, root), len(tokens) - 1)
+    predictors: list[int] = []
+    for prompt, completion in zip(prompts, completions):
+        parent, end = ends[tuple(prompt)]
+        predictors += [end, *range(len(tokens), len(tokens) + len(completion) - 1)][: len(completion)]
+        add(completion[:-1], len(prompt), parent)
+    sees = torch.eye(len(parents), dtype=torch.bool)  # (segments, segments)
+    for child, ancestor in enumerate(parents):  # parents come before their children
+        if ancestor is not None:
+            sees[child] |= sees[ancestor]
+    own = torch.tensor(segment)  # (s,)
+    return MicroBatch(
+        rows=torch.tensor(rows, dtype=torch.long),
+        input_ids=torch.tensor([tokens]),
+        position_ids=torch.tensor([positions]),
+        attention_mask=sees[own][:, own].tril()[None, None],  # (1, 1, s, s)
+        predictors=torch.tensor(predictors, dtype=torch.long),
+        targets=torch.tensor([t for c in completions for t in c], dtype=torch.long),
+        lengths=torch.tensor([len(c) for c in completions], dtype=torch.long),
+    )
 
 
 def filler() -> MicroBatch:

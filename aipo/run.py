@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shlex
 import signal
@@ -59,17 +60,19 @@ class Inputs:
 
 def check_inputs(config: Config, world: int) -> Inputs:
     """Read and check model folder, tokenizer and data. Raises UserError; loads no weights."""
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     config.check_world_size(world)
     require_engine(config.rollout.engine)
     path = resolve_model(config.model.path)
     loaded = {split: load_problems(getattr(config.data, split), split=split) for split in ("train", "validation")}
     try:
+        architecture = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path: cannot load the tokenizer of {config.model.path}: {reason}") from None
+        raise UserError(f"model.path: cannot load config and tokenizer of {config.model.path}: {reason}") from None
+    check_model(config, architecture)
     try:
         generation = GenerationConfig.from_pretrained(path)
     except OSError:  # a model need not have one
@@ -87,11 +90,8 @@ def check_inputs(config: Config, world: int) -> Inputs:
     notes, kept = [], {}
     for split, content in loaded.items():
         kept[split], too_long = prompter.filter(content.problems)
-        dropped = {**content.dropped, f"longer than {data.max_prompt_tokens} tokens": too_long}
-        text = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count)
-        notes.append(
-            f"{split}: {len(kept[split])} questions from {getattr(data, split)}" + (f"; dropped {text}" if text else "")
-        )
+        reasons = {**content.dropped, f"longer than {data.max_prompt_tokens} tokens": too_long}
+        notes.append(f"{split}: {len(kept[split])} questions from {getattr(data, split)}{dropped(reasons)}")
     if config.rollout.questions_per_step > len(kept["train"]):
         raise UserError(
             f"rollout.questions_per_step ({config.rollout.questions_per_step}) exceeds the {len(kept['train'])} "
@@ -108,6 +108,28 @@ def check_inputs(config: Config, world: int) -> Inputs:
     return Inputs(path, kept["train"], held_out, prompter, notes, identity)
 
 
+def check_model(config: Config, architecture: Any) -> None:
+    """What can be wrong between a config and the model's own."""
+    layers, context = architecture.num_hidden_layers, architecture.max_position_embeddings
+    longest = config.data.max_prompt_tokens + config.rollout.max_tokens
+    if not -layers <= config.mi.layer < layers:
+        raise UserError(f"mi.layer: {config.mi.layer} is not a layer of {config.model.path}, which has {layers}")
+    if longest > context:
+        raise UserError(
+            f"data.max_prompt_tokens + rollout.max_tokens ({longest}) exceed the {context} tokens that "
+            f"{config.model.path} can read: lower one of them"
+        )
+    scalings = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    if changed := [key for key in scalings if getattr(architecture, key, None) not in (None, 1.0)]:
+        raise UserError(f"{config.model.path} changes its logits after the head ({changed[0]}): not supported")
+
+
+def dropped(reasons: dict[str, int]) -> str:
+    """Counts of dropped questions as the end of a sentence; nothing where none was."""
+    text = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons.items() if count)
+    return f"; dropped {text}" if text else ""
+
+
 def describe_data(config: Config) -> list[str]:
     """For --dry-run: how many questions there are, or that a file is not there yet. Raises UserError for bad rows."""
     lines = []
@@ -117,7 +139,7 @@ def describe_data(config: Config) -> list[str]:
             lines.append(f"data.{split}: {spec} is not there yet; before the run, put a JSONL file there")
             continue
         loaded = load_problems(spec, split=split)
-        lines.append(f"data.{split}: {len(loaded.problems)} questions; dropped {loaded.dropped}")
+        lines.append(f"data.{split}: {len(loaded.problems)} questions from {spec}{dropped(loaded.dropped)}")
     return lines
 
 
@@ -410,4 +432,6 @@ def resume_command() -> str:
         at = arguments.index("--resume")
         del arguments[at : at + 2]
     arguments = [a for a in arguments if not a.startswith("--resume=")]
-    return "accelerate launch train.py " + shlex.join([*arguments, "--resume", "auto"])
+    world = distributed.world_size()
+    launcher = "torchrun --nproc_per_node " + str(world) if "TORCHELASTIC_RUN_ID" in os.environ else "accelerate launch"
+    return f"{launcher} train.py " + shlex.join([*arguments, "--resume", "auto"])

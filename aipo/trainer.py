@@ -31,7 +31,7 @@ from aipo.metrics import Accuracy
 from aipo.progress import Progress
 from aipo.rollout.base import Sampling
 from aipo.rollout.collect import Collector
-from aipo.rollouts import MicroBatch, Rollouts, filler, micro_batches, pad, unpad
+from aipo.rollouts import MicroBatch, Rollouts, filler, micro_batches, pad, shared_prompt_batches, unpad
 from aipo.selection import TokenSelector
 from aipo.sharding import Sharded, learning_rate
 from aipo.tracking import Tracker
@@ -236,7 +236,10 @@ class Trainer:
     def batches(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[MicroBatch]:
         """Micro-batches on the device, as many as the rank with most has (ZeRO-3 counts forward passes)."""
         optim = self.config.optim
-        made = micro_batches(prompts, completions, budget=optim.micro_tokens, packing=optim.packing)
+        if optim.share_prompts:
+            made = shared_prompt_batches(prompts, completions, budget=optim.micro_tokens)
+        else:
+            made = micro_batches(prompts, completions, budget=optim.micro_tokens, packing=optim.packing)
         made += [filler()] * (distributed.agree_max(len(made)) - len(made))
         return [micro.to(self.device) for micro in made]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from aipo.datasets import Problem
 from aipo.rollout import Completion
-from aipo.rollouts import MicroBatch, Rollouts, filler, micro_batches, pad, token_grid, unpad
+from aipo.rollouts import MicroBatch, Rollouts, filler, micro_batches, pad, shared_prompt_batches, token_grid, unpad
 
 lengths_lists = st.lists(st.integers(0, 6), max_size=6)
 sequences = st.lists(
@@ -135,6 +135,45 @@ def test_by_hand() -> None:
     assert packed.predictors.tolist() == [0, 1, 2, 5]
     assert len(micro_batches(prompts, completions, budget=7, packing=False)) == 2  # padding costs
     assert len(micro_batches(prompts, completions, budget=6, packing=True)) == 2
+
+
+ROWS = st.lists(
+    st.tuples(st.lists(st.integers(1, 2), min_size=1, max_size=4), st.lists(st.integers(3, 9), max_size=4)),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(ROWS, st.integers(1, 40))
+def test_shared_prompts(rows: list[tuple[list[int], list[int]]], budget: int) -> None:
+    """Each token sees exactly the tokens before it in its own sequence, at their own positions."""
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    micros = shared_prompt_batches(prompts, completions, budget=budget)
+    assert sorted(i for micro in micros for i in micro.rows.tolist()) == list(range(len(rows)))
+    for micro in micros:
+        ids, sees = micro.input_ids[0], micro.attention_mask
+        assert sees is not None
+        assert len(micro.rows) == 1 or ids.numel() <= budget
+        at = 0
+        for row, length in zip(micro.rows.tolist(), micro.lengths.tolist()):
+            sequence = [*prompts[row], *completions[row]]
+            assert micro.targets[at : at + length].tolist() == completions[row]
+            for t in range(length):
+                seen = sees[0, 0, micro.predictors[at + t]].nonzero()[:, 0]
+                before = len(prompts[row]) + t
+                assert ids[seen].tolist() == sequence[:before]
+                assert micro.position_ids[0, seen].tolist() == list(range(before))
+            at += length
+
+
+def test_shared_prompts_stand_once() -> None:
+    """By hand: 1 2 begins both prompts; the last token of a completion is not needed."""
+    (micro,) = shared_prompt_batches([[1, 2, 3], [1, 2, 4], [1, 2, 3]], [[5, 6], [7], [8, 9]], budget=100)
+    assert micro.rows.tolist() == [0, 2, 1]
+    assert micro.input_ids.tolist() == [[1, 2, 3, 4, 5, 8]]
+    assert micro.position_ids.tolist() == [[0, 1, 2, 2, 3, 3]]
+    assert micro.targets.tolist() == [5, 6, 8, 9, 7]
+    assert micro.predictors.tolist() == [2, 4, 2, 5, 3]
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -57,6 +57,8 @@ def test_what_is_dropped_is_counted(model: Path, tmp_path: Path) -> None:
         (["rollout.questions_per_step=6"], 4, "not divisible by the 4 processes"),
         (["rollout.questions_per_step=16"], 1, "exceeds the 8 questions"),
         (["data.max_prompt_tokens=2"], 1, "data.max_prompt_tokens"),
+        (["mi.layer=2"], 1, "mi.layer: 2 is not a layer"),
+        (["rollout.max_tokens=100000"], 1, "exceed the"),
     ],
 )
 def test_bad_input(model: Path, tmp_path: Path, overrides: list[str], world: int, said: str) -> None:
@@ -75,6 +77,14 @@ def test_model_without_chat_template(tmp_path: Path) -> None:
     (bare / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="no chat template"):
         check_inputs(config_with(bare, write(tmp_path / "d.jsonl", GOOD)), world=1)
+
+
+def test_model_that_scales_its_logits(tmp_path: Path) -> None:
+    capped = make_tiny(tmp_path / "capped")
+    config = json.loads((capped / "config.json").read_text())
+    (capped / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 30.0}))
+    with pytest.raises(UserError, match="final_logit_softcapping"):
+        check_inputs(config_with(capped, write(tmp_path / "d.jsonl", GOOD)), world=1)
 
 
 def test_engine_that_is_not_installed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         assert float((a[name] - tensor).abs().max()) <= TOLERANCE * largest, name
 
 
-LAYOUTS = ["one by one", "two by two", "four by four", "packed", "checkpointed"]
+LAYOUTS = ["one by one", "two by two", "four by four", "packed", "shared prompts", "checkpointed"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -39,6 +39,7 @@ VARIANTS = {
     "zero 3, two by two": ["optim.micro_tokens=100"],
     "zero 3, four by four": ["optim.micro_tokens=200"],
     "zero 3, packed": ["optim.micro_tokens=150", "optim.packing=true"],
+    "zero 3, shared prompts": ["optim.micro_tokens=100", "optim.share_prompts=true"],
     "zero 3, checkpointed": ["model.gradient_checkpointing=true"],
     "zero 2": ["sharding.zero_stage=2"],
     "zero 1": ["sharding.zero_stage=1"],
