@@ -117,7 +117,13 @@ def weights(sharded: Sharded) -> torch.Tensor:
 
 def config_of(overrides: list[str]) -> Config:
     usual = [f"model.path={MODEL}", "model.dtype=float32", "rollout.samples_per_question=2", "optim.max_grad_norm=1e9"]
-    usual += ["rollout.questions_per_step=6", "loss.kl_beta=0.1", "mask.kappa_start=0.3", "rollout.max_tokens=30"]
+    usual += [
+        "rollout.questions_per_step=6",
+        "loss.kl_beta=0.1",
+        "mask.kappa_start=0.3",
+        "rollout.max_tokens=30",
+        "optim.share_prompts=false",
+    ]
     return load_config("tiny.yaml", [*usual, f"optim.betas=[{BETA1}, 0.95]", *overrides])
 
 
