@@ -15,8 +15,8 @@ from torch import Tensor
 from aipo import distributed
 from aipo.config import Config
 from aipo.mask import MaskRule
-from aipo.mi import TokenScorer
 from aipo.rollouts import MicroBatch, Rollouts, pad, token_grid, unpad
+from aipo.scorer import TokenScorer
 
 States = Callable[[MicroBatch], Tensor]
 """micro-batch -> (N, d) hidden states that predict its completion tokens; a collective"""

@@ -24,7 +24,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from aipo.mi import Features, TokenScorer, coordinate_scores, exact_hsic
+from aipo.mi import Features, coordinate_scores, exact_hsic
+from aipo.scorer import TokenScorer
 
 QUESTIONS, ROLLOUTS, TOKENS, SIZE = 24, 4, 64, 128  # rollouts are TOKENS / 2 to TOKENS tokens long
 PLANTED = 0.2

@@ -15,14 +15,12 @@ from torch import Tensor
 
 from aipo.mi import (
     FourierFeatures,
-    TokenScorer,
     coordinate_scores,
     exact_hsic,
     fast_hsic,
     median_bandwidth,
-    pointwise_scores,
-    position_scores,
 )
+from aipo.scorer import TokenScorer, pointwise_scores, position_scores
 
 KINDS = ["random", "orthogonal", "quadrature"]
 

@@ -1,0 +1,320 @@
+"""Token scores of a run: the object that the trainer uses, and the estimators that look beyond one sequence.
+
+``coordinate`` scores a sequence alone. ``pointwise`` and ``position`` (see :mod:`aipo.mi`) need moments over the whole
+batch and all ranks first, and ``pointwise`` keeps a running average of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from math import isqrt
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from aipo.config import POSITION_ELEMENTS
+from aipo.mi import (
+    Estimator,
+    Features,
+    FourierFeatures,
+    Normalize,
+    Sigma,
+    median_bandwidth,
+    positive,
+    stream_coordinate_scores,
+    tokens_that_fit,
+)
+
+
+def pointwise_scores(
+    hidden: Tensor,
+    gold: Tensor,
+    lengths: Tensor,
+    *,
+    num_features: int,
+    sigma: Sigma,
+    seed: int = 0,
+    center: bool = True,
+    features: Features = "random",
+) -> Tensor:
+    """Each token's share phi_c(h_t)^T C psi_c(h*) of ||C||_F^2, C the cross-covariance over this batch.
+
+    hidden (N, d) holds the tokens of B rollouts one after another, gold (B, d), lengths (B,) with sum N -> fp32 (N,).
+    The scores average to HSIC (n - 1)/n and may be negative. "median" takes the tokens' bandwidth for both variables.
+    """
+    scorer = TokenScorer(
+        estimator="pointwise",
+        features=features,
+        num_features=num_features,
+        sigma=sigma,
+        center=center,
+        seed=seed,
+    )
+    return scorer._fit_score(hidden, gold, lengths)
+
+
+def position_scores(
+    hidden: Tensor,
+    gold: Tensor,
+    lengths: Tensor,
+    *,
+    num_features: int,
+    sigma: Sigma,
+    seed: int = 0,
+    center: bool = True,
+    features: Features = "random",
+) -> Tensor:
+    """HSIC over the rollouts still running at step t, shared by all of them; shapes as :func:`pointwise_scores`.
+
+    A step that fewer than two rollouts reach scores 0.
+    """
+    scorer = TokenScorer(
+        estimator="position",
+        features=features,
+        num_features=num_features,
+        sigma=sigma,
+        center=center,
+        seed=seed,
+        max_positions=max(1, int(lengths.max())),
+    )
+    return scorer._fit_score(hidden, gold, lengths)
+
+
+@dataclass
+class Moments:
+    """Sums of features over samples, in fp64, for P independent sets of samples."""
+
+    count: Tensor  # (P,)
+    x: Tensor  # (P, D)
+    y: Tensor  # (P, D)
+    xy: Tensor  # (P, D, D)
+
+    @classmethod
+    def zeros(cls, sets: int, num_features: int, device: torch.device) -> Moments:
+        shapes = [(sets,), (sets, num_features), (sets, num_features), (sets, num_features, num_features)]
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def add(self, start: int, count: Tensor, phi_x: Tensor, phi_y: Tensor) -> None:
+        """Add to the sets from ``start`` on: count (p,), phi_x (p, D) summed over a set, phi_y (D,) common to all."""
+        sets = slice(start, start + len(count))
+        self.count[sets] += count
+        self.x[sets] += phi_x
+        self.y[sets] += count[:, None] * phi_y
+        self.xy[sets] += phi_x[:, :, None] * phi_y
+
+    def means(self, center: bool) -> tuple[Tensor, Tensor]:
+        """(P, D) means of phi_x and phi_y, or zeros where nothing is to be centred."""
+        count = self.count.clamp(min=1)[:, None] if center else torch.inf
+        return self.x / count, self.y / count
+
+    def covariance(self, center: bool) -> Tensor:
+        """(P, D, D), with n - 1; zero for a set of fewer than two samples."""
+        mean_x, _ = self.means(center)
+        total = self.xy - mean_x[:, :, None] * self.y[:, None, :]
+        return total * ((self.count > 1) / (self.count - 1).clamp(min=1))[:, None, None]
+
+    def averaged(self, new: Moments, decay: float) -> Moments:
+        """Moving average of the means, with the sample count of ``new``."""
+        old_weight = decay * new.count / self.count.clamp(min=1)
+        mix = [(1 - decay) * b + a * old_weight.view(-1, *[1] * (a.dim() - 1)) for a, b in zip(self, new)]
+        return Moments(new.count, *mix[1:])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.count, self.x, self.y, self.xy))
+
+
+class TokenScorer:
+    """Scores the completion tokens of a run, holding what must outlive a step: the draws and the running covariance.
+
+    ``local`` says that a rollout's scores depend on that rollout alone (coordinate). Then ``score`` is all there is,
+    and it can be called on the hidden states of the very forward that is back-propagated. Otherwise a step takes two
+    passes over its micro-batches: ``observe`` each, ``reduce`` once, ``score`` each, on every rank.
+
+    Arguments beyond those of :func:`fast_hsic`:
+        normalize: "layernorm" gives every state zero mean and unit variance over its coordinates; "zscore" does so for
+            every coordinate over the rollout's tokens (h* with the same shift and scale). "none" takes raw states.
+        sigma: with "median", coordinate finds the bandwidths of every rollout anew; the others fix one for the run,
+            the mean over ranks of the first micro-batch's, for both variables.
+        token_chunk: tokens held at a time by the coordinate estimator; None takes as many as 64 MiB hold.
+        ema_decay, warmup_steps: pointwise averages the moments behind C over steps, plainly during ``warmup_steps``
+            and then by a moving average. With 0 and 0 every step's C is its own.
+        max_positions: the longest completion; only position needs it. It takes 8 T D^2 bytes, 1 GiB at most.
+        all_reduce: sums a tensor over ranks, in place, and returns it.
+    Raises ValueError for an unknown choice, quadrature features of vectors, and position moments over the limit.
+    """
+
+    def __init__(
+        self,
+        *,
+        estimator: Estimator = "coordinate",
+        features: Features = "random",
+        num_features: int = 256,
+        sigma: Sigma = 50.0,
+        center: bool = True,
+        normalize: Normalize = "none",
+        token_chunk: int | None = None,
+        ema_decay: float = 0.9,
+        warmup_steps: int = 10,
+        max_positions: int | None = None,
+        seed: int = 0,
+        all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:
+        if estimator not in get_args(Estimator):
+            raise ValueError(f"estimator must be one of {', '.join(get_args(Estimator))}, not {estimator!r}")
+        if normalize not in get_args(Normalize):
+            raise ValueError(f"normalize must be one of {', '.join(get_args(Normalize))}, not {normalize!r}")
+        if estimator != "coordinate" and features == "quadrature":
+            raise ValueError(f"quadrature features exist for scalars only: the {estimator} estimator has vectors")
+        if estimator == "position":
+            if max_positions is None:
+                raise ValueError("the position estimator needs max_positions, the longest completion")
+            if max_positions * num_features**2 > POSITION_ELEMENTS:
+                raise ValueError(
+                    f"{max_positions} positions with {num_features} features need over 1 GiB; "
+                    f"take at most {isqrt(POSITION_ELEMENTS // max_positions)} features"
+                )
+        self.estimator, self.features, self.num_features, self.sigma = estimator, features, num_features, sigma
+        self.center, self.normalize, self.token_chunk, self.seed = center, normalize, token_chunk, seed
+        self.ema_decay, self.warmup_steps, self.all_reduce = ema_decay, warmup_steps, all_reduce
+        self.sets = max_positions if estimator == "position" and max_positions else 1
+        self.bandwidth = None if sigma == "median" else torch.tensor(positive(sigma), dtype=torch.float64)
+        # Vectors get their draw when their size is known.
+        self.phi_of = FourierFeatures.draw(features, 1, num_features, seed) if self.local else None
+        self.batch: Moments | None = None  # sums over this step's micro-batches so far
+        self.running: Moments | None = None  # what scores are made from
+        self.steps = 0
+
+    @property
+    def local(self) -> bool:
+        return self.estimator == "coordinate"
+
+    @torch.no_grad()
+    def score(self, hidden: Tensor, gold: Tensor, lengths: Tensor) -> Tensor:
+        """hidden (N, d): states of B rollouts one after another; gold (B, d); lengths (B,), sum N -> fp32 (N,)."""
+        scores = [hidden.new_zeros(0, dtype=torch.float32)]
+        if self.local:
+            assert self.phi_of is not None
+            for states, answer in self._rollouts(hidden, gold, lengths):
+                scores.append(
+                    stream_coordinate_scores(states, answer, self.phi_of, self.sigma, self.center, self.token_chunk)
+                )
+            return torch.cat(scores)
+        if self.running is None:
+            raise RuntimeError(f"the {self.estimator} estimator scores after observe() and reduce()")
+        covariance = self.running.covariance(self.center)  # (P, D, D)
+        hsic = covariance.square().sum((-1, -2))  # (P,)
+        mean_x, mean_y = self.running.means(self.center)  # (P, D) each
+        for states, answer in self._rollouts(hidden, gold, lengths):
+            phi_x, phi_y, measured = self._phi(states, answer)
+            if self.estimator == "position":
+                score = hsic[: len(states)]
+            else:
+                score = (phi_x - mean_x) @ (covariance[0] @ (phi_y - mean_y[0]))
+            scores.append((score * measured).float())
+        return torch.cat(scores)
+
+    @torch.no_grad()
+    def observe(self, hidden: Tensor, gold: Tensor, lengths: Tensor) -> None:
+        """Add a micro-batch (shapes as ``score``; it may be empty) to the moments of this step.
+
+        The first one of a run with sigma "median" is a collective.
+        """
+        if self.local:
+            raise RuntimeError("the coordinate estimator has nothing to observe")
+        rollouts = list(self._rollouts(hidden, gold, lengths))
+        if self.bandwidth is None:
+            found = hidden.new_zeros(2, dtype=torch.float64)  # bandwidth, 1; zeros from a rank without tokens
+            if rollouts:
+                found[0], found[1] = median_bandwidth(torch.cat([states for states, _ in rollouts])), 1
+            total, ranks = self.all_reduce(found).tolist()
+            self.bandwidth = torch.tensor(total / ranks, dtype=torch.float64) if ranks else None
+        if self.batch is None:
+            self.batch = Moments.zeros(self.sets, self.num_features, hidden.device)
+        for states, answer in rollouts:
+            phi_x, phi_y, measured = self._phi(states, answer)
+            if self.estimator == "pointwise":
+                self.batch.add(0, measured.sum(0, keepdim=True), phi_x.sum(0, keepdim=True), phi_y)
+                continue
+            if len(states) > self.sets:
+                raise ValueError(f"a completion of {len(states)} tokens is longer than max_positions = {self.sets}")
+            step = tokens_that_fit(self.num_features**2)
+            for t in range(0, len(states), step):
+                self.batch.add(t, measured[t : t + step], phi_x[t : t + step], phi_y)
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Sum the observed moments over ranks and make them what ``score`` uses. Once a step, on every rank."""
+        if self.batch is None:
+            raise RuntimeError("reduce() needs an observe() on every rank first, be it of an empty micro-batch")
+        new, self.batch = Moments(*(self.all_reduce(tensor) for tensor in self.batch)), None
+        if self.estimator == "pointwise" and self.running is not None:
+            if not new.count.any():
+                return
+            decay = self.steps / (self.steps + 1) if self.steps < self.warmup_steps else self.ema_decay
+            new = self.running.averaged(new, decay)
+        self.running, self.steps = new, self.steps + 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Plain tensors; taken between steps, when no micro-batch is half observed."""
+        state = {"steps": torch.tensor(self.steps)}
+        if self.bandwidth is not None:
+            state["bandwidth"] = self.bandwidth
+        for name, part in (("phi", self.phi_of), ("running", self.running)):
+            if part is not None:
+                state |= {f"{name}.{field.name}": getattr(part, field.name) for field in fields(part)}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Undo everything since ``state_dict``. Raises ValueError for another number of features."""
+
+        def part(name: str) -> dict[str, Tensor]:
+            return {key.removeprefix(name): value.clone() for key, value in state.items() if key.startswith(name)}
+
+        phi, running = part("phi."), part("running.")
+        if phi and len(phi["phase"]) != self.num_features:
+            raise ValueError(f"the saved scorer has {len(phi['phase'])} features, this one {self.num_features}")
+        self.phi_of = FourierFeatures(**phi) if phi else None
+        self.running = Moments(**running) if running else None
+        self.bandwidth = state.get("bandwidth")
+        self.steps, self.batch = int(state["steps"]), None
+
+    def _fit_score(self, hidden: Tensor, gold: Tensor, lengths: Tensor) -> Tensor:
+        self.observe(hidden, gold, lengths)
+        self.reduce()
+        return self.score(hidden, gold, lengths)
+
+    def _rollouts(self, hidden: Tensor, gold: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The normalised states (T, d) and gold state (d,) of each rollout that has tokens."""
+        if int(lengths.sum()) != len(hidden) or len(lengths) != len(gold):
+            raise ValueError(f"{len(hidden)} states and {len(gold)} gold states do not fit lengths {lengths.tolist()}")
+        for states, answer in zip(hidden.split(lengths.tolist()), gold):
+            if len(states):
+                yield _normalized(states, answer, self.normalize)
+
+    def _phi(self, states: Tensor, answer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """fp64 features (T, D) and (D,), zero where not finite, and whether a token can be measured (T,), 1 or 0."""
+        assert self.bandwidth is not None, "a batch without tokens has no bandwidth"
+        if self.phi_of is None:
+            self.phi_of = FourierFeatures.draw(self.features, states.shape[-1], self.num_features, self.seed)
+        with torch.autocast(states.device.type, enabled=False):
+            x, y = states.float(), answer.float()
+            phi_of, sigma = self.phi_of.to(x), float(self.bandwidth)
+            phi_x, phi_y = phi_of(x, sigma).double(), phi_of(y, sigma).double()
+        measured = phi_x.isfinite().all(-1) & phi_y.isfinite().all()
+        return torch.where(measured[:, None], phi_x, 0.0), torch.nan_to_num(phi_y), measured.double()
+
+
+def _normalized(states: Tensor, answer: Tensor, how: Normalize) -> tuple[Tensor, Tensor]:
+    """(T, d), (d,) -> the same shapes; a coordinate or state without variance becomes zeros."""
+    if how == "none":
+        return states, answer
+    states, answer = states.float(), answer.float()
+    if how == "layernorm":
+        size = states.shape[-1:]
+        return torch.nn.functional.layer_norm(states, size), torch.nn.functional.layer_norm(answer, size)
+    finite = states[states.isfinite().all(-1)]
+    mean, std = finite.mean(0), finite.std(0, correction=0)
+    std = torch.where(std > 0, std, torch.inf)
+    return (states - mean) / std, (answer - mean) / std
