@@ -18,7 +18,8 @@ class Prompter:
     """Turns questions into prompts: system line, worked (user, assistant) turns, the question and ``suffix``.
 
     ``thinking`` reaches the template as ``enable_thinking``; templates that do not know it ignore it.
-    ``end_ids`` are the tokens after which a completion is over.
+    ``end_ids`` are the tokens after which a completion is over; ``opening`` is what the prompt has already opened of
+    the reply, ``<think>`` or nothing.
     Raises ``UserError`` for a tokenizer without a chat template, or one whose template refuses these turns.
     """
 
@@ -49,7 +50,9 @@ class Prompter:
             self.turns.append({"role": "user", "content": user})
             self.turns.append({"role": "assistant", "content": assistant})
         try:
-            self.encode("")
+            prompt = str(tokenizer.decode(self.encode("")))
+            # some templates open the thinking block themselves: a completion then begins inside it
+            self.opening = "<think>" if "<think>" in prompt.rpartition("</think>")[2] else ""
             self.end_ids = end_token_ids(tokenizer, generation_config)
         except TemplateError as error:
             raise UserError(

@@ -391,7 +391,7 @@ class Trainer:
             "rollout/truncated": per("truncated", "rollouts"),
             "rollout/used": per("used", "rollouts"),
             "loss/total": per("loss", "denominator"),
-            "loss/kl": per("kl", "selected"),
+            **({} if self.reference is None else {"loss/kl": per("kl", "selected")}),
             "loss/clip_fraction": per("clip_fraction", "selected"),
             "loss/skipped_steps": total["skipped"] / world,
             "policy/entropy": per("entropy", "selected"),

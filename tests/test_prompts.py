@@ -63,6 +63,13 @@ def test_thinking_reaches_templates_that_know_it() -> None:
     assert prompter(plain, thinking=True).encode("hi") == prompter(plain, thinking=False).encode("hi")
 
 
+@pytest.mark.parametrize(("thinking", "opening"), [(True, "<think>"), (False, "")])
+def test_a_thinking_block_that_the_template_opens(thinking: bool, opening: str) -> None:
+    opens = THINKING.replace("{% endif %}{% endif %}", "{% else %}<think>\n{% endif %}{% endif %}")
+    assert prompter(tokenizer(opens), thinking=thinking).opening == opening
+    assert prompter(tokenizer(THINKING), thinking=thinking).opening == ""
+
+
 @pytest.mark.parametrize(
     ("gold_text", "text"),
     [("answer", "\\frac{1}{2}"), ("boxed", "\\boxed{\\frac{1}{2}}"), ("question_answer", "Half of 1?\n\\frac{1}{2}")],

@@ -50,7 +50,8 @@ class Collector:
         texts = [""] * len(requests)
 
         def finished(i: int, completion: Completion) -> None:
-            texts[i] = str(self.prompter.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+            text = self.prompter.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            texts[i] = f"{self.prompter.opening}{text}"
             problem = problems[owner[i]]
             self.rewarder.submit(i, problem.answer, problem.kind, texts[i], len(completion.token_ids))
             if on_done is not None:
