@@ -29,6 +29,7 @@ from aipo.evaluation import validate
 from aipo.loss import importance_weights, loss_terms
 from aipo.metrics import Accuracy
 from aipo.progress import Progress
+from aipo.reporting import dump_batch, reduce_metrics, rollout_rows
 from aipo.rollout.base import Sampling
 from aipo.rollout.collect import Collector
 from aipo.rollouts import MicroBatch, Rollouts, filler, micro_batches, pad, shared_prompt_batches, unpad
@@ -123,13 +124,15 @@ class Trainer:
                 self.collector.engine.sync(self.sharded.full_parameters())
 
             self.step += 1
-            metrics = self.reduce_metrics(rollouts, metrics, clock) | {"mask/kappa": kappa, **self.curriculum.metrics()}
+            metrics = reduce_metrics(rollouts, metrics, clock.seconds) | self.curriculum.metrics()
+            metrics |= {"mask/kappa": kappa, "policy/lr": learning_rate(step, config)}
             if self.step % config.validation.every == 0 or self.step == steps:
                 self.curriculum.observe_validation(self.validate().value)
                 metrics |= self._validation
             self.refresh_labels(rollouts, kappa)
             self.tracker.log(self.step, metrics)
-            self.tracker.log_rollouts(self.step, self.rollout_rows(rollouts))
+            tokenizer, count = self.collector.prompter.tokenizer, config.tracking.rollouts_per_step
+            self.tracker.log_rollouts(self.step, rollout_rows(rollouts, self.selector, tokenizer, count))
             self.progress.update(self.step, metrics)
             stop = not distributed.all_true(not self.stop_requested())
             if self.step % config.checkpoint.every == 0 or self.step == steps or stop:
@@ -181,6 +184,8 @@ class Trainer:
                     )
                 with clock("backward"):
                     sharded.backward(terms.total)
+                if self.reference is None:
+                    del terms.sums["kl"]  # not measured, which is not zero
                 denominator += float(terms.denominator)
                 sums["loss"] += float(terms.total.detach())
                 sums["entropy"] += float(out["entropy"].sum())
@@ -308,7 +313,7 @@ class Trainer:
             return
         self.bad_steps += 1
         sums["skipped"] = sums.get("skipped", 0.0) + 1
-        self.dump(part, rollouts)
+        dump_batch(self.tracker.folder / "bad_steps", self.step + 1, part, rollouts, self.selector)
         if self.bad_steps >= self.config.guards.max_bad_steps:
             raise TrainingError(
                 f"loss or gradient was not finite in {self.bad_steps} steps in a row (the last is {self.step + 1}); "
@@ -361,92 +366,6 @@ class Trainer:
                 on_done=lambda: task.advance(world),
             )
         return self.accuracy
-
-    def reduce_metrics(self, rollouts: Rollouts, local: dict[str, float], clock: Clock) -> dict[str, float]:
-        """What this rank saw -> means over all ranks, under the names that are logged."""
-        lengths = rollouts.lengths
-        mine = dict(local) | {
-            "tokens": float(lengths.sum()),
-            "rollouts": float(len(lengths)),
-            "truncated": float(sum(c.finish_reason == "length" for c in rollouts.completions)),
-            "used": float(rollouts.used.sum()),
-        }
-        questions = [problem.id for problem in rollouts.problems]
-        parts = distributed.gather_objects((mine, dict(clock.seconds), questions))
-        total: defaultdict[str, float] = defaultdict(float)
-        for part, _, _ in parts:
-            for key, value in part.items():
-                total[key] += value
-
-        def per(key: str, count: str) -> float:
-            return total[key] / total[count] if total[count] else 0.0
-
-        seconds = {phase: max(part.get(phase, 0.0) for _, part, _ in parts) for phase in clock.seconds}
-        world = len(parts)
-        return {
-            **{k: v / world for k, v in total.items() if k.startswith("reward/")},
-            "rollout/questions": float(len({question for _, _, part in parts for question in part})),
-            "rollout/length_mean": per("tokens", "rollouts"),
-            "rollout/tokens": total["tokens"],
-            "rollout/truncated": per("truncated", "rollouts"),
-            "rollout/used": per("used", "rollouts"),
-            "loss/total": per("loss", "denominator"),
-            **({} if self.reference is None else {"loss/kl": per("kl", "selected")}),
-            "loss/clip_fraction": per("clip_fraction", "selected"),
-            "loss/skipped_steps": total["skipped"] / world,
-            "policy/entropy": per("entropy", "selected"),
-            "policy/grad_norm": total["grad_norm"] / world,
-            "policy/lr": learning_rate(self.step - 1, self.config),
-            "mask/otf": per("selected", "tokens"),
-            "mi/mean": per("mi", "mi_tokens"),
-            "mi/skew": per("mi_skew", "mi_sequences"),
-            "mismatch/kl": per("mismatch_kl", "selected"),
-            "mismatch/gap": per("mismatch_gap", "selected"),
-            "mismatch/weight_mean": per("mismatch_weight", "selected"),
-            "mismatch/weight_max": max(part.get("weight_max", 0.0) for part, _, _ in parts),
-            **{f"time/{phase}_s": value for phase, value in seconds.items()},
-            "speed/tokens_per_s": total["tokens"] / max(sum(seconds.values()), 1e-9),
-        }
-
-    def rollout_rows(self, rollouts: Rollouts) -> list[dict[str, Any]]:
-        """A sample of this rank's rollouts with the MI and mask of each token; those of the update first."""
-        decode = self.collector.prompter.tokenizer.convert_ids_to_tokens
-        order = sorted(range(len(rollouts.texts)), key=lambda i: (not rollouts.used[i], -abs(rollouts.advantages[i])))
-        rows = []
-        for i in order[: self.config.tracking.rollouts_per_step]:
-            problem, completion = rollouts.problems[i // rollouts.group_size], rollouts.completions[i]
-            length = len(completion.token_ids)
-            rows.append(
-                {
-                    "question": problem.question,
-                    "answer": problem.answer,
-                    "completion": rollouts.texts[i],
-                    "reward": float(rollouts.rewards[i]),
-                    "correct": bool(rollouts.correct[i]),
-                    "advantage": float(rollouts.advantages[i]),
-                    "finish_reason": completion.finish_reason,
-                    "tokens": decode(completion.token_ids),
-                    "mi": self.selector.scores[i, :length].tolist(),
-                    "mask": self.selector.mask[i, :length].int().tolist(),
-                }
-            )
-        return rows
-
-    def dump(self, part: list[MicroBatch], rollouts: Rollouts) -> None:
-        """What led to a bad step, for a look afterwards."""
-        folder = Path(self.tracker.folder) / "bad_steps"
-        folder.mkdir(exist_ok=True)
-        rows = sorted(i for micro in part for i in micro.rows.tolist())
-        content = {
-            "questions": [rollouts.problems[i // rollouts.group_size].id for i in rows],
-            "prompts": [rollouts.prompts[i // rollouts.group_size] for i in rows],
-            "completions": [rollouts.completions[i].token_ids for i in rows],
-            "logprobs": [rollouts.completions[i].logprobs for i in rows],
-            "advantages": rollouts.advantages[rows],
-            "scores": self.selector.scores[rows],
-            "mask": self.selector.mask[rows],
-        }
-        torch.save(content, folder / f"step-{self.step + 1:06d}-rank-{distributed.rank()}.pt")
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

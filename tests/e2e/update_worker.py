@@ -23,6 +23,7 @@ from aipo.config import Config, load_config  # noqa: E402
 from aipo.datasets import Problem  # noqa: E402
 from aipo.errors import TrainingError  # noqa: E402
 from aipo.prompts import Prompter  # noqa: E402
+from aipo.reporting import reduce_metrics  # noqa: E402
 from aipo.rollout.base import Completion  # noqa: E402
 from aipo.rollouts import Rollouts  # noqa: E402
 from aipo.run import frozen_reference, make_policy  # noqa: E402
@@ -139,7 +140,7 @@ def main() -> None:
         local = trainer.update(rollouts, kappa=0.3, step=0, clock=clock)
         trainer.step = 1
         rollouts.rewards = torch.zeros(len(rollouts.ids))
-        logged = trainer.reduce_metrics(rollouts, local, clock)
+        logged = reduce_metrics(rollouts, local, clock.seconds)
         result[name] = (
             gradient(trainer.sharded),
             {k: v for k, v in logged.items() if not k.startswith(("time", "sp"))},

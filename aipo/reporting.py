@@ -1,0 +1,106 @@
+"""What a step leaves behind: metrics over all ranks, a sample of its rollouts, and the batch of a step gone bad."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from aipo import distributed
+from aipo.rollouts import MicroBatch, Rollouts
+from aipo.selection import TokenSelector
+
+
+def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str, float]) -> dict[str, float]:
+    """Sums that this rank saw and its seconds by phase -> means over all ranks, under the names that are logged."""
+    lengths = rollouts.lengths
+    mine = dict(local) | {
+        "tokens": float(lengths.sum()),
+        "rollouts": float(len(lengths)),
+        "truncated": float(sum(c.finish_reason == "length" for c in rollouts.completions)),
+        "used": float(rollouts.used.sum()),
+    }
+    questions = [problem.id for problem in rollouts.problems]
+    parts = distributed.gather_objects((mine, phases, questions))
+    total: defaultdict[str, float] = defaultdict(float)
+    for part, _, _ in parts:
+        for key, value in part.items():
+            total[key] += value
+
+    def per(key: str, count: str) -> float:
+        return total[key] / total[count] if total[count] else 0.0
+
+    seconds = {phase: max(part.get(phase, 0.0) for _, part, _ in parts) for phase in phases}
+    world = len(parts)
+    return {
+        **{k: v / world for k, v in total.items() if k.startswith("reward/")},
+        "rollout/questions": float(len({question for _, _, part in parts for question in part})),
+        "rollout/length_mean": per("tokens", "rollouts"),
+        "rollout/tokens": total["tokens"],
+        "rollout/truncated": per("truncated", "rollouts"),
+        "rollout/used": per("used", "rollouts"),
+        "loss/total": per("loss", "denominator"),
+        **({"loss/kl": per("kl", "selected")} if "kl" in total else {}),
+        "loss/clip_fraction": per("clip_fraction", "selected"),
+        "loss/skipped_steps": total["skipped"] / world,
+        "policy/entropy": per("entropy", "selected"),
+        "policy/grad_norm": total["grad_norm"] / world,
+        "mask/otf": per("selected", "tokens"),
+        "mi/mean": per("mi", "mi_tokens"),
+        "mi/skew": per("mi_skew", "mi_sequences"),
+        "mismatch/kl": per("mismatch_kl", "selected"),
+        "mismatch/gap": per("mismatch_gap", "selected"),
+        "mismatch/weight_mean": per("mismatch_weight", "selected"),
+        "mismatch/weight_max": max(part.get("weight_max", 0.0) for part, _, _ in parts),
+        **{f"time/{phase}_s": value for phase, value in seconds.items()},
+        "speed/tokens_per_s": total["tokens"] / max(sum(seconds.values()), 1e-9),
+    }
+
+
+def rollout_rows(
+    rollouts: Rollouts, selector: TokenSelector, tokenizer: PreTrainedTokenizerBase, count: int
+) -> list[dict[str, Any]]:
+    """A sample of this rank's rollouts with the MI and mask of each token; those of the update first."""
+    decode = tokenizer.convert_ids_to_tokens
+    order = sorted(range(len(rollouts.texts)), key=lambda i: (not rollouts.used[i], -abs(rollouts.advantages[i])))
+    rows = []
+    for i in order[:count]:
+        problem, completion = rollouts.problems[i // rollouts.group_size], rollouts.completions[i]
+        length = len(completion.token_ids)
+        rows.append(
+            {
+                "question": problem.question,
+                "answer": problem.answer,
+                "completion": rollouts.texts[i],
+                "reward": float(rollouts.rewards[i]),
+                "correct": bool(rollouts.correct[i]),
+                "advantage": float(rollouts.advantages[i]),
+                "finish_reason": completion.finish_reason,
+                "tokens": decode(completion.token_ids),
+                "mi": selector.scores[i, :length].tolist(),
+                "mask": selector.mask[i, :length].int().tolist(),
+            }
+        )
+    return rows
+
+
+def dump_batch(
+    folder: Path, step: int, part: Sequence[MicroBatch], rollouts: Rollouts, selector: TokenSelector
+) -> None:
+    """What led to a bad step, for a look afterwards."""
+    folder.mkdir(exist_ok=True)
+    rows = sorted(i for micro in part for i in micro.rows.tolist())
+    content = {
+        "questions": [rollouts.problems[i // rollouts.group_size].id for i in rows],
+        "prompts": [rollouts.prompts[i // rollouts.group_size] for i in rows],
+        "completions": [rollouts.completions[i].token_ids for i in rows],
+        "logprobs": [rollouts.completions[i].logprobs for i in rows],
+        "advantages": rollouts.advantages[rows],
+        "scores": selector.scores[rows],
+        "mask": selector.mask[rows],
+    }
+    torch.save(content, folder / f"step-{step:06d}-rank-{distributed.rank()}.pt")
