@@ -71,8 +71,8 @@ def main() -> int:
         distributed.stop()
         return 0 if finished else 3
     except (UserError, TrainingError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", "0"))
+        print(f"rank {rank}: error: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
 
 

@@ -91,7 +91,7 @@ class RolloutConfig(Section):
     """KV cache on a machine without a GPU"""
     importance_correction: Literal["none", "token_truncated", "sequence_mask"] = "token_truncated"
     """weight for the difference between vLLM's and our log-probabilities"""
-    importance_cap: Annotated[float, Field(gt=0)] = 2.0
+    importance_cap: Annotated[float, Field(ge=1)] = 2.0
     """truncation of that weight"""
     check_sync: bool = True
     """at start-up, perturb and restore vLLM's weights and compare log-probabilities with ours"""
@@ -344,6 +344,12 @@ class Config(Section):
         if self.rollout.samples_per_question == 1 and self.advantage.baseline != "batch":
             raise ValueError(
                 "rollout.samples_per_question: 1 leaves nothing to compare with: use advantage.baseline: batch"
+            )
+        truncated = self.rollout.top_p < 1 or self.rollout.top_k > 0
+        if truncated and self.rollout.importance_correction != "none":
+            raise ValueError(
+                "rollout.top_p below 1 or rollout.top_k above 0 samples from another distribution than the policy's: "
+                "set them to 1 and -1, or rollout.importance_correction: none"
             )
         if self.advantage.drop_constant_groups and self.advantage.baseline == "batch":
             raise ValueError("advantage.drop_constant_groups needs a baseline inside the group: group or leave_one_out")

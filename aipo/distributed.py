@@ -13,10 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from aipo.errors import UserError
+
 
 def start() -> torch.device:
     """Join the process group; a bare single process gets the environment that a launcher would have set."""
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("WORLD_SIZE is set without RANK and MASTER_ADDR: start with accelerate launch or torchrun")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -30,12 +30,14 @@ def label_questions(
     problems: Sequence[Problem], label: Label, folder: Path, *, block: int, progress: Progress
 ) -> dict[str, float]:
     """N_peak by question id, the same on every rank; ``block`` questions a rank are labelled and saved at a time."""
-    known = distributed.gather_objects(read_labels(folder))[0]  # ranks may see a shared folder at different moments
+    # one rank reads for all: they may see a shared folder at different moments
+    known = distributed.gather_objects(read_labels(folder) if distributed.rank() == 0 else {})[0]
     missing = [problem for problem in problems if problem.id not in known]
     rank, world = distributed.rank(), distributed.world_size()
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         with progress.task("labelling", len(problems)) as task, (folder / f"rank-{rank}.jsonl").open("a") as file:
+            file.write("\n")  # ends a line that a kill tore
             task.advance(len(problems) - len(missing))
             for start in range(0, len(missing), block * world):
                 together = missing[start : start + block * world]
@@ -50,14 +52,13 @@ def label_questions(
 
 
 def read_labels(folder: Path) -> dict[str, float]:
-    """All whole lines of all ranks' files; the last one of a killed pass may be torn and is labelled again."""
+    """What all ranks' files say; a line torn by a kill is passed over, and its question labelled again."""
     labels: dict[str, float] = {}
     for file in sorted(folder.glob("rank-*.jsonl")):
-        content = file.read_text()
-        if not content.endswith("\n") and content:
-            content = content[: content.rfind("\n") + 1]
-            file.write_text(content)
-        for line in content.splitlines():
-            row = json.loads(line)
+        for line in file.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # torn
+                continue
             labels[row["id"]] = row["n_peak"]
     return labels

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import random
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +26,7 @@ from aipo.config import Config, dump_config
 from aipo.curriculum import Curriculum
 from aipo.datasets import Problem, fingerprint, load_problems
 from aipo.embedded import cache_folder, resolve_model
-from aipo.errors import UserError
+from aipo.errors import TrainingError, UserError
 from aipo.labelling import label_folder, label_questions
 from aipo.policy import Policy, load_model
 from aipo.progress import Progress, final_table, summarize
@@ -64,6 +66,8 @@ def check_inputs(config: Config, world: int) -> Inputs:
 
     config.check_world_size(world)
     require_engine(config.rollout.engine)
+    if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise UserError("model.attention: flash_attention_2 is not installed: pip install flash-attn, or use sdpa")
     path = resolve_model(config.model.path)
     loaded = {split: load_problems(getattr(config.data, split), split=split) for split in ("train", "validation")}
     try:
@@ -209,9 +213,11 @@ def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None
     else:
         trainer.store.rewind(-1)
         if config.curriculum.enabled:
+            # scores that look beyond one sequence depend on which questions a rank labels together
+            depends = LABELS_DEPEND_ON if trainer.selector.scorer.local else (*LABELS_DEPEND_ON, "world_size")
             folder = label_folder(
                 cache_folder(),
-                identity={k: v for k, v in inputs.identity.items() if k.startswith(LABELS_DEPEND_ON)},
+                identity={k: v for k, v in inputs.identity.items() if k.startswith(depends)},
                 model=model_stamp(inputs.model_path),
             )
             labels = label_questions(
@@ -381,15 +387,26 @@ def log_probs_of(
 
 def save_final_model(sharded: Sharded, inputs: Inputs, folder: Path) -> None:
     """The trained weights as an ordinary Hugging Face folder with its tokenizer. Collective; rank 0 writes."""
-    first = distributed.rank() == 0
+    first, problem = distributed.rank() == 0, ""
     state = {}
     for name, tensor in sharded.full_parameters():
         if first:
             state[name] = tensor.detach().to("cpu", copy=True)
     if first:
-        sharded.policy.model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
-        inputs.prompter.tokenizer.save_pretrained(folder)
-    distributed.barrier()
+        temporary = folder.with_name(".tmp-final")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            sharded.policy.model.save_pretrained(temporary, state_dict=state)  # type: ignore[operator]
+            inputs.prompter.tokenizer.save_pretrained(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        except OSError as error:
+            problem = str(error)
+    if not distributed.all_true(not problem):
+        raise TrainingError(
+            f"the final model could not be written to {folder} {problem and f'({problem})'}; the last checkpoint is "
+            f"intact: make room, then {resume_command()}"
+        )
 
 
 def seed_everything(seed: int, rank: int) -> None:
@@ -432,6 +449,6 @@ def resume_command() -> str:
         at = arguments.index("--resume")
         del arguments[at : at + 2]
     arguments = [a for a in arguments if not a.startswith("--resume=")]
-    world = distributed.world_size()
-    launcher = "torchrun --nproc_per_node " + str(world) if "TORCHELASTIC_RUN_ID" in os.environ else "accelerate launch"
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    launcher = f"torchrun --nproc_per_node {local}" if "TORCHELASTIC_RUN_ID" in os.environ else "accelerate launch"
     return f"{launcher} train.py " + shlex.join([*arguments, "--resume", "auto"])

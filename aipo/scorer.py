@@ -201,6 +201,8 @@ class TokenScorer:
                     stream_coordinate_scores(states, answer, self.phi_of, self.sigma, self.center, self.token_chunk)
                 )
             return torch.cat(scores)
+        if not len(lengths):
+            return scores[0]
         if self.running is None:
             raise RuntimeError(f"the {self.estimator} estimator scores after observe() and reduce()")
         covariance = self.running.covariance(self.center)  # (P, D, D)
@@ -249,9 +251,12 @@ class TokenScorer:
         if self.batch is None:
             raise RuntimeError("reduce() needs an observe() on every rank first, be it of an empty micro-batch")
         new, self.batch = Moments(*(self.all_reduce(tensor) for tensor in self.batch)), None
+        if not new.count.any():  # no token anywhere: nothing was learnt about anything
+            return
         if self.estimator == "pointwise" and self.running is not None:
-            if not new.count.any():
-                return
+            self.running = Moments(
+                *(tensor.to(new.count.device) for tensor in self.running)
+            )  # a checkpoint's is on CPU
             decay = self.steps / (self.steps + 1) if self.steps < self.warmup_steps else self.ema_decay
             new = self.running.averaged(new, decay)
         self.running, self.steps = new, self.steps + 1

@@ -114,6 +114,8 @@ class TokenSelector:
         return unpad(self.mask[rows], self.lengths[rows]).to(states.device)
 
     def _score(self, micro: MicroBatch, states: Tensor) -> None:
+        if states.is_cuda:  # or the forward still under way would be charged to the scores
+            torch.cuda.synchronize(states.device)
         start = time.perf_counter()
         scores = self.scorer.score(states, self._gold_of(micro), micro.lengths)  # (N,)
         if len(micro.rows):

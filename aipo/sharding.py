@@ -74,6 +74,8 @@ class DeepSpeed(Sharded):
             config=deepspeed_config(config),
             dist_init_required=False,
         )
+        # a script that DeepSpeed copies beside each checkpoint, by rank 0 between two barriers: not on a full disk
+        self.engine._copy_recovery_script = lambda _folder: None
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         return self.engine(*args, **kwargs)

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,11 @@ class Trainer:
             self.step += 1
             metrics = reduce_metrics(rollouts, metrics, clock.seconds) | self.curriculum.metrics()
             metrics |= {"mask/kappa": kappa, "policy/lr": learning_rate(step, config)}
+            best = False
             if self.step % config.validation.every == 0 or self.step == steps:
-                self.curriculum.observe_validation(self.validate().value)
+                accuracy = self.validate().value
+                best = self.curriculum.best is None or accuracy > self.curriculum.best
+                self.curriculum.observe_validation(accuracy)
                 metrics |= self._validation
             self.refresh_labels(rollouts, kappa)
             self.tracker.log(self.step, metrics)
@@ -135,7 +139,7 @@ class Trainer:
             self.tracker.log_rollouts(self.step, rollout_rows(rollouts, self.selector, tokenizer, count))
             self.progress.update(self.step, metrics)
             stop = not distributed.all_true(not self.stop_requested())
-            if self.step % config.checkpoint.every == 0 or self.step == steps or stop:
+            if self.step % config.checkpoint.every == 0 or self.step == steps or best or stop:
                 self.save()
         return self.step == steps
 
@@ -153,7 +157,7 @@ class Trainer:
             old = self.old_log_probs(every, rollouts) if len(parts) > 1 else None  # (B, T)
         engine = rollouts.logp_engine  # (B, T)
         for part in parts:
-            denominator = 0.0
+            denominator = selected = 0.0
             for micro in part:
                 with clock("forward"):
                     out = sharded.forward(micro, lambda states, micro=micro: selector(micro, states))
@@ -187,13 +191,14 @@ class Trainer:
                 if self.reference is None:
                     del terms.sums["kl"]  # not measured, which is not zero
                 denominator += float(terms.denominator)
+                selected += float(terms.sums["selected"])
                 sums["loss"] += float(terms.total.detach())
                 sums["entropy"] += float(out["entropy"].sum())
                 sums["weight_max"] = max(sums["weight_max"], float(mismatch.pop("weight_max")))
                 for name, value in [*terms.sums.items(), *((f"mismatch_{k}", v) for k, v in mismatch.items())]:
                     sums[name] += float(value)
             with clock("optimizer"):
-                self.optimizer_step(part, denominator, rollouts, sums)
+                self.optimizer_step(part, denominator, selected, rollouts, sums)
         clock.seconds["mi"] += selector.seconds
         clock.seconds["forward"] -= selector.seconds
         return dict(sums) | selector.sums()
@@ -245,7 +250,7 @@ class Trainer:
             made = shared_prompt_batches(prompts, completions, budget=optim.micro_tokens)
         else:
             made = micro_batches(prompts, completions, budget=optim.micro_tokens, packing=optim.packing)
-        made += [filler()] * (distributed.agree_max(len(made)) - len(made))
+        made += [filler()] * (max(distributed.agree_max(len(made)), 1) - len(made))
         return [micro.to(self.device) for micro in made]
 
     @torch.no_grad()
@@ -300,12 +305,13 @@ class Trainer:
         return pad(ragged, micro.lengths)
 
     def optimizer_step(
-        self, part: list[MicroBatch], denominator: float, rollouts: Rollouts, sums: dict[str, float]
+        self, part: list[MicroBatch], denominator: float, selected: float, rollouts: Rollouts, sums: dict[str, float]
     ) -> None:
         """Normalise over the whole step and all ranks, update; skip together what is not finite."""
-        total = float(distributed.all_reduce(torch.tensor(denominator, dtype=torch.float64)))
+        counts = torch.tensor([denominator, selected], dtype=torch.float64)
+        total, trained_on = distributed.all_reduce(counts).tolist()
         sums["denominator"] = sums.get("denominator", 0.0) + denominator
-        if total == 0:  # nothing was selected anywhere: AdamW would still move by its momentum
+        if trained_on == 0:  # nothing was selected anywhere: AdamW would still move by its momentum
             return
         norm = self.sharded.step(total, learning_rate(self.step, self.config))
         if norm == norm and norm != float("inf"):
@@ -324,13 +330,19 @@ class Trainer:
     # -- around the loop -----------------------------------------------------------------------------------------
 
     def label(self, problems: Sequence[Problem]) -> dict[str, float]:
-        """N_peak of some questions under the present policy at kappa_start; a collective."""
-        config = self.config
-        rollouts = self.collector.collect(problems, self.sampling, samples=1, stream="label")
+        """N_peak of some questions under the present policy at kappa_start; a collective.
+
+        Completions are cut where no peak is counted any more, and running statistics stay as they were: a run that
+        labels trains exactly as one that finds its labels made.
+        """
+        config, clean = self.config, self.selector.state_dict()
+        sampling = replace(self.sampling, max_tokens=min(config.rollout.max_tokens, config.curriculum.probe_tokens))
+        rollouts = self.collector.collect(problems, sampling, samples=1, stream="label")
         self.collector.judge(rollouts)
         prompts, completions = rollouts.prompts, [c.token_ids for c in rollouts.completions]
         self.selector.begin(rollouts, self.gold_states(rollouts), kappa=config.mask.kappa_start, step=0)
         self.selector.score_all(self.batches(prompts, completions), self.states)
+        self.selector.load_state_dict(clean)
         return self.peaks(rollouts, config.mask.kappa_start)
 
     def peaks(self, rollouts: Rollouts, kappa: float) -> dict[str, float]:
@@ -376,10 +388,10 @@ class Trainer:
         state = self.state_dict()
 
         def write(folder: Path) -> None:
+            self.sharded.save(folder)  # first, as it is a collective: no rank may fail before it
+            torch.save(state, folder / f"rank-{distributed.rank()}.pt")
             if distributed.rank() == 0:
                 (folder / "identity.json").write_text(json.dumps(self.identity, indent=1))
-            torch.save(state, folder / f"rank-{distributed.rank()}.pt")
-            self.sharded.save(folder)
 
         return self.store.save(self.step, write, accuracy=accuracy)
 

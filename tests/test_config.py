@@ -281,6 +281,8 @@ def test_every_bad_value_is_named() -> None:
             ["reward.correctness=0.9", "reward.length=0.1", "rollout.max_tokens=4096"],
             "reward.overlong_buffer must be below rollout.max_tokens",
         ),
+        (["rollout.top_p=0.9"], "rollout.importance_correction: none"),
+        (["optim.share_prompts=true", "optim.packing=true"], "optim.share_prompts needs"),
         (["optim.packing=true", "model.attention=eager"], "optim.packing needs model.attention"),
     ],
 )

@@ -443,3 +443,15 @@ def test_wrong_use_is_refused():
         TokenScorer().observe(hidden, gold, lengths)
     with pytest.raises(ValueError, match="do not fit lengths"):
         TokenScorer().score(hidden[1:], gold, lengths)
+
+
+@pytest.mark.parametrize("estimator", ["pointwise", "position"])
+def test_a_step_without_any_token_changes_nothing(estimator: Any) -> None:
+    """Every group was dropped, on every rank: nothing to learn from, and nothing that spoils the next step."""
+    scorer = TokenScorer(estimator=estimator, num_features=8, sigma=1.0, max_positions=4)
+    nothing, no_gold, no_lengths = torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)
+    scorer.observe(nothing, no_gold, no_lengths)
+    scorer.reduce()
+    assert scorer.running is None
+    assert scorer.steps == 0
+    assert scorer.score(nothing, no_gold, no_lengths).shape == (0,)

@@ -79,6 +79,14 @@ def test_model_without_chat_template(tmp_path: Path) -> None:
         check_inputs(config_with(bare, write(tmp_path / "d.jsonl", GOOD)), world=1)
 
 
+def test_flash_attention_that_is_not_installed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aipo.run.find_spec", lambda name: None)
+    data = write(tmp_path / "d.jsonl", GOOD)
+    more = ["model.attention=flash_attention_2", "optim.share_prompts=false"]
+    with pytest.raises(UserError, match="flash_attention_2 is not installed"):
+        check_inputs(config_with(model, data, *more), world=1)
+
+
 def test_model_that_scales_its_logits(tmp_path: Path) -> None:
     capped = make_tiny(tmp_path / "capped")
     config = json.loads((capped / "config.json").read_text())

@@ -27,8 +27,8 @@ def perturbed(weights: Weights, *, seed: int = 0, strength: float = 1.0) -> Iter
     The noise is a function of the seed, the tensor's place in the stream and its shape.
     """
     for i, (name, tensor) in enumerate(weights):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
+        generator = torch.Generator(tensor.device).manual_seed(seed * 1_000_003 + i)
+        noise = torch.randn(tensor.shape, generator=generator, device=tensor.device)
         scale = strength * tensor.float().square().mean().sqrt()
         yield name, (tensor.float() + scale * noise).to(tensor.dtype)
 
