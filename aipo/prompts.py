@@ -65,7 +65,7 @@ class Prompter:
         return self._encode([question])[0]
 
     def encode_gold(self, problem: Problem, gold_text: GoldText = "answer") -> list[int]:
-        """Token ids of the gold text alone, without template or special tokens (METHODS §1.1, ``mi.gold_text``)."""
+        """Token ids of the gold text alone, without template or special tokens (``mi.gold_text``)."""
         text = {
             "answer": problem.answer,
             "boxed": rf"\boxed{{{problem.answer}}}",
