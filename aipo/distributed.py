@@ -40,10 +40,19 @@ def start() -> torch.device:
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported
         device = torch.device("cpu")
-        threads = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-        torch.set_num_threads(threads)  # launchers set OMP_NUM_THREADS=1
+        torch.set_num_threads(cpu_threads())
         dist.init_process_group("gloo")
     return device
+
+
+def cpu_threads() -> int:
+    """CPU threads for this rank: ``OMP_NUM_THREADS`` if above 1, else its share of the cores it may run on.
+
+    A value of 1 counts as unset: torchrun and accelerate export it where the user set nothing.
+    """
+    asked = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return asked if asked > 1 else max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def rank() -> int:
@@ -52,11 +61,6 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier() -> None:
-    if world_size() > 1:
-        agree_max(0)  # on the CPU backend: a barrier of NCCL would touch every GPU
 
 
 def all_reduce(tensor: Tensor, op: str = "sum") -> Tensor:

