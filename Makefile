@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast lint clean
+.PHONY: help setup train data compare test test-fast lint clean
 
 # a shim can exist without the version behind it, so each candidate is run
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
@@ -37,6 +37,13 @@ endif
 train: setup  ## train the embedded model end to end, or go on with it; ARGS="name=other optim.lr=1e-5" is passed on
 	python -m aipo.embedded
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} accelerate launch train.py --config smollm2_135m.yaml --resume auto $(ARGS)
+
+data: setup  ## fetch the data sets from the Hugging Face hub and check them; ARGS="--from FOLDER" reads copies instead
+	python data/prepare.py all $(ARGS)
+
+compare: setup  ## train every method on the embedded default, three seeds each, and compare; hours; ARGS=--quick: minutes
+	python -m aipo.embedded
+	python bench/compare.py $(ARGS)
 
 test: lint  ## everything: lint and types, units, then end to end on the real stack
 	pytest -m 'not e2e'

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,17 +15,23 @@ from aipo.errors import UserError
 Split = Literal["train", "validation"]
 KINDS = ("math", "choice")
 EMBEDDED = "embedded:"
+LETTERS = "ABCDEFGHIJ"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question and its gold answer; ``kind`` chooses the verifier's rules (``math`` or ``choice``)."""
+    """One question and its gold answer; ``kind`` chooses the verifier's rules (``math`` or ``choice``).
+
+    A choice question is asked as it stands: it ends with ``render_options(options)``, and the answer is a letter.
+    ``options`` repeats them so that they can be put in another order; it may be left empty.
+    """
 
     id: str
     question: str
     answer: str
     kind: str = "math"
     source: str = ""
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,9 +45,10 @@ class Loaded:
 def load_problems(spec: str, *, split: Split) -> Loaded:
     """Read ``embedded:chain_sum`` (its ``split``) or a JSONL file (the whole file, whatever the split).
 
-    A row is ``{"question": str, "answer": str}`` with optional ``id``, ``kind`` and ``source``; answers are
-    strings, because an integer beyond 2**53 or ``1/2`` does not survive as a number. Rows that repeat a
-    question and its answer are kept once; questions with more than one answer are dropped altogether.
+    A row is ``{"question": str, "answer": str}`` with optional ``id``, ``kind``, ``source`` and, for
+    ``choice``, ``options``; answers are strings, because an integer beyond 2**53 or ``1/2`` does not survive as a
+    number. Rows that repeat a question and its answer are kept once; questions with more than one answer are dropped
+    altogether.
     Raises ``UserError`` naming file and row for anything else that is wrong.
     """
     if spec.startswith(EMBEDDED):
@@ -85,8 +93,30 @@ def fingerprint(problems: Sequence[Problem]) -> str:
     """sha256 over all fields in order: equal exactly when a label file or sampler position can be reused."""
     digest = hashlib.sha256()
     for problem in problems:
-        digest.update(json.dumps(astuple(problem)).encode() + b"\n")
+        # without options a problem hashes as before there were any: label files and checkpoints stay valid
+        fields = astuple(problem) if problem.options else astuple(problem)[:-1]
+        digest.update(json.dumps(fields).encode() + b"\n")
     return digest.hexdigest()
+
+
+def render_options(options: Sequence[str]) -> str:
+    """What a choice question ends with: a blank line, then ``A) ...``, ``B) ...``, one below the other."""
+    return "\n\n" + "\n".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options))
+
+
+def stem(problem: Problem) -> str:
+    """The question without its options."""
+    return problem.question.removesuffix(render_options(problem.options)) if problem.options else problem.question
+
+
+def reshuffled(problem: Problem, seed: int) -> Problem:
+    """The same problem with its options in an order drawn from ``random.Random(seed)``; one without stays as it is."""
+    if not problem.options:
+        return problem
+    order = random.Random(seed).sample(range(len(problem.options)), len(problem.options))
+    options = tuple(problem.options[i] for i in order)
+    answer = LETTERS[order.index(LETTERS.index(problem.answer))]
+    return replace(problem, question=stem(problem) + render_options(options), answer=answer, options=options)
 
 
 def _read(path: Path) -> list[tuple[int, Problem]]:
@@ -131,4 +161,23 @@ def _parse(line: str, where: str) -> Problem:
     # an id from the text, unlike a row number, stays the same when rows are added or reordered
     made_id = hashlib.sha256(question.encode()).hexdigest()[:16]
     given_id = str(row["id"]) if type(row.get("id")) is int else text("id", default=made_id)
-    return Problem(given_id, question, answer, kind, text("source", default=""))
+    options = _options(row["options"], question, answer, kind, where) if "options" in row else ()
+    return Problem(given_id, question, answer, kind, text("source", default=""), options)
+
+
+def _options(options: Any, question: str, answer: str, kind: str, where: str) -> tuple[str, ...]:
+    """The options of a row, checked; messages show no text, since some sets ask not to be printed."""
+    if kind != "choice":
+        raise UserError(f'{where}: options go with kind "choice", not {kind!r}; change the kind or leave them out')
+    if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
+        raise UserError(f"{where}: options is not a list of strings with text; write them out, the right one included")
+    if not 2 <= len(options) <= len(LETTERS) or len(set(options)) < len(options):
+        raise UserError(f"{where}: options must be 2 to {len(LETTERS)} and all different; mend or remove the row")
+    if answer not in LETTERS[: len(options)] or len(answer) != 1:
+        raise UserError(f"{where}: the answer is not a letter from A to {LETTERS[len(options) - 1]}; name an option")
+    if not question.endswith(render_options(options)):
+        raise UserError(
+            f"{where}: the question does not end with its options as 'A) ...', one a line after a blank line; "
+            "append them, or leave the field options out"
+        )
+    return tuple(options)

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aipo.datasets import Problem, fingerprint, load_problems
+from aipo.datasets import Problem, fingerprint, load_problems, render_options, reshuffled, stem
 from aipo.errors import UserError
 
 
@@ -128,3 +129,76 @@ def test_fingerprint_sees_every_field_and_the_order() -> None:
     prints |= {fingerprint([c, problems[1]]) for c in changed}
     assert len(prints) == 3 + len(changed)
     assert fingerprint(list(problems)) == fingerprint(tuple(problems))
+
+
+CHOICE = {
+    "question": "Which is even?\n\nA) 1\nB) 2\nC) 3",
+    "answer": "B",
+    "kind": "choice",
+    "options": ["1", "2", "3"],
+}
+
+
+def test_options_are_read_and_rendered(tmp_path: Path) -> None:
+    (problem,) = load_problems(write(tmp_path / "p.jsonl", CHOICE), split="train").problems
+    assert problem.options == ("1", "2", "3")
+    assert render_options(problem.options) == "\n\nA) 1\nB) 2\nC) 3"
+    assert stem(problem) == "Which is even?"
+    assert stem(Problem("1", "Which?", "A", "choice")) == "Which?"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"kind": "math"}, "options go with kind"),
+        ({"options": "123"}, "not a list of strings"),
+        ({"options": ["1", 2, "3"]}, "not a list of strings"),
+        ({"options": ["1", " ", "3"]}, "not a list of strings"),
+        ({"options": ["1"]}, "2 to 10 and all different"),
+        ({"options": []}, "2 to 10 and all different"),
+        ({"options": ["1", "2", "1"]}, "2 to 10 and all different"),
+        ({"options": [str(i) for i in range(11)]}, "2 to 10 and all different"),
+        ({"answer": "D"}, "not a letter from A to C"),
+        ({"answer": "b"}, "not a letter from A to C"),
+        ({"answer": "AB"}, "not a letter from A to C"),
+        ({"options": ["1", "3", "2"]}, "does not end with its options"),
+        ({"question": "Which is even?\nA) 1\nB) 2\nC) 3"}, "does not end with its options"),
+    ],
+)
+def test_bad_options_are_named_without_their_text(tmp_path: Path, change: dict[str, object], says: str) -> None:
+    spec = write(tmp_path / "p.jsonl", GOOD, CHOICE | change)
+    with pytest.raises(UserError, match="row 2: ") as caught:
+        load_problems(spec, split="train")
+    assert says in str(caught.value)
+    assert "even" not in str(caught.value)
+
+
+@given(
+    options=st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=10, unique=True),
+    right=st.integers(0, 9),
+    seed=st.integers(0, 2**64),
+)
+def test_reshuffling_moves_the_letter_with_its_option(options: list[str], right: int, seed: int) -> None:
+    right %= len(options)
+    problem = Problem("1", "Which?" + render_options(options), "ABCDEFGHIJ"[right], "choice", "s", tuple(options))
+    moved = reshuffled(problem, seed)
+    assert sorted(moved.options) == sorted(options)
+    assert moved.options["ABCDEFGHIJ".index(moved.answer)] == options[right]
+    assert moved.question == "Which?" + render_options(moved.options)
+    assert (moved.id, moved.kind, moved.source) == ("1", "choice", "s")
+    assert moved == reshuffled(problem, seed)
+
+
+def test_all_orders_come_up_and_problems_without_options_stay() -> None:
+    options = ("x", "y", "z")
+    problem = Problem("1", "Which?" + render_options(options), "A", "choice", options=options)
+    assert len({reshuffled(problem, seed).options for seed in range(60)}) == 6
+    plain = Problem("1", "Which?", "A", "choice")
+    assert reshuffled(plain, 7) == plain
+
+
+def test_fingerprint_is_that_of_before_there_were_options_and_sees_them() -> None:
+    plain = Problem("1", "q", "a")
+    assert fingerprint([plain]) == hashlib.sha256(b'["1", "q", "a", "math", ""]\n').hexdigest()
+    one = Problem("1", "q", "A", "choice", options=("x", "y"))
+    assert len({fingerprint([p]) for p in (one, replace(one, options=("y", "x")), replace(one, options=()))}) == 3
