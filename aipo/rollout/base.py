@@ -17,32 +17,42 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from aipo.interventions import Intervention
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw completions. ``temperature`` 0 is greedy; ``top_k`` -1 and ``min_p`` 0 are off."""
+    """How to draw completions. ``temperature`` 0 is greedy; ``top_k`` -1 and ``min_p`` 0 are off.
+
+    ``intervention`` changes the model's distribution before all of these.
+    """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
     min_p: float = 0.0
+    intervention: Intervention | None = None
 
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to draw: a prompt's token ids and the seed of its own random stream."""
+    """One completion to draw: a prompt's token ids, the seed of its own random stream, and its own length limit.
+
+    ``max_tokens`` None is :attr:`Sampling.max_tokens`.
+    """
 
     prompt_ids: Sequence[int]
     seed: int
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class Completion:
     """Token ids with the end token, if it was drawn, and the log-probability of each.
 
-    ``logprobs`` are those of the distribution that was drawn from: after temperature, top-k, top-p and min-p.
-    Greedy tokens get those at temperature 1.
+    ``logprobs`` are those of the distribution that was drawn from: after intervention, temperature, top-k, top-p and
+    min-p. Greedy tokens get those at temperature 1; a forced token has 0.
     """
 
     token_ids: list[int]
@@ -62,7 +72,8 @@ class RolloutEngine(Protocol):
     ) -> list[Completion]:
         """Draw every request; ``on_done(i, completion)`` is called as each one finishes, in any order.
 
-        Raises ``ValueError`` if a prompt and ``max_tokens`` together do not fit the engine's context.
+        Raises ``ValueError`` if a prompt and ``max_tokens`` together do not fit the engine's context, or if
+        ``sampling`` has an intervention and the engine was built without ``interventions=True``.
         """
         ...
 
@@ -81,15 +92,19 @@ class RolloutEngine(Protocol):
     def close(self) -> None: ...
 
 
-def check_lengths(requests: Sequence[Request], sampling: Sampling, max_model_len: int) -> None:
-    """Raise ``ValueError`` for a request that is empty or does not fit the context."""
+def check_requests(requests: Sequence[Request], sampling: Sampling, *, max_model_len: int, interventions: bool) -> None:
+    """Raise ``ValueError`` for a request that is empty or does not fit the context, or an intervention not provided
+    for when the engine was built."""
+    if sampling.intervention is not None and not interventions:
+        raise ValueError("this engine was built without interventions=True, so it cannot intervene")
     for i, request in enumerate(requests):
         length = len(request.prompt_ids)
         if length == 0:
             raise ValueError(f"request {i} has an empty prompt")
-        if length + sampling.max_tokens > max_model_len:
+        new = request.max_tokens or sampling.max_tokens
+        if length + new > max_model_len:
             raise ValueError(
-                f"request {i}: a prompt of {length} tokens and {sampling.max_tokens} new ones exceed "
+                f"request {i}: a prompt of {length} tokens and {new} new ones exceed "
                 f"the engine's context of {max_model_len}"
             )
 

