@@ -20,6 +20,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="YAML file; a name without a folder is looked up in configs/")
     parser.add_argument(
+        "--method", metavar="NAME", help="keys of configs/methods/NAME.yaml on top of the config's: --method dapo"
+    )
+    parser.add_argument(
         "--resume",
         default="none",
         metavar="auto|PATH|none",
@@ -56,7 +59,7 @@ def dry_run(config: Config, arguments: argparse.Namespace) -> int:
 def main() -> int:
     arguments = parse()
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(arguments.config, arguments.overrides, method=arguments.method)
         if arguments.dry_run:
             return dry_run(config, arguments)
         # Threads that wait must not spin: verifier workers or a second rank would slow training several times.

@@ -14,7 +14,6 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from aipo.config import POSITION_ELEMENTS
 from aipo.mi import (
     Estimator,
     Features,
@@ -26,6 +25,7 @@ from aipo.mi import (
     stream_coordinate_scores,
     tokens_that_fit,
 )
+from aipo.schema import POSITION_ELEMENTS
 
 
 def pointwise_scores(

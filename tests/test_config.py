@@ -215,7 +215,7 @@ OUT_OF_RANGE = [
     ("rollout.temperature", "0"),
     ("rollout.top_p", "1.1"),
     ("rollout.gpu_memory_utilization", "1"),
-    ("loss.clip_low", "1"),
+    ("loss.clip_low", "1.1"),
     ("loss.kl_beta", "-0.1"),
     ("mask.kappa_end", "-0.1"),
     ("mask.fraction", "0"),
@@ -284,6 +284,25 @@ def test_every_bad_value_is_named() -> None:
         (["rollout.top_p=0.9"], "rollout.importance_correction: none"),
         (["optim.share_prompts=true", "optim.packing=true"], "optim.share_prompts needs"),
         (["optim.packing=true", "model.attention=eager"], "optim.packing needs model.attention"),
+        (
+            ["dynamic.enabled=true", "rollout.samples_per_question=1", "advantage.baseline=batch"],
+            "dynamic.enabled keeps questions whose rollouts differ",
+        ),
+        (["dynamic.enabled=true", "reward.rule=certainty"], "dynamic.enabled compares rewards"),
+        (["reward.rule=continuations"], "set mask.rule: prefix, or reward.rule: verifier"),
+        (["reward.rule=certainty", "reward.signed=true"], "reward.signed and reward.overlong shape"),
+        (["advantage.tokens=residual"], "set lora.rank (such as 16)"),
+        (["advantage.tokens=entropy", "advantage.mi_blend=additive"], "set one to none"),
+        (["advantage.tokens=information", "mask.rule=prefix"], "set mask.rule: all, or advantage.tokens: none"),
+        (["advantage.tokens=information", "model.attention=eager"], "needs model.attention: sdpa"),
+        (["advantage.tokens=entropy", "advantage.alpha=2"], "advantage.alpha must be below advantage.phi"),
+        (["advantage.tokens=entropy", "loss.ratio=sequence"], "set loss.ratio: token"),
+        (["loss.kl_priority=2", "loss.kl_beta=0"], "raise loss.kl_beta"),
+        (["mask.rule=quadrant"], "set mask.score: entropy"),
+        (["mask.prefix_start=0.5"], "mask.prefix_start (0.5) must not exceed mask.prefix_end (0.35)"),
+        (["branch.enabled=true", "branch.base=8"], "leaves no branch among"),
+        (["branch.enabled=true", "branch.total=6"], "branch.total must not be below"),
+        (["branch.latent=norm_kv"], "needs rollout.engine: hf"),
     ],
 )
 def test_values_that_contradict_each_other(overrides: list[str], expected: str) -> None:
@@ -296,6 +315,28 @@ def test_bounds_that_are_allowed() -> None:
     config = load_config("base", ["mask.kappa_end=0.3", "curriculum.t1=0.7", "curriculum.start=[0.1,0.2,0.7]"])
     assert config.mask.kappa_end == config.mask.kappa_start
     assert load_config("base", ["advantage.baseline=batch", "rollout.samples_per_question=1"])
+
+
+def test_a_method_goes_on_top_of_a_config() -> None:
+    config = load_config("qwen3_8b", ["loss.clip_high=0.3"], method="dapo")
+    assert config.name == "qwen3_8b-dapo"
+    assert config.model.path == "Qwen/Qwen3-8B"  # the method's own base is left aside
+    assert config.rollout.max_tokens == 10240
+    assert (config.reward.signed, config.dynamic.enabled, config.loss.aggregation) == (True, True, "token")
+    assert config.loss.clip_high == 0.3  # overrides come last
+    assert load_config("qwen3_8b", ["name=mine"], method="dapo").name == "mine"
+    own = load_config("methods/dapo.yaml")
+    assert own.name == "dapo"
+    assert own.model.path == "embedded:smollm2-135m"
+
+
+def test_a_method_of_ones_own_and_unknown_ones(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("mask: {rule: all}\n")
+    config = load_config("base", method=str(file))
+    assert (config.name, config.mask.rule) == ("base-mine", "all")
+    with pytest.raises(UserError, match="--method dappo is unknown: did you mean dapo"):
+        load_config("base", method="dappo")
 
 
 def test_world_size_must_divide_the_batch() -> None:
