@@ -1,4 +1,7 @@
-"""Advantages of rollouts from their rewards (eq. 4), and their blend with mutual information (Alg. 1, line 34)."""
+"""Advantages of rollouts from their rewards (eq. 4), and the rules that give each token its own.
+
+What a rule returns behind a row's length is finite and means nothing; what it was given there is never read.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ from torch import Tensor
 
 from aipo.mask import NOISE
 from aipo.rollouts import token_grid
+
+QUADRANTS = ("positive_high", "positive_low", "negative_high", "negative_low")
+"""{sign of the advantage} x {entropy high, low}, numbered as :func:`entropy_quadrants` returns them"""
 
 
 def group_advantages(rewards: Tensor, group_size: int, *, baseline: str = "group", normalize: str = "none") -> Tensor:
@@ -43,28 +49,164 @@ def constant_groups(groups: Tensor, tolerance: float = 1e-6) -> Tensor:
     return groups.max(1).values - groups.min(1).values <= tolerance
 
 
-def blend(advantages: Tensor, scores: Tensor, lengths: Tensor, *, how: str, weight: float) -> Tensor:
-    """Advantage of each token: A + w z(MI) (``additive``) or A (1 + w z(MI)) (``multiplicative``).
+def zscore(values: Tensor, lengths: Tensor) -> Tensor:
+    """z-score of each token within its sequence, by the population standard deviation.
 
-    z is the z-score of a token's MI within its sequence (0 where MI is constant).
+    0 where the values of a sequence do not vary, and for a value that is not finite: it was not measured, and enters
+    no statistic.
+
+    Args:
+        values: (B, T); lengths: (B,) completion tokens.
+
+    Returns:
+        (B, T) float64 without gradient.
+    """
+    counted = token_grid(lengths, values.shape[1]) & values.isfinite()  # (B, T)
+    count = counted.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+    values = torch.where(counted, values.detach(), 0.0).double()  # (B, T)
+    mean = values.sum(1, keepdim=True) / count  # (B, 1)
+    centred = torch.where(counted, values - mean, 0.0)  # (B, T)
+    std = (centred.square().sum(1, keepdim=True) / count).sqrt()  # (B, 1)
+    return torch.where(std > NOISE * mean.abs(), centred / std, 0.0)
+
+
+def blend(advantages: Tensor, scores: Tensor, lengths: Tensor, *, how: str, weight: float) -> Tensor:
+    """AIPO's blend with mutual information (Alg. 1, line 34): A + w z(MI), or A (1 + w z(MI)).
 
     Args:
         advantages: (B,); scores: (B, T) MI; lengths: (B,) completion tokens.
+        how: ``additive``, ``multiplicative`` or ``none``.
 
     Returns:
         (B, T), or ``advantages`` itself with ``how="none"``.
     """
     if how == "none":
         return advantages
-    tokens = token_grid(lengths, scores.shape[1])  # (B, T)
-    count = lengths.clamp(min=1)[:, None]  # (B, 1)
-    scores = torch.where(tokens, scores, 0.0).double()  # (B, T)
-    mean = scores.sum(1, keepdim=True) / count  # (B, 1)
-    centred = torch.where(tokens, scores - mean, 0.0)  # (B, T)
-    std = (centred.square().sum(1, keepdim=True) / count).sqrt()  # (B, 1)
-    z = torch.where(std > NOISE * mean.abs(), centred / std, 0.0).to(advantages)  # (B, T)
+    z = zscore(scores, lengths).to(advantages)  # (B, T)
     if how == "additive":
         return advantages[:, None] + weight * z
     if how == "multiplicative":
         return advantages[:, None] * (1 + weight * z)
     raise ValueError(f"unknown blend {how!r}")
+
+
+def information_advantages(
+    advantages: Tensor,
+    information: Tensor,
+    logp_old: Tensor,
+    correct: Tensor,
+    lengths: Tensor,
+    *,
+    alpha: float = 1e-2,
+    beta: float = 1e-2,
+) -> Tensor:
+    """A + alpha z(s) + beta z(c), z within the sequence (IAPO, arXiv 2602.19049).
+
+    A token without s (NaN: a stride left it out) gets no such bonus and z(s) is taken over the others, because nothing
+    is known about it; a scorer that means its value for several tokens has to give it to each of them.
+
+    Args:
+        advantages: (B,), normalised within the group.
+        information: (B, T) s, how far a token lowers the entropy of the answer, in nats.
+        logp_old: (B, T) log-probabilities in nats under the policy that drew the tokens. c is the probability, minus
+            the probability in a rollout that is wrong.
+        correct: (B,) bool; lengths: (B,) completion tokens.
+
+    Returns:
+        (B, T)
+    """
+    sign = torch.where(correct.bool(), 1.0, -1.0)[:, None]  # (B, 1)
+    bonus = alpha * zscore(information, lengths) + beta * zscore(sign * logp_old.exp(), lengths)  # (B, T)
+    return advantages[:, None] + bonus.to(advantages)
+
+
+def reallocate_by_entropy(
+    advantages: Tensor,
+    entropy: Tensor,
+    lengths: Tensor,
+    *,
+    mean: float,
+    std: float,
+    alpha: float = 0.2,
+    phi: float = 2.0,
+) -> Tensor:
+    """A + alpha sign(A) clip(z(H), +-|A| / phi): more for uncertain tokens, never of another sign (HAPO, 2604.11056).
+
+    Args:
+        advantages: (B,); entropy: (B, T) nats (not finite: as if it were the mean); lengths: (B,).
+        mean, std: of the entropies of the whole batch, over all ranks; entropies that do not vary change nothing.
+
+    Returns:
+        (B, T)
+
+    Raises:
+        ValueError: alpha is not in [0, phi), so that a sign could change.
+    """
+    if not 0 <= alpha < phi:
+        raise ValueError(f"alpha must lie in [0, phi) for signs to be kept, got alpha {alpha} and phi {phi}")
+    rows = advantages[:, None]  # (B, 1)
+    z = torch.zeros_like(entropy, dtype=torch.float64)  # (B, T)
+    if std > NOISE * abs(mean):
+        measured = token_grid(lengths, entropy.shape[1]) & entropy.isfinite()  # (B, T)
+        z = torch.where(measured, (entropy.detach().double() - mean) / std, 0.0)
+    bound = rows.abs() / phi  # (B, 1)
+    return rows + alpha * rows.sign() * z.to(rows).clamp(-bound, bound)
+
+
+def entropy_quadrants(advantages: Tensor, entropy: Tensor, lengths: Tensor, *, threshold: float) -> Tensor:
+    """Where a token stands in HAPO's decomposition (arXiv 2604.11056).
+
+    Args:
+        advantages: (B,); entropy: (B, T) nats, high if above ``threshold``; lengths: (B,).
+
+    Returns:
+        (B, T) int64, an index into :data:`QUADRANTS`: 0 A > 0 and high, 1 A > 0 and low, 2 A < 0 and high, 3 A < 0
+        and low; -1 in none of them: padding, an entropy that is not finite, or A = 0.
+    """
+    rows = advantages[:, None]  # (B, 1)
+    quadrant = torch.where(rows > 0, 0, 2) + torch.where(entropy > threshold, 0, 1)  # (B, T)
+    placed = token_grid(lengths, entropy.shape[1]) & entropy.isfinite() & (rows != 0)  # (B, T)
+    return torch.where(placed, quadrant, -1)
+
+
+def weight_tokens(advantages: Tensor, weights: Tensor, lengths: Tensor) -> Tensor:
+    """A times the token's weight, weights having mean 1 over a trajectory (ARCA; attention entropy).
+
+    Args:
+        advantages: (B,); weights: (B, T), not negative, in any unit; lengths: (B,) completion tokens.
+
+    Returns:
+        (B, T). All weights 0, as an adapter gives before its first update: A for every token.
+    """
+    return advantages[:, None] * _mean_one(weights, lengths).to(advantages)
+
+
+def gini(weights: Tensor, lengths: Tensor) -> Tensor:
+    """Gini coefficient of the weights of each trajectory: 0 all equal, 1 - 1/T one token has everything.
+
+    Args and special cases as in :func:`weight_tokens`; (B,) float64.
+    """
+    shares = _mean_one(weights, lengths)  # (B, T)
+    tokens = token_grid(lengths, weights.shape[1])  # (B, T)
+    ordered = torch.where(tokens, shares, torch.inf).sort(1).values  # (B, T) ascending, padding last
+    rank = torch.arange(1, weights.shape[1] + 1, device=weights.device)  # (T,)
+    count = lengths[:, None]  # (B, 1)
+    spread = torch.where(tokens, (2 * rank - count - 1) * ordered, 0.0).sum(1)  # (B,)
+    return spread / lengths.clamp(min=1).square()
+
+
+def effective_token_ratio(weights: Tensor, lengths: Tensor) -> Tensor:
+    """(sum w)^2 / (T sum w^2) of each trajectory: 1 all equal, 1/T one token has everything.
+
+    Args and special cases as in :func:`weight_tokens`; (B,) float64, 1 for an empty completion.
+    """
+    squares = _mean_one(weights, lengths).square().sum(1)  # (B,) at least the number of tokens
+    return lengths.clamp(min=1) / squares.clamp(min=1)
+
+
+def _mean_one(weights: Tensor, lengths: Tensor) -> Tensor:
+    """(B, T) -> (B, T) float64 of mean 1 over the tokens of each row, 0 elsewhere."""
+    tokens = token_grid(lengths, weights.shape[1])  # (B, T)
+    weights = torch.where(tokens, weights.detach(), 0.0).double()  # (B, T)
+    mean = weights.sum(1, keepdim=True) / lengths.clamp(min=1)[:, None]  # (B, 1)
+    return torch.where(mean == 0, tokens.double(), weights / mean)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from aipo.errors import UserError
+
+T = TypeVar("T")
 
 
 def start() -> torch.device:
@@ -97,6 +100,20 @@ def gather_objects(value: Any) -> list[Any]:
     out: list[Any] = [None] * world_size()
     dist.all_gather_object(out, value, group=_cpu_group())
     return out
+
+
+def on_first(action: Callable[[], T]) -> T:
+    """Run on rank 0 and share what it gave, or raised as UserError, with all ranks."""
+    outcome: tuple[Any, str | None] = (None, None)
+    if rank() == 0:
+        try:
+            outcome = (action(), None)
+        except UserError as error:
+            outcome = (None, str(error))
+    value, problem = gather_objects(outcome)[0]
+    if problem is not None:
+        raise UserError(problem)
+    return value
 
 
 _GLOO: Any = None

@@ -1,4 +1,4 @@
-"""The masked, clipped policy-gradient objective (eq. 2 and 3) and its importance correction.
+"""The masked, clipped policy-gradient objective (eq. 2 and 3), its variants, and its importance correction.
 
 A training step normalises once, by counts over all its micro-batches and ranks. So the stage is split:
 :func:`loss_terms` gives the unnormalised sum and what it is to be divided by; :func:`policy_loss` divides.
@@ -6,12 +6,14 @@ A training step normalises once, by counts over all its micro-batches and ranks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 AGGREGATIONS = ("sequence", "token", "constant", "all_tokens")
+RATIOS = ("token", "sequence", "clipped_weight")
 
 
 @dataclass
@@ -38,36 +40,52 @@ def loss_terms(
     max_length: int | None = None,
     importance_weight: Tensor | None = None,
     lengths: Tensor | None = None,
+    kl_weight: Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_weight: float = 0.0,
 ) -> LossTerms:
     """Unnormalised eq. 2; arguments as in :func:`policy_loss`."""
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
-    if ratio != "token":
-        raise ValueError(f"ratio must be token, got {ratio!r}")
+    if ratio not in RATIOS:
+        raise ValueError(f"ratio must be one of {', '.join(RATIOS)}, got {ratio!r}")
     if kl_beta > 0 and logp_ref is None:
         raise ValueError("kl_beta > 0 needs logp_ref")
+    if entropy_weight != 0 and entropy is None:
+        raise ValueError("entropy_weight needs entropy")
     if aggregation == "constant" and max_length is None:
         raise ValueError("aggregation='constant' needs max_length")
     mask = mask.bool()  # (B, T)
+    selected = mask.sum(1)  # (B,)
     # what is not selected must not reach the gradient even where it is inf or NaN: replace it before any arithmetic
     logp, logp_old = torch.where(mask, logp, 0.0), torch.where(mask, logp_old, 0.0)  # (B, T)
     if advantages.dim() == 1:
         advantages = advantages[:, None]  # (B, 1)
     advantages = torch.where(mask, advantages, 0.0)  # (B, T)
 
-    rho = (logp - logp_old).clamp(max=80).exp()  # (B, T) eq. 3; an infinite one would be NaN where A is 0
+    log_rho = logp - logp_old  # (B, T)
+    if ratio == "sequence":  # one ratio, so one clip, for all selected tokens of a sequence
+        log_rho = (log_rho.sum(1) / selected.clamp(min=1))[:, None].expand_as(logp)
+    rho = log_rho.clamp(max=80).exp()  # (B, T) eq. 3; an infinite one would be NaN where A is 0
     clipped = rho.clamp(1 - clip_low, 1 + clip_high)  # (B, T)
-    gain = torch.minimum(rho * advantages, clipped * advantages)  # (B, T)
+    if ratio == "clipped_weight":
+        gain = clipped.detach() * advantages * logp  # (B, T)
+        clip = (rho != clipped) & mask  # (B, T)
+    else:
+        gain = torch.minimum(rho * advantages, clipped * advantages)  # (B, T)
+        clip = (rho * advantages > clipped * advantages) & mask  # (B, T)
     kl = torch.zeros_like(gain)  # (B, T)
     if logp_ref is not None:
         log_ratio = torch.where(mask, logp_ref, 0.0) - logp  # (B, T)
         kl = log_ratio.exp() - log_ratio - 1  # (B, T) k3
-    token_loss = kl_beta * kl - gain if kl_beta > 0 else -gain  # (B, T)
+    penalty = kl if kl_weight is None else kl * torch.where(mask, kl_weight.detach(), 0.0)  # (B, T)
+    token_loss = kl_beta * penalty - gain if kl_beta > 0 else -gain  # (B, T)
+    if entropy is not None and entropy_weight != 0:
+        token_loss = token_loss - entropy_weight * advantages * torch.where(mask, entropy, 0.0)
     if importance_weight is not None:
         token_loss = token_loss * torch.where(mask, importance_weight.detach(), 0.0)
     token_loss = torch.where(mask, token_loss, 0.0)  # (B, T)
 
-    selected = mask.sum(1)  # (B,)
     if aggregation == "sequence":  # a sequence that selects nothing drops out of the average
         total = (token_loss.sum(1) / selected.clamp(min=1)).sum()
         denominator = (selected > 0).sum()
@@ -79,7 +97,6 @@ def loss_terms(
             "all_tokens": selected.new_tensor(mask.numel()) if lengths is None else lengths.sum(),
         }[aggregation]
     with torch.no_grad():
-        clip = (rho * advantages > clipped * advantages) & mask  # (B, T)
         sums = {
             "selected": selected.sum(),
             "kl": (kl * mask).sum(),
@@ -104,6 +121,9 @@ def policy_loss(
     max_length: int | None = None,
     importance_weight: Tensor | None = None,
     lengths: Tensor | None = None,
+    kl_weight: Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, float]]:
     """Minus eq. 2 of the paper: clipped policy gradient and k3 KL on the selected tokens only.
 
@@ -117,10 +137,20 @@ def policy_loss(
             any), ``token`` (sum over selected tokens / their number), ``constant`` (Dr. GRPO: sum / ``max_length``,
             mean over sequences), ``all_tokens`` (sum / number of completion tokens, from ``lengths`` (B,), or all of
             (B, T) without).
+        ratio: ``token`` (eq. 3: pi / pi_old of each token, in the clipped minimum of eq. 2); ``sequence`` (GSPO,
+            arXiv 2507.18071: the geometric mean of those over a sequence's selected tokens stands for all of them);
+            ``clipped_weight`` (CISPO, arXiv 2506.13585: A log pi, weighted by the detached, clipped token ratio;
+            ``clip_low`` of 1 or more leaves it unbounded below). The gradient of ``sequence`` runs through the mean
+            and is the same for all tokens of a sequence: advantages (B, T) cannot tell them apart there.
         importance_weight: (B, T) multiplied into the token loss, detached (:func:`importance_weights`).
+        kl_weight: (B, T) multiplied into the KL of each token, detached (:func:`kl_priority`).
+        entropy: (B, T) entropy of the policy in nats, with gradient. The loss gains -``entropy_weight`` A_t H_t a
+            token, the self-reward of IIB-LPO (arXiv 2601.05870; 0.005 there).
 
     Returns:
-        The loss, () with gradient, and metrics over selected tokens. With nothing selected both are 0.
+        The loss, () with gradient, and metrics over selected tokens: ``kl`` (unweighted), ``ratio``,
+        ``clip_fraction`` (of tokens where the bound decides) and the count ``selected``. With nothing selected all
+        are 0.
 
     Raises:
         ValueError: an unknown rule, or an argument that a rule needs is missing.
@@ -139,11 +169,31 @@ def policy_loss(
         max_length=max_length,
         importance_weight=importance_weight,
         lengths=lengths,
+        kl_weight=kl_weight,
+        entropy=entropy,
+        entropy_weight=entropy_weight,
     )
     selected = terms.sums["selected"].clamp(min=1)
     metrics = {k: float(v / selected) for k, v in terms.sums.items() if k != "selected"}
     metrics["selected"] = float(terms.sums["selected"])
     return terms.total / terms.denominator.clamp(min=1), metrics
+
+
+def kl_priority(entropy: Tensor, vocab_size: int, power: float) -> Tensor:
+    """KL weight J^power, J = 1 - H / log V: the less certain a token is, the freer it is to move.
+
+    From prioritised KL on critical tokens, which takes the entropies of the old policy (power 150 in a toy setting).
+
+    Args:
+        entropy: (B, T) in nats, 0..log V.
+        vocab_size: V, at least 2.
+
+    Returns:
+        (B, T) in [0, 1], without gradient.
+    """
+    if vocab_size < 2 or power < 0:
+        raise ValueError(f"needs vocab_size >= 2 and power >= 0, got {vocab_size} and {power}")
+    return (1 - entropy.detach() / math.log(vocab_size)).clamp(0, 1).pow(power)
 
 
 def importance_weights(

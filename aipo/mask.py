@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Rule = Literal["threshold", "top_fraction", "peaks_only", "all", "random"]
-Scope = Literal["sequence", "group", "batch", "running"]
+Rule = Literal["threshold", "top_fraction", "peaks_only", "all", "random", "prefix", "quadrant"]
+Scope = Literal["sequence", "group", "micro_batch", "batch", "running"]
 Statistic = Literal["mean_std", "iqr"]
 
 MAX_PEAKS = 40
@@ -70,17 +70,29 @@ def count_peaks(scores: Tensor, *, kappa: float) -> int:
     return min(MAX_PEAKS, int(peaks(scores, kappa=kappa).sum()))
 
 
+def prefix_lengths(lengths: Tensor, share: float) -> Tensor:
+    """floor(share * length) of each completion, (B,) -> (B,): the part that the prefix rule trains on (PPPO)."""
+    return (lengths.double() * share + 1e-9).floor().long()  # 0.35 * 20 is 6.99...
+
+
+def prefix_share(stalls: int, *, start: float, step: float, end: float) -> float:
+    """eta of PPPO: from ``start`` by ``step`` for every stall of the validation accuracy, up to ``end``."""
+    return min(end, start + step * stalls)
+
+
 class MaskRule:
     """A selection rule with its scope.
 
     Arguments:
         rule: ``threshold``; ``peaks_only``, its local maxima; ``top_fraction``, the round(fraction n) highest scores,
-            at least one, and fewer where ties at the cut would exceed that budget; ``all`` and ``random`` (as many as
-            top_fraction, per sequence) look at lengths only.
+            at least one, and fewer where ties at the cut would exceed that budget; ``quadrant``: the scores are numbers
+            of quadrants, and those equal to ``quadrant`` are selected (HAPO's controlled intervention). ``all``,
+            ``random`` (as many as top_fraction, per sequence) and ``prefix`` look at lengths only.
         scope: the tokens that share one threshold: a ``sequence``, the adjacent ``group_size`` rollouts of a question,
-            the ``batch`` over all ranks, or ``running``: the batch's statistics averaged over steps (decay 0.9).
+            the ``micro_batch`` that :meth:`select` is given, the ``batch`` over all ranks, or ``running``: the batch's
+            statistics averaged over steps (decay 0.9).
         statistic: ``mean_std`` (mu + kappa sigma) or ``iqr`` (Q3 + tau IQR).
-    ``local`` says that a sequence is decided from its own scores, so that the mask needs no second pass.
+    ``local`` says that what one call is given is decided from its own scores, so that the mask needs no second pass.
     """
 
     def __init__(
@@ -91,6 +103,7 @@ class MaskRule:
         statistic: Statistic = "mean_std",
         tau: float = 1.5,
         fraction: float = 0.2,
+        quadrant: int = 0,
         group_size: int = 1,
         seed: int = 0,
     ) -> None:
@@ -104,12 +117,12 @@ class MaskRule:
         if not 0 < fraction <= 1:
             raise ValueError(f"mask.fraction must lie in (0, 1], not {fraction}")
         self.rule, self.scope, self.statistic, self.tau = rule, scope, statistic, tau
-        self.fraction, self.group_size, self.seed = fraction, group_size, seed
+        self.fraction, self.quadrant, self.group_size, self.seed = fraction, quadrant, group_size, seed
         self.running: Tensor | None = None  # averaged statistics, as _statistics returns them
 
     @property
     def local(self) -> bool:
-        return self.scope == "sequence" or self.rule in ("all", "random")
+        return self.scope in ("sequence", "micro_batch") or self.rule in ("all", "random", "prefix", "quadrant")
 
     def select(
         self,
@@ -119,19 +132,25 @@ class MaskRule:
         kappa: float,
         step: int,
         rollout_ids: Tensor,
+        prefix: float = 1.0,
         gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> Tensor:
         """scores (B, T), lengths (B,) -> bool (B, T).
 
-        ``rollout_ids`` (B,) and ``step`` seed the random rule. ``gather`` turns this rank's 1-D tensor into the
-        concatenation over ranks; scopes batch and running call it exactly once. With scope running, a call is one
-        update of the averages. Raises ValueError if scope is group and B is no multiple of ``group_size``.
+        ``rollout_ids`` (B,) and ``step`` seed the random rule; ``prefix`` is the share of the prefix rule. ``gather``
+        turns this rank's 1-D tensor into the concatenation over ranks; scopes batch and running call it exactly once.
+        With scope running, a call is one update of the averages. Raises ValueError if scope is group and B is no
+        multiple of ``group_size``.
         """
         inside = completion_mask(scores, lengths)
         if self.rule == "all":
             return inside
         if self.rule == "random":
             return self._random(inside, lengths, step, rollout_ids)
+        if self.rule == "prefix":
+            return completion_mask(scores, prefix_lengths(lengths, prefix))
+        if self.rule == "quadrant":
+            return inside & (scores == self.quadrant)
         counted = inside & scores.isfinite()
         statistic = "top_fraction" if self.rule == "top_fraction" else self.statistic
         if self.scope == "sequence":
@@ -143,7 +162,8 @@ class MaskRule:
             groups = _statistics(scores.reshape(pooled), counted.reshape(pooled), statistic, self.fraction)
             statistics = groups.repeat_interleave(self.group_size, 0)
         else:
-            everywhere = gather(scores[counted])[None]  # (1, tokens of all ranks)
+            mine = scores[counted]
+            everywhere = (mine if self.scope == "micro_batch" else gather(mine))[None]  # (1, tokens)
             everything = torch.ones_like(everywhere, dtype=torch.bool)
             statistics = _statistics(everywhere, everything, statistic, self.fraction)
             if self.scope == "running":

@@ -7,6 +7,7 @@ not depend on a rank's data: the head is called exactly once a forward, with how
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -29,25 +30,36 @@ class Policy(nn.Module):
         temperature: logits are divided by it, as in the sampling that they are compared with.
         layer: decoder layer whose output (raw residual stream, before the final norm) is the hidden state.
         head_chunk: positions whose logits exist at one time.
+        entropy_gradient: whether the loss differentiates the entropy, which costs a little in the backward pass.
     """
 
-    def __init__(self, model: nn.Module, *, temperature: float, layer: int = -1, head_chunk: int = 1024) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        temperature: float,
+        layer: int = -1,
+        head_chunk: int = 1024,
+        entropy_gradient: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature
         self.head_chunk = head_chunk
+        self.entropy_gradient = entropy_gradient
         layers = self.model.base_model.layers  # type: ignore[union-attr]
         self.probed_layer: nn.Module = layers[layer]  # type: ignore[index, assignment]
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         head.forward = MethodType(_head_forward, head)  # its ZeRO-3 hooks and its name in the checkpoint stay
 
-    def forward(self, micro: MicroBatch, select: Select | None = None) -> dict[str, Tensor]:
+    def forward(self, micro: MicroBatch, select: Select | None = None, *, full: bool = False) -> dict[str, Tensor]:
         """One pass over ``micro``.
 
         Returns:
-            Without ``select``: ``states`` (N, d), detached. With it: ``mask`` (N,) bool as selected and, for its
-            K true positions, ``logp`` (K,) with gradient and ``entropy`` (K,) without, both float32, in nats and
-            after temperature.
+            Without ``select``: ``states`` (N, d), detached, and with ``full`` what the whole vocabulary says at all N
+            tokens, without gradient: ``entropy`` (N,) and ``certainty`` (N,), the KL from uniform to the policy.
+            With ``select``: ``mask`` (N,) bool as selected and, for its K true positions, ``logp`` (K,) with gradient
+            and ``entropy`` (K,), with gradient if ``entropy_gradient``. All float32, in nats and after temperature.
         """
         captured: list[Tensor] = []
         # only for this forward: gradient checkpointing runs the layer again in the backward pass
@@ -62,13 +74,18 @@ class Policy(nn.Module):
         finally:
             hook.remove()
         states = captured[0].flatten(0, 1)[micro.predictors]  # (N, d)
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        settings = {"temperature": self.temperature, "chunk": self.head_chunk}
+        if full:
+            with torch.no_grad():
+                entropy, certainty = head(last.flatten(0, 1)[micro.predictors], **settings)  # (N,), (N,)
+            return {"states": states, "entropy": entropy, "certainty": certainty}
         if select is None:
             return {"states": states}
         with torch.no_grad():
             mask = select(states)  # (N,)
         hidden = last.flatten(0, 1)[micro.predictors[mask]]  # (K, d)
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        logp, entropy = head(hidden, micro.targets[mask], temperature=self.temperature, chunk=self.head_chunk)
+        logp, entropy = head(hidden, micro.targets[mask], entropy_gradient=self.entropy_gradient, **settings)
         return {"mask": mask, "logp": logp, "entropy": entropy}
 
 
@@ -77,23 +94,49 @@ def _first(output: Any) -> Tensor:
 
 
 def _head_forward(
-    self: nn.Linear, hidden: Tensor, targets: Tensor | None = None, *, temperature: float = 1.0, chunk: int = 1024
+    self: nn.Linear,
+    hidden: Tensor,
+    targets: Tensor | None = None,
+    *,
+    temperature: float | None = None,
+    chunk: int = 1024,
+    entropy_gradient: bool = False,
 ) -> Any:
-    """The plain linear head or, with ``targets``, their log-probabilities without ever holding all logits."""
-    if targets is None:
+    """The plain linear head; or, never holding all logits, with ``targets`` their log-probabilities and the entropy,
+    with a ``temperature`` alone the entropy and the certainty of :func:`vocabulary_statistics`."""
+    if temperature is None:
         return F.linear(hidden, self.weight, self.bias)
-    return SelectedLogProbs.apply(hidden, self.weight, self.bias, targets, temperature, chunk)
+    if targets is None:
+        return vocabulary_statistics(hidden, self.weight, self.bias, temperature, chunk)
+    return SelectedLogProbs.apply(hidden, self.weight, self.bias, targets, temperature, chunk, entropy_gradient)
+
+
+def vocabulary_statistics(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """(N, d), (V, d), (V,) or None -> entropy (N,) and self-certainty (N,) of softmax(h W^T / temperature), in nats.
+
+    Self-certainty (INTUITOR) is KL(uniform || p) = -1/V sum_j log(V p_j) = logsumexp(z) - mean(z) - log V.
+    """
+    entropy = hidden.new_empty(len(hidden), dtype=torch.float32)  # (N,)
+    certainty = torch.empty_like(entropy)  # (N,)
+    for part in _parts(len(hidden), chunk):
+        logits = F.linear(hidden[part], weight, bias).float().div_(temperature)  # (chunk, V)
+        log_z = logits.logsumexp(-1)  # (chunk,)
+        certainty[part] = log_z - logits.mean(-1) - math.log(logits.shape[-1])
+        entropy[part] = log_z - (logits.sub(log_z[:, None]).exp_() * logits).sum(-1)
+    return entropy, certainty
 
 
 class SelectedLogProbs(torch.autograd.Function):
     """log softmax(h W^T / temperature)[target] and its entropy, chunk by chunk, logits recomputed in backward.
 
     Shapes: hidden (K, d), weight (V, d), bias (V,) or None, targets (K,) -> logp (K,), entropy (K,), float32.
-    At most (chunk, V) float32 logits exist at a time. The entropy carries no gradient.
+    At most (chunk, V) float32 logits exist at a time. The entropy carries a gradient only if asked to.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, chunk):
+    def forward(ctx, hidden, weight, bias, targets, temperature, chunk, entropy_gradient):
         logp = hidden.new_empty(len(targets), dtype=torch.float32)  # (K,)
         entropy = torch.empty_like(logp)  # (K,)
         for part in _parts(len(targets), chunk):
@@ -102,29 +145,40 @@ class SelectedLogProbs(torch.autograd.Function):
             logp[part] = logits.gather(-1, targets[part, None])[:, 0] - log_z
             entropy[part] = log_z - (logits.sub(log_z[:, None]).exp_() * logits).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.mark_non_differentiable(entropy)
+        ctx.temperature, ctx.chunk, ctx.entropy_gradient = temperature, chunk, entropy_gradient
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
     @staticmethod
-    def backward(ctx, grad_logp, _):
+    def backward(ctx, grad_logp, grad_entropy):
         hidden, weight, bias, targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)  # (K, d)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # (V, d)
+        # a frozen head needs none
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None  # (V, d)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for part in _parts(len(targets), ctx.chunk):
             logits = F.linear(hidden[part], weight, bias).float().div_(ctx.temperature)  # (chunk, V)
+            log_p = logits.log_softmax(-1) if ctx.entropy_gradient else None  # (chunk, V)
             # d logp / d logits = (onehot - softmax) / temperature
             grad = logits.softmax(-1).neg_()  # (chunk, V)
+            by_entropy = None
+            if log_p is not None:  # d entropy / d logits = -p (log p + entropy) / temperature
+                entropy = (grad * log_p).sum(-1, keepdim=True)  # (chunk, 1)
+                by_entropy = grad * (log_p + entropy) * (grad_entropy[part, None] / ctx.temperature)  # (chunk, V)
             grad.scatter_add_(-1, targets[part, None], torch.ones_like(grad[:, :1]))
             grad.mul_(grad_logp[part, None] / ctx.temperature)
+            if by_entropy is not None:
+                grad.add_(by_entropy)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(hidden.dtype)
             grad_hidden[part] = grad @ weight
-            grad_weight += grad.T @ hidden[part]
+            if grad_weight is not None:
+                grad_weight += grad.T @ hidden[part]
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _parts(count: int, chunk: int) -> list[slice]:

@@ -20,6 +20,7 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
     lengths = rollouts.lengths
     mine = dict(local) | {
         "tokens": float(lengths.sum()),
+        "generated": float(lengths.sum()) + rollouts.extra_tokens,
         "rollouts": float(len(lengths)),
         "truncated": float(sum(c.finish_reason == "length" for c in rollouts.completions)),
         "used": float(rollouts.used.sum()),
@@ -40,7 +41,8 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
         **{k: v / world for k, v in total.items() if k.startswith("reward/")},
         "rollout/questions": float(len({question for _, _, part in parts for question in part})),
         "rollout/length_mean": per("tokens", "rollouts"),
-        "rollout/tokens": total["tokens"],
+        "rollout/tokens": total["generated"],
+        **{f"dynamic/{k}": total[f"dynamic_{k}"] / world for k in ("tries", "kept") if f"dynamic_{k}" in total},
         "rollout/truncated": per("truncated", "rollouts"),
         "rollout/used": per("used", "rollouts"),
         "loss/total": per("loss", "denominator"),
@@ -49,7 +51,7 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
         "loss/skipped_steps": total["skipped"] / world,
         "policy/entropy": per("entropy", "selected"),
         "policy/grad_norm": total["grad_norm"] / world,
-        "mask/otf": per("selected", "tokens"),
+        "mask/otf": per("selected", "generated"),
         "mi/mean": per("mi", "mi_tokens"),
         "mi/skew": per("mi_skew", "mi_sequences"),
         "mismatch/kl": per("mismatch_kl", "selected"),
@@ -57,7 +59,7 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
         "mismatch/weight_mean": per("mismatch_weight", "selected"),
         "mismatch/weight_max": max(part.get("weight_max", 0.0) for part, _, _ in parts),
         **{f"time/{phase}_s": value for phase, value in seconds.items()},
-        "speed/tokens_per_s": total["tokens"] / max(sum(seconds.values()), 1e-9),
+        "speed/tokens_per_s": total["generated"] / max(sum(seconds.values()), 1e-9),
     }
 
 

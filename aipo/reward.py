@@ -40,9 +40,13 @@ def well_formed(text: str, *, kind: str = "math", thinking: bool = False) -> boo
     return bool((last_box(after_thinking(text) or "") or "").strip())
 
 
-def combine(correct: Tensor, format: Tensor, length: Tensor, weights: Weights) -> Tensor:
-    """(B,) parts in [0, 1] -> (B,) float rewards, again in [0, 1] if no weight is negative and their sum is 1."""
-    return weights[0] * correct.float() + weights[1] * format.float() + weights[2] * length.float()
+def combine(correct: Tensor, format: Tensor, length: Tensor, weights: Weights, *, signed: bool = False) -> Tensor:
+    """(B,) parts in [0, 1] -> (B,) float rewards, again in [0, 1] if no weight is negative and their sum is 1.
+
+    ``signed`` counts a wrong answer as -1 instead of 0 (DAPO).
+    """
+    right = 2 * correct.float() - 1 if signed else correct.float()
+    return weights[0] * right + weights[1] * format.float() + weights[2] * length.float()
 
 
 class Rewarder:
@@ -51,6 +55,8 @@ class Rewarder:
     Args:
         weights: of correctness, format and length; see :func:`combine`.
         max_tokens, overlong_buffer: L_max and L_c of :func:`soft_overlong`.
+        signed: a wrong answer counts -1, not 0.
+        overlong: weight of the soft overlong punishment that is added.
         thinking: whether a thinking block is expected, for the format reward.
         workers, timeout, memory_mb: of the :class:`~aipo.verify.Verifier` that judges correctness.
     """
@@ -61,13 +67,15 @@ class Rewarder:
         max_tokens: int,
         overlong_buffer: int,
         weights: Weights = (1.0, 0.0, 0.0),
+        signed: bool = False,
+        overlong: float = 0.0,
         thinking: bool = False,
         workers: int = 2,
         timeout: float = 5.0,
         memory_mb: int = 1024,
     ) -> None:
         self.verifier = Verifier(workers, timeout, memory_mb)
-        self.weights = weights
+        self.weights, self.signed, self.overlong = weights, signed, overlong
         self.max_tokens = max_tokens
         self.overlong_buffer = overlong_buffer
         self.thinking = thinking
@@ -93,8 +101,9 @@ class Rewarder:
         correct = torch.tensor([verdict.correct for verdict in verdicts])  # (B,) bool
         formed = torch.tensor([formed for _, formed, _ in pending])  # (B,) bool
         lengths = torch.tensor([length for _, _, length in pending])  # (B,)
-        length = 1.0 + soft_overlong(lengths, self.max_tokens, self.overlong_buffer)  # (B,) in [0, 1]
-        rewards = combine(correct, formed, length, self.weights)  # (B,)
+        too_long = soft_overlong(lengths, self.max_tokens, self.overlong_buffer)  # (B,) in [-1, 0]
+        length = 1.0 + too_long  # (B,) in [0, 1]
+        rewards = combine(correct, formed, length, self.weights, signed=self.signed) + self.overlong * too_long  # (B,)
         metrics = {
             "reward/mean": rewards.mean().item(),
             "reward/correct": correct.float().mean().item(),

@@ -32,6 +32,37 @@ class Rollouts:
     texts: list[str] = field(default_factory=list)  # B
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # (B,)
     used: Tensor = field(default_factory=lambda: torch.empty(0))  # (B,) bool: takes part in the update
+    token_advantages: Tensor | None = None  # (B, T) where they differ by token
+    extra_tokens: int = 0  # generated for this batch beyond its completions: by questions dropped, by continuations
+
+    def questions(self, chosen: Sequence[int]) -> Rollouts:
+        """The judged rollouts of some questions, in the order given."""
+        rows = [q * self.group_size + i for q in chosen for i in range(self.group_size)]
+        return Rollouts(
+            problems=[self.problems[q] for q in chosen],
+            prompts=[self.prompts[q] for q in chosen],
+            completions=[self.completions[row] for row in rows],
+            group_size=self.group_size,
+            ids=self.ids[rows],
+            rewards=self.rewards[rows],
+            correct=self.correct[rows],
+            texts=[self.texts[row] for row in rows],
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[Rollouts]) -> Rollouts:
+        """Judged rollouts of several draws as one batch."""
+        return Rollouts(
+            problems=[problem for part in parts for problem in part.problems],
+            prompts=[prompt for part in parts for prompt in part.prompts],
+            completions=[completion for part in parts for completion in part.completions],
+            group_size=parts[0].group_size,
+            ids=torch.cat([part.ids for part in parts]),
+            rewards=torch.cat([part.rewards for part in parts]),
+            correct=torch.cat([part.correct for part in parts]),
+            texts=[text for part in parts for text in part.texts],
+            extra_tokens=sum(part.extra_tokens for part in parts),
+        )
 
     @property
     def lengths(self) -> Tensor:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +21,16 @@ from rich.console import Console
 from torch import Tensor
 
 from aipo import distributed
+from aipo.adapters import add_adapters
 from aipo.checkpoint import CheckpointStore, compare_identity, resolve, run_identity
 from aipo.config import Config, dump_config
 from aipo.curriculum import Curriculum
 from aipo.datasets import Problem, fingerprint, load_problems
 from aipo.embedded import cache_folder, resolve_model
 from aipo.errors import TrainingError, UserError
+from aipo.export import model_stamp
 from aipo.labelling import label_folder, label_questions
+from aipo.latent import Latents, load_latents
 from aipo.policy import Policy, load_model
 from aipo.progress import Progress, final_table, summarize
 from aipo.prompts import Prompter
@@ -40,8 +43,6 @@ from aipo.selection import TokenSelector
 from aipo.sharding import Sharded, deepspeed_config, shard
 from aipo.tracking import Tracker, peak_memory_bytes, prepare_run_folder, read_jsonl
 from aipo.trainer import Trainer
-
-T = TypeVar("T")
 
 # what may differ between a checkpoint and the run that goes on from it: nothing of it changes what is computed
 MAY_CHANGE = ("name", "runs", "tracking", "checkpoint", "guards", "reward.workers", "rollout.check_sync")
@@ -77,6 +78,7 @@ def check_inputs(config: Config, world: int) -> Inputs:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model.path: cannot load config and tokenizer of {config.model.path}: {reason}") from None
     check_model(config, architecture)
+    find_latents(config, path)
     try:
         generation = GenerationConfig.from_pretrained(path)
     except OSError:  # a model need not have one
@@ -147,20 +149,6 @@ def describe_data(config: Config) -> list[str]:
     return lines
 
 
-def on_first(action: Callable[[], T]) -> T:
-    """Run on rank 0 and share what it gave, or raised as UserError, with all ranks."""
-    outcome: tuple[Any, str | None] = (None, None)
-    if distributed.rank() == 0:
-        try:
-            outcome = (action(), None)
-        except UserError as error:
-            outcome = (None, str(error))
-    value, problem = distributed.gather_objects(outcome)[0]
-    if problem is not None:
-        raise UserError(problem)
-    return value
-
-
 def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
     """Train as ``config`` says. Returns False if the run was stopped by a signal before its end."""
     import json
@@ -176,7 +164,7 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
         prepare_run_folder(config.folder, resume, config_text=dump_config(config))
         return found
 
-    checkpoint = on_first(prepare)
+    checkpoint = distributed.on_first(prepare)
     seed_everything(config.seed, rank)
     console = Console(stderr=False)
     with Progress(config.optim.steps, active=rank == 0, console=console) as progress:
@@ -269,6 +257,8 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
     engine.sleep()  # weights arrive by the first sync; until then its GPU memory serves the loading of the policy
     rewarder = Rewarder(
         weights=(reward.correctness, reward.format, reward.length),
+        signed=reward.signed,
+        overlong=reward.overlong,
         max_tokens=rollout.max_tokens,
         overlong_buffer=reward.overlong_buffer,
         thinking=config.data.thinking,
@@ -333,24 +323,41 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
         progress=progress,
         device=device,
         identity=inputs.identity,
+        latents=find_latents(config, inputs.model_path),
     )
 
 
-def make_policy(config: Config, path: str) -> Policy:
+def find_latents(config: Config, path: str) -> Latents | None:
+    if config.branch.latent == "none" or config.branch.latent_path is None:
+        return None
+    from transformers import AutoConfig
+
+    return load_latents(config.branch.latent_path, AutoConfig.from_pretrained(path))
+
+
+def make_policy(config: Config, path: str, *, trained: bool = True) -> Policy:
+    """The model in its wrapper; with adapters if they are ``trained``."""
     model = load_model(
         path,
         dtype=getattr(torch, config.model.dtype),
         attention=config.model.attention,
         gradient_checkpointing=config.model.gradient_checkpointing,
     )
+    if config.lora.rank and trained:
+        targets = "all-linear" if config.lora.targets == ("all-linear",) else config.lora.targets
+        add_adapters(model, rank=config.lora.rank, alpha=config.lora.alpha, targets=targets, seed=config.seed)
     return Policy(
-        model, temperature=config.rollout.temperature, layer=config.mi.layer, head_chunk=config.model.head_chunk
+        model,
+        temperature=config.rollout.temperature,
+        layer=config.mi.layer,
+        head_chunk=config.model.head_chunk,
+        entropy_gradient=config.loss.entropy_weight > 0,
     )
 
 
 def frozen_reference(config: Config, path: str, device: torch.device) -> Callable[[MicroBatch, Tensor], Tensor]:
     """Log-probabilities of the initial model at a given mask; sharded as the policy is under ZeRO-3."""
-    policy = make_policy(config, path).eval().requires_grad_(False)
+    policy = make_policy(config, path, trained=False).eval().requires_grad_(False)
     if config.sharding.zero_stage == 3:
         import deepspeed
 
@@ -413,14 +420,6 @@ def seed_everything(seed: int, rank: int) -> None:
     random.seed(seed * 1009 + rank)
     np.random.seed((seed * 1009 + rank) % 2**32)
     torch.manual_seed(seed * 1009 + rank)
-
-
-def model_stamp(path: str) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a local model's files: other weights in the same folder are another model."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return []
-    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir()) if f.is_file()]
 
 
 @contextmanager

@@ -50,25 +50,42 @@ class TokenSelector:
             statistic=mask.statistic,
             tau=mask.tau,
             fraction=mask.fraction,
+            quadrant=mask.quadrant,
             group_size=config.rollout.samples_per_question,
             seed=config.seed,
         )
         self.scored = (
-            mask.rule not in ("all", "random")
+            (mask.score == "mi" and mask.rule in ("threshold", "top_fraction", "peaks_only"))
             or config.advantage.mi_blend != "none"
             or config.curriculum.refresh_every is not None
         )
         self.local = self.rule.local and (self.scorer.local or not self.scored)
         self.seconds = 0.0  # spent on scores and masks; the caller resets it
 
-    def begin(self, rollouts: Rollouts, gold: Tensor | None, *, kappa: float, step: int) -> None:
-        """Start on new rollouts. gold: (Q, d) states of the gold answers, None if nothing is scored."""
+    def begin(
+        self,
+        rollouts: Rollouts,
+        gold: Tensor | None,
+        *,
+        kappa: float,
+        step: int,
+        prefix: float = 1.0,
+        ranking: Tensor | None = None,
+    ) -> None:
+        """Start on new rollouts.
+
+        Args:
+            gold: (Q, d) states of the gold answers, None if nothing is scored.
+            prefix: share of the prefix rule.
+            ranking: (B, T) what the mask rule looks at instead of mutual information; NaN is never selected.
+        """
         self.lengths = rollouts.lengths  # (B,)
         width = max(int(self.lengths.max()), 1) if len(self.lengths) else 1
         self.scores = torch.full((len(self.lengths), width), float("nan"))  # (B, T)
         self.mask = torch.zeros(len(self.lengths), width, dtype=torch.bool)  # (B, T)
         self.gold, self.group_size, self.ids = gold, rollouts.group_size, rollouts.ids
         self.kappa, self.step, self.decided = kappa, step, False
+        self.prefix, self.ranking = prefix, self.scores if ranking is None else ranking  # (B, T)
 
     def probe(self, batches: Sequence[MicroBatch], states: States) -> None:
         """Score all micro-batches, then decide every mask. Collective; does nothing where no probe is needed."""
@@ -76,14 +93,14 @@ class TokenSelector:
             return
         if self.scored:
             self.score_all(batches, states)
-        padded = self.scores if self.scored else torch.zeros_like(self.scores)
         lengths = torch.where(self._seen(batches), self.lengths, 0)  # (B,) rollouts outside the update do not count
         self.mask = self.rule.select(
-            padded.nan_to_num(0.0),
+            self.ranking,
             lengths,
             kappa=self.kappa,
             step=self.step,
             rollout_ids=self.ids,
+            prefix=self.prefix,
             gather=distributed.gather,
         )
         self.decided = True
@@ -106,9 +123,13 @@ class TokenSelector:
             start = time.perf_counter()
             lengths = self.lengths[rows]
             width = int(lengths.max())
-            scores = self.scores[rows, :width].nan_to_num(0.0)  # (b, t)
             self.mask[rows, :width] = self.rule.select(
-                scores, lengths, kappa=self.kappa, step=self.step, rollout_ids=self.ids[rows]
+                self.ranking[rows, :width],
+                lengths,
+                kappa=self.kappa,
+                step=self.step,
+                rollout_ids=self.ids[rows],
+                prefix=self.prefix,
             )
             self.seconds += time.perf_counter() - start
         return unpad(self.mask[rows], self.lengths[rows]).to(states.device)

@@ -7,7 +7,8 @@ inside the forward). So gradients are accumulated as sums and :meth:`step` divid
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aipo import distributed
+from aipo.adapters import alpha_of, merge, originals
 from aipo.config import Config
 from aipo.policy import Policy
 
@@ -41,9 +43,19 @@ class Sharded(ABC):
             The gradient norm before clipping; not finite if the gradient was not, and then nothing was updated.
         """
 
-    @abstractmethod
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, full tensor) one at a time; valid until the next. Consume it fully on every rank."""
+        """(Hugging Face name, full tensor) one at a time; valid until the next. Consume it fully on every rank.
+
+        Tied ones come once; adapters come merged into the weights that they belong to.
+        """
+        alpha = alpha_of(self.policy.model)
+        for name, parts in originals(dict(self.names())):
+            with self.gathered(parts):
+                yield name, merge(parts, alpha)
+
+    def gathered(self, parts: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        """Within it these parameters are whole on every rank."""
+        return nullcontext()
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -57,7 +69,7 @@ class Sharded(ABC):
         return loss if torch.isfinite(loss) else loss * float("nan")
 
     def names(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """Parameters under their Hugging Face names; tied ones once."""
+        """All parameters as the model names them: those of adapters too, tied ones once."""
         return list(self.policy.model.named_parameters())
 
 
@@ -99,12 +111,10 @@ class DeepSpeed(Sharded):
             for gradient in self.optimizer.get_grads_for_norm(for_clipping=True):
                 gradient.div_(scale)
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def gathered(self, parts: Sequence[Tensor]) -> AbstractContextManager[Any]:
         import deepspeed
 
-        for name, parameter in self.names():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
-                yield name, parameter.data
+        return deepspeed.zero.GatheredParameters(parts, enabled=self.stage == 3)
 
     def save(self, folder: Path) -> None:
         # DeepSpeed waits for all ranks after writing: a rank whose disk is full must get there before it complains
@@ -150,22 +160,18 @@ class Plain(Sharded):
     def step(self, denominator: float, lr: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        gradients = []
-        for parameter in self.policy.parameters():
+        parameters = trainable(self.policy)
+        for parameter in parameters:
             if parameter.grad is None:  # on no rank may a parameter be left out of the reduction
                 parameter.grad = torch.zeros_like(parameter)
             if distributed.world_size() > 1:
                 dist.all_reduce(parameter.grad)
-            gradients.append(parameter.grad.div_(denominator))
-        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_norm))
+            parameter.grad.div_(denominator)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_norm))
         if torch.isfinite(torch.tensor(norm)):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
-
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.names():
-            yield name, parameter.data
 
     def save(self, folder: Path) -> None:
         if distributed.rank() == 0:
@@ -179,10 +185,15 @@ class Plain(Sharded):
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+def trainable(policy: Policy) -> list[torch.nn.Parameter]:
+    """All parameters or, of a model with adapters, those."""
+    return [parameter for parameter in policy.parameters() if parameter.requires_grad]
+
+
 def make_optimizer(policy: Policy, config: Config, device: torch.device) -> torch.optim.AdamW:
     optim = config.optim
     return torch.optim.AdamW(
-        policy.parameters(),
+        trainable(policy),
         lr=optim.lr,
         betas=optim.betas,
         eps=optim.eps,

@@ -8,11 +8,13 @@ knows the name of a method.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +27,21 @@ from aipo.checkpoint import CheckpointStore, rng_state, set_rng_state
 from aipo.config import Config
 from aipo.curriculum import Curriculum, peak_label
 from aipo.datasets import Problem
+from aipo.early_exit import postfix_ids
 from aipo.errors import TrainingError
 from aipo.evaluation import validate
-from aipo.loss import importance_weights, loss_terms
+from aipo.generation import Generation
+from aipo.latent import Latents
+from aipo.loss import importance_weights, kl_priority, loss_terms
+from aipo.mask import prefix_share
 from aipo.metrics import Accuracy
 from aipo.progress import Progress
 from aipo.reporting import dump_batch, reduce_metrics, rollout_rows
-from aipo.rollout.base import Sampling
 from aipo.rollout.collect import Collector
 from aipo.rollouts import MicroBatch, Rollouts, filler, micro_batches, pad, shared_prompt_batches, unpad
 from aipo.selection import TokenSelector
 from aipo.sharding import Sharded, learning_rate
+from aipo.signals import Signals, shape, token_signals
 from aipo.tracking import Tracker
 
 
@@ -62,6 +68,7 @@ class Trainer:
     Args:
         problems, held_out: all ranks hold all of them.
         reference: (micro-batch, mask (N,)) -> log-probabilities (K,) of the initial model; None without a KL term.
+        latents: what branches are drawn with; None without ``branch.latent``.
         identity: what a run that resumes this one must share with it; kept beside each checkpoint.
         stop_requested: asked after every step; true on any rank ends the run after a checkpoint.
     """
@@ -82,6 +89,7 @@ class Trainer:
         progress: Progress,
         device: torch.device,
         identity: dict[str, Any],
+        latents: Latents | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.device = config, device
@@ -90,10 +98,14 @@ class Trainer:
         self.selector, self.curriculum = selector, curriculum
         self.store, self.tracker, self.progress = store, tracker, progress
         self.identity, self.stop_requested = identity, stop_requested
-        rollout = config.rollout
-        self.sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+        postfix = postfix_ids(collector.prompter.tokenizer, thinking=config.data.thinking)
+        self.generation = Generation(
+            collector, config, entropies=self.entropies, log_probs=self.log_probs, postfix=postfix, latents=latents
+        )
+        self.signals = Signals(config, sharded, self.agree, postfix=postfix)
         self.step = 0
         self.bad_steps = 0
+        self.generated = 0  # tokens in training so far, over all ranks
         self.before: Accuracy | None = None
         self.accuracy: Accuracy | None = None  # of the last validation
         self.newest_peaks: dict[str, float] = {}  # question -> N_peak, since the last relabelling
@@ -102,33 +114,29 @@ class Trainer:
 
     def train(self) -> bool:
         """Run to the last step. Returns False if it was asked to stop before; a checkpoint is written either way."""
-        config, steps = self.config, self.config.optim.steps
+        config = self.config
         if self.before is None:
             self.before = self.validate()
             self.tracker.log(0, self._validation)
         stop = False
-        while self.step < steps and not stop:
+        while not self.finished and not stop:
             step, clock = self.step, Clock()
-            kappa = self.curriculum.kappa(step)
+            kappa, prefix = self.curriculum.kappa(step), self.prefix_share()
 
-            with clock("rollout"):
-                problems = self.sample_questions(step)
-                rollouts = self.collector.collect(
-                    problems, self.sampling, samples=config.rollout.samples_per_question, stream=f"step {step}"
-                )
-            with clock("reward"):
-                metrics = self.collector.judge(rollouts)
-                self.set_advantages(rollouts)
+            draw = partial(self.sample_questions, step)
+            rollouts, metrics = self.generation.rollouts(step, draw, clock, prefix=prefix)
             self.collector.engine.sleep()
-            metrics |= self.update(rollouts, kappa, step, clock)
+            metrics |= self.set_advantages(rollouts, clock)
+            metrics |= self.update(rollouts, kappa, step, clock, prefix)
             with clock("sync"):
                 self.collector.engine.sync(self.sharded.full_parameters())
 
             self.step += 1
             metrics = reduce_metrics(rollouts, metrics, clock.seconds) | self.curriculum.metrics()
-            metrics |= {"mask/kappa": kappa, "policy/lr": learning_rate(step, config)}
+            metrics |= {"mask/kappa": kappa, "mask/prefix": prefix, "policy/lr": learning_rate(step, config)}
             best = False
-            if self.step % config.validation.every == 0 or self.step == steps:
+            self.generated += round(metrics["rollout/tokens"])
+            if self.step % config.validation.every == 0 or self.finished:
                 accuracy = self.validate().value
                 best = self.curriculum.best is None or accuracy > self.curriculum.best
                 self.curriculum.observe_validation(accuracy)
@@ -139,20 +147,31 @@ class Trainer:
             self.tracker.log_rollouts(self.step, rollout_rows(rollouts, self.selector, tokenizer, count))
             self.progress.update(self.step, metrics)
             stop = not distributed.all_true(not self.stop_requested())
-            if self.step % config.checkpoint.every == 0 or self.step == steps or best or stop:
+            if self.step % config.checkpoint.every == 0 or self.finished or best or stop:
                 self.save()
-        return self.step == steps
+        return self.finished
 
-    def update(self, rollouts: Rollouts, kappa: float, step: int, clock: Clock) -> dict[str, float]:
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done, or as many tokens are generated as the run may."""
+        optim = self.config.optim
+        return self.step >= optim.steps or self.generated >= (optim.generated_tokens or math.inf)
+
+    def update(
+        self, rollouts: Rollouts, kappa: float, step: int, clock: Clock, prefix: float = 1.0
+    ) -> dict[str, float]:
         """One optimizer step on each part of the batch (one part by default). Returns sums for the log."""
         config, sharded, selector = self.config, self.sharded, self.selector
         sums: defaultdict[str, float] = defaultdict(float)
         selector.seconds = 0.0
         with clock("forward"):
             gold = self.gold_states(rollouts) if selector.scored else None
-            selector.begin(rollouts, gold, kappa=kappa, step=step)
             parts = self.lay_out(rollouts)
             every = [micro for part in parts for micro in part]
+            signals = {name: self.signals.measure(name, every, rollouts) for name in token_signals(config)}  # (B, T)
+            ranking, shaped = shape(rollouts, signals, config)
+            rollouts.token_advantages = shaped  # (B, T) or None
+            selector.begin(rollouts, gold, kappa=kappa, prefix=prefix, step=step, ranking=ranking)
             selector.probe(every, self.states)
             old = self.old_log_probs(every, rollouts) if len(parts) > 1 else None  # (B, T)
         engine = rollouts.logp_engine  # (B, T)
@@ -185,6 +204,9 @@ class Trainer:
                         max_length=config.rollout.max_tokens,
                         importance_weight=weight,
                         lengths=micro.lengths,
+                        kl_weight=self.kl_weight(micro, signals),
+                        entropy=self.grid(micro, mask, out["entropy"]),
+                        entropy_weight=config.loss.entropy_weight,
                     )
                 with clock("backward"):
                     sharded.backward(terms.total)
@@ -193,7 +215,7 @@ class Trainer:
                 denominator += float(terms.denominator)
                 selected += float(terms.sums["selected"])
                 sums["loss"] += float(terms.total.detach())
-                sums["entropy"] += float(out["entropy"].sum())
+                sums["entropy"] += float(out["entropy"].detach().sum())
                 sums["weight_max"] = max(sums["weight_max"], float(mismatch.pop("weight_max")))
                 for name, value in [*terms.sums.items(), *((f"mismatch_{k}", v) for k, v in mismatch.items())]:
                     sums[name] += float(value)
@@ -205,14 +227,40 @@ class Trainer:
 
     # -- stages --------------------------------------------------------------------------------------------------
 
-    def sample_questions(self, step: int) -> list[Problem]:
-        """This rank's share of the questions that the curriculum draws for all ranks together."""
-        drawn = self.curriculum.sample(step, self.config.rollout.questions_per_step)
+    def sample_questions(self, step: int, count: int) -> list[Problem]:
+        """This rank's share of the ``count`` questions that the curriculum draws for all ranks together."""
+        drawn = self.curriculum.sample(step, count)
         return [self.problems[i] for i in drawn[distributed.rank() :: distributed.world_size()]]
 
-    def set_advantages(self, rollouts: Rollouts) -> None:
-        """Advantages (B,) and which rollouts take part in the update (B,)."""
+    def prefix_share(self) -> float:
+        mask = self.config.mask
+        return prefix_share(self.curriculum.stalls, start=mask.prefix_start, step=mask.prefix_step, end=mask.prefix_end)
+
+    def certainty(self, rollouts: Rollouts) -> Tensor:
+        """Mean self-certainty of each rollout, which INTUITOR rewards. (B,)"""
+        return self.signals.measure("certainty", self.batches_of(rollouts), rollouts).nanmean(1)
+
+    def entropies(self, rollouts: Rollouts) -> Tensor:
+        """Entropy of the policy at each token. (B, T)"""
+        return self.signals.measure("entropy", self.batches_of(rollouts), rollouts)
+
+    @torch.no_grad()
+    def log_probs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
+        """Log-probabilities of given completions under the policy. (B, T)"""
+        values = torch.zeros(len(completions), max([len(c) for c in completions] + [1]))  # (B, T)
+        for micro in self.batches(prompts, completions):
+            out = self.sharded.forward(micro, lambda states: torch.ones_like(states[:, 0], dtype=torch.bool))
+            padded = pad(out["logp"], micro.lengths).cpu()  # (b, t)
+            if len(micro.rows):
+                values[micro.rows.cpu(), : padded.shape[1]] = padded
+        return values
+
+    def set_advantages(self, rollouts: Rollouts, clock: Clock) -> dict[str, float]:
+        """Advantages (B,) and which rollouts take part in the update (B,). Returns the mean reward for the log."""
         advantage, n = self.config.advantage, rollouts.group_size
+        if self.config.reward.rule == "certainty":
+            with clock("forward"):
+                rollouts.rewards = self.certainty(rollouts)
         rewards = rollouts.rewards
         if advantage.baseline == "batch":  # the mean over all ranks
             share = len(rewards)
@@ -227,14 +275,15 @@ class Trainer:
         rollouts.used = torch.ones(len(rewards), dtype=torch.bool)
         if advantage.drop_constant_groups:
             rollouts.used = ~constant_groups(rewards.reshape(-1, n)).repeat_interleave(n)
+        return {"reward/mean": float(rewards.mean())} if len(rewards) else {}
 
     def lay_out(self, rollouts: Rollouts) -> list[list[MicroBatch]]:
         """Micro-batches of each optimizer step, equally many on every rank."""
-        questions = len(rollouts.problems) // self.config.optim.updates_per_batch
-        size = questions * rollouts.group_size
+        questions, updates, n = len(rollouts.problems), self.config.optim.updates_per_batch, rollouts.group_size
         parts = []
-        for start in range(0, len(rollouts.completions), size):
-            rows = torch.arange(start, start + size)[rollouts.used[start : start + size]]
+        for i in range(updates):
+            start, end = (n * (j * questions // updates) for j in (i, i + 1))
+            rows = torch.arange(start, end)[rollouts.used[start:end]]
             prompts = [rollouts.prompts[i // rollouts.group_size] for i in rows.tolist()]
             completions = [rollouts.completions[i].token_ids for i in rows.tolist()]
             part = self.batches(prompts, completions)
@@ -244,13 +293,22 @@ class Trainer:
         return parts
 
     def batches(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[MicroBatch]:
-        """Micro-batches on the device, as many as the rank with most has (ZeRO-3 counts forward passes)."""
+        """Micro-batches of sequences, equally many on every rank (ZeRO-3 counts forward passes)."""
         optim = self.config.optim
         if optim.share_prompts:
             made = shared_prompt_batches(prompts, completions, budget=optim.micro_tokens)
         else:
             made = micro_batches(prompts, completions, budget=optim.micro_tokens, packing=optim.packing)
-        made += [filler()] * (max(distributed.agree_max(len(made)), 1) - len(made))
+        return self.agree(made)
+
+    def batches_of(self, rollouts: Rollouts) -> list[MicroBatch]:
+        """Micro-batches of all rollouts, whether they take part in the update or not."""
+        prompts = [rollouts.prompts[i // rollouts.group_size] for i in range(len(rollouts.completions))]
+        return self.batches(prompts, [completion.token_ids for completion in rollouts.completions])
+
+    def agree(self, made: list[MicroBatch]) -> list[MicroBatch]:
+        """On the device, with fillers up to the number that the rank with most has."""
+        made = made + [filler()] * (max(distributed.agree_max(len(made)), 1) - len(made))
         return [micro.to(self.device) for micro in made]
 
     @torch.no_grad()
@@ -284,9 +342,11 @@ class Trainer:
         return old
 
     def token_advantages(self, micro: MicroBatch, rollouts: Rollouts) -> Tensor:
-        """(b,), or (b, t) where mutual information is blended in."""
+        """(b,), or (b, t) where they differ by token."""
         rows, advantage = micro.rows.cpu(), self.config.advantage
         width = max(int(micro.lengths.max()), 1) if len(rows) else 1
+        if rollouts.token_advantages is not None:
+            return rollouts.token_advantages[rows, :width].to(self.device)
         return blend(
             rollouts.advantages[rows],
             self.selector.scores[rows, :width].nan_to_num(0.0),
@@ -294,6 +354,15 @@ class Trainer:
             how=advantage.mi_blend,
             weight=advantage.mi_weight,
         ).to(self.device)
+
+    def kl_weight(self, micro: MicroBatch, signals: dict[str, Tensor]) -> Tensor | None:
+        """(b, t) weight of each token's KL; None where all weigh the same."""
+        power = self.config.loss.kl_priority
+        if power == 0 or self.reference is None:
+            return None
+        vocabulary = self.sharded.policy.model.config.vocab_size  # type: ignore[union-attr]
+        weights = kl_priority(self.of(micro, signals["entropy"]), vocabulary, power)  # type: ignore[arg-type]
+        return pad(weights, micro.lengths)
 
     def of(self, micro: MicroBatch, padded: Tensor) -> Tensor:
         """The ragged (N,) values of a micro-batch's rows, from (B, T)."""
@@ -336,7 +405,9 @@ class Trainer:
         labels trains exactly as one that finds its labels made.
         """
         config, clean = self.config, self.selector.state_dict()
-        sampling = replace(self.sampling, max_tokens=min(config.rollout.max_tokens, config.curriculum.probe_tokens))
+        sampling = replace(
+            self.generation.sampling, max_tokens=min(config.rollout.max_tokens, config.curriculum.probe_tokens)
+        )
         rollouts = self.collector.collect(problems, sampling, samples=1, stream="label")
         self.collector.judge(rollouts)
         prompts, completions = rollouts.prompts, [c.token_ids for c in rollouts.completions]
@@ -383,7 +454,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint that a killed run goes on from as if nothing had happened."""
-        validated_now = self.step % self.config.validation.every == 0 or self.step == self.config.optim.steps
+        validated_now = self.step % self.config.validation.every == 0 or self.finished
         accuracy = self.accuracy.value if self.accuracy and validated_now else None
         state = self.state_dict()
 
@@ -406,6 +477,7 @@ class Trainer:
         return {
             "step": self.step,
             "bad_steps": self.bad_steps,
+            "generated": self.generated,
             "before": vars(self.before) if self.before else None,
             "accuracy": vars(self.accuracy) if self.accuracy else None,
             "newest_peaks": self.newest_peaks,
@@ -416,7 +488,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.bad_steps = state["step"], state["bad_steps"]
+        self.step, self.bad_steps, self.generated = state["step"], state["bad_steps"], state["generated"]
         self.before = Accuracy(**state["before"]) if state["before"] else None
         self.accuracy = Accuracy(**state["accuracy"]) if state["accuracy"] else None
         self.newest_peaks = state["newest_peaks"]

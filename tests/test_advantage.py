@@ -1,16 +1,31 @@
-"""Advantages by hand and against loops."""
+"""Advantages by hand and against loops (tests/reference.py)."""
 
 from __future__ import annotations
 
 import math
-import statistics
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from aipo.advantage import blend, constant_groups, group_advantages
+from aipo.advantage import (
+    QUADRANTS,
+    blend,
+    constant_groups,
+    effective_token_ratio,
+    entropy_quadrants,
+    gini,
+    group_advantages,
+    information_advantages,
+    reallocate_by_entropy,
+    weight_tokens,
+    zscore,
+)
+from tests import reference
 
 REWARDS = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.5, 0.5])  # two groups of four: means 0.25 and 0.75
 
@@ -55,16 +70,11 @@ def test_a_lone_sample_has_no_advantage(baseline: str, normalize: str) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from(["group", "batch", "leave_one_out"]), st.sampled_from(["none", "std"]))
 def test_against_loops(data: st.DataObject, baseline: str, normalize: str) -> None:
-    size = data.draw(st.integers(2, 5))
+    size = data.draw(st.integers(1, 5))
     count = size * data.draw(st.integers(1, 4))
-    rewards = data.draw(st.lists(st.integers(0, 10).map(lambda r: r / 10), min_size=count, max_size=count))
-    expected = []
-    for i, reward in enumerate(rewards):
-        first = i // size * size
-        group = rewards if baseline == "batch" else rewards[first : first + size]
-        others = [r for j, r in enumerate(group) if j != (i - first)]
-        mean = statistics.mean(others if baseline == "leave_one_out" else group)
-        expected.append((reward - mean) / (statistics.stdev(group) + 1e-6 if normalize == "std" else 1))
+    tenths = st.integers(0, 10).map(lambda r: r / 10)
+    rewards = data.draw(st.lists(tenths, min_size=count, max_size=count))
+    expected = reference.group_advantages(rewards, size, baseline, normalize)
     actual = group_advantages(torch.tensor(rewards), size, baseline=baseline, normalize=normalize)
     torch.testing.assert_close(actual, torch.tensor(expected), rtol=1e-4, atol=1e-5)
     if baseline == "group":
@@ -124,10 +134,192 @@ def test_rounding_noise_is_no_variation() -> None:
     assert torch.equal(out, torch.full((1, 4), 0.7))
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 50), min_size=2, max_size=12).filter(lambda s: len(set(s)) > 1), st.integers(0, 4))
-def test_blend_against_statistics(scores: list[int], padding: int) -> None:
-    row = torch.tensor([[*map(float, scores), *[1e9] * padding]])
-    out = blend(torch.tensor([2.0]), row, torch.tensor([len(scores)]), how="additive", weight=1.0)[0]
-    mean, std = statistics.mean(scores), statistics.pstdev(scores)
-    torch.testing.assert_close(out[: len(scores)], torch.tensor([2 + (s - mean) / std for s in scores]))
+# --- rules of single tokens, against loops --------------------------------------------------------------------------
+
+NAN, INF = float("nan"), float("inf")
+
+
+def ragged(seed: int, rows: int, width: int, *, constant: bool = False, garbage: float = NAN) -> dict[str, Tensor]:
+    """Rows of 0..width tokens, ``garbage`` behind them; the first advantage is 0, as a constant group's."""
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, width + 1, (rows,), generator=random)
+    inside = torch.arange(width) < lengths[:, None]
+
+    def tokens() -> Tensor:
+        values = torch.randn(rows, width, generator=random, dtype=torch.float64)
+        return torch.where(inside, values[:, :1].expand_as(values) if constant else values, garbage)
+
+    advantages = torch.randn(rows, generator=random, dtype=torch.float64)
+    advantages[0] = 0
+    return {
+        "advantages": advantages,
+        "scores": tokens(),
+        "entropy": tokens().abs(),
+        "weights": tokens().abs(),
+        "logp_old": -tokens().abs(),
+        "correct": torch.rand(rows, generator=random) < 0.5,
+        "lengths": lengths,
+    }
+
+
+RULES: dict[str, tuple[Callable[..., Tensor], Callable[..., Any], tuple[str, ...], dict[str, Any]]] = {
+    "zscore": (zscore, reference.zscore, ("scores",), {}),
+    "additive": (blend, reference.blend, ("advantages", "scores"), {"how": "additive", "weight": 0.3}),
+    "multiplicative": (blend, reference.blend, ("advantages", "scores"), {"how": "multiplicative", "weight": 0.3}),
+    "information": (
+        information_advantages,
+        reference.information_advantages,
+        ("advantages", "scores", "logp_old", "correct"),
+        {"alpha": 0.1, "beta": 0.05},
+    ),
+    "reallocation": (
+        reallocate_by_entropy,
+        reference.reallocate_by_entropy,
+        ("advantages", "entropy"),
+        {"mean": 0.7, "std": 0.4, "alpha": 0.5, "phi": 3.0},
+    ),
+    "quadrants": (entropy_quadrants, reference.entropy_quadrants, ("advantages", "entropy"), {"threshold": 0.6}),
+    "weights": (weight_tokens, reference.weight_tokens, ("advantages", "weights"), {}),
+    "gini": (gini, reference.gini, ("weights",), {}),
+    "effective tokens": (effective_token_ratio, reference.effective_token_ratio, ("weights",), {}),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    rows=st.integers(1, 5),
+    width=st.integers(1, 9),
+    constant=st.booleans(),
+    garbage=st.sampled_from([NAN, INF, -INF, 1e30]),
+)
+def test_rules_against_loops(rule: str, seed: int, rows: int, width: int, constant: bool, garbage: float) -> None:
+    function, expected, names, options = RULES[rule]
+    b = ragged(seed, rows, width, constant=constant, garbage=garbage)
+    inputs = [b[name].requires_grad_() if b[name].is_floating_point() else b[name] for name in names]
+    if "advantages" in names:
+        b["advantages"].requires_grad_(False)
+    actual = function(*inputs, b["lengths"], **options)
+    assert not actual.requires_grad  # every rule is detached
+    for i, length in enumerate(b["lengths"].tolist()):
+        row = [b[name][i].item() if b[name].dim() == 1 else b[name][i, :length].tolist() for name in names]
+        want = torch.tensor(expected(*row, **options), dtype=actual.dtype)
+        torch.testing.assert_close(actual[i, :length] if actual.dim() == 2 else actual[i], want, rtol=1e-6, atol=1e-9)
+    assert actual.isfinite().all()  # also behind the rows
+
+
+# --- IAPO ---------------------------------------------------------------------------------------------------------
+
+
+def test_information_by_hand() -> None:
+    # s = 1, 3: z = -1, 1. pi = 0.2, 0.6: z = -1, 1 where right, 1, -1 where wrong
+    s, logp = torch.tensor([[1.0, 3.0], [1.0, 3.0]]), torch.tensor([[0.2, 0.6], [0.2, 0.6]]).log()
+    lengths = torch.tensor([2, 2])
+    out = information_advantages(
+        torch.tensor([1.0, -1.0]), s, logp, torch.tensor([True, False]), lengths, alpha=0.1, beta=0.01
+    )
+    torch.testing.assert_close(out, torch.tensor([[0.89, 1.11], [-1.09, -0.91]]))
+
+
+def test_tokens_that_a_stride_left_out_get_no_bonus() -> None:
+    s = torch.tensor([[NAN, 1.0, NAN, 3.0], [NAN, NAN, NAN, NAN], [NAN, NAN, 7.0, NAN]])
+    torch.testing.assert_close(
+        zscore(s, torch.full((3,), 4)), torch.tensor([[0.0, -1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]).double()
+    )
+    out = information_advantages(
+        torch.tensor([0.5, 0.5, 0.5]), s, torch.zeros(3, 4), torch.ones(3), torch.full((3,), 4), alpha=0.1
+    )
+    torch.testing.assert_close(out, torch.tensor([[0.5, 0.4, 0.5, 0.6], [0.5] * 4, [0.5] * 4]))
+
+
+# --- HAPO ---------------------------------------------------------------------------------------------------------
+
+
+def test_reallocation_by_hand() -> None:
+    # z of the entropies: -3, 0.1, 3; bounds |A| / 2 = 0.5 | 0.25
+    entropy = torch.tensor([[0.0, 1.55, 3.0], [0.0, 1.55, 3.0], [0.0, 1.55, 3.0]]).double()
+    out = reallocate_by_entropy(
+        torch.tensor([1.0, -0.5, 0.0]).double(), entropy, torch.full((3,), 3), mean=1.5, std=0.5
+    )
+    expected = [[0.9, 1.02, 1.1], [-0.45, -0.52, -0.55], [0.0, 0.0, 0.0]]
+    torch.testing.assert_close(out, torch.tensor(expected).double())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.floats(-1e3, 1e3, width=32),
+    st.lists(st.one_of(st.floats(0, 20, width=32), st.sampled_from([NAN, INF])), min_size=1, max_size=6),
+    st.floats(0, 10),
+    st.one_of(st.floats(0, 5), st.just(NAN)),
+    st.floats(0.1, 5),
+    st.floats(0, 0.999),
+)
+def test_reallocation_keeps_the_sign(
+    advantage: float, entropy: list[float], mean: float, std: float, phi: float, share: float
+) -> None:
+    out = reallocate_by_entropy(
+        torch.tensor([advantage]),
+        torch.tensor([entropy]),
+        torch.tensor([len(entropy)]),
+        mean=mean,
+        std=std,
+        alpha=share * phi,
+        phi=phi,
+    )
+    assert (out.sign() == torch.tensor(advantage).sign()).all()
+    assert (out.abs() <= 2 * abs(advantage) * (1 + 1e-6)).all()
+
+
+def test_entropies_without_variation_reallocate_nothing() -> None:
+    advantages, entropy, lengths = torch.tensor([0.7]), torch.tensor([[0.3, 0.3, 9.0]]), torch.tensor([2])
+    out = reallocate_by_entropy(advantages, entropy, lengths, mean=0.3, std=1e-9)
+    assert torch.equal(out, torch.full((1, 3), 0.7))
+    for alpha in (2.0, -0.1):
+        with pytest.raises(ValueError, match="alpha"):
+            reallocate_by_entropy(advantages, entropy, lengths, mean=0.3, std=1.0, alpha=alpha, phi=2.0)
+
+
+def test_quadrants_by_hand() -> None:
+    entropy = torch.tensor([[0.9, 0.1, 0.5], [0.9, 0.1, 0.9], [0.9, 0.1, 0.9], [0.9, INF, NAN]])  # 0.5 is not above 0.5
+    out = entropy_quadrants(torch.tensor([2.0, -2.0, 0.0, 1.0]), entropy, torch.tensor([3, 2, 3, 3]), threshold=0.5)
+    assert out.tolist() == [[0, 1, 1], [2, 3, -1], [-1, -1, -1], [0, -1, -1]]
+    assert [QUADRANTS[k] for k in out[:2, :2].flatten()] == [
+        "positive_high",
+        "positive_low",
+        "negative_high",
+        "negative_low",
+    ]
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+
+
+def test_weights_by_hand() -> None:
+    weights = torch.tensor([[1.0, 3.0, NAN], [0.0, 0.0, 0.0], [0.0, 0.0, 5.0], [2.0, 2.0, 2.0]])
+    lengths = torch.tensor([2, 3, 3, 3])
+    out = weight_tokens(torch.tensor([2.0, 2.0, -1.0, 1.0]), weights, lengths)
+    torch.testing.assert_close(out[0, :2], torch.tensor([1.0, 3.0]))
+    assert out[1:].tolist() == [[2, 2, 2], [0, 0, -3], [1, 1, 1]]
+    # of two: |1 - 3| * 2 / (2 * 2 * 4) = 1/4; of three, one with everything: 2/3
+    torch.testing.assert_close(gini(weights, lengths), torch.tensor([1 / 4, 0, 2 / 3, 0]).double())
+    torch.testing.assert_close(effective_token_ratio(weights, lengths), torch.tensor([16 / 20, 1, 1 / 3, 1]).double())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 9), st.floats(1e-3, 1e3))
+def test_weights_keep_the_mean_and_have_no_unit(seed: int, rows: int, width: int, unit: float) -> None:
+    b = ragged(seed, rows, width)
+    args = (b["weights"], b["lengths"])
+    out = weight_tokens(b["advantages"], *args)
+    for i, length in enumerate(b["lengths"].tolist()):
+        if length:
+            torch.testing.assert_close(out[i, :length].mean(), b["advantages"][i])
+    torch.testing.assert_close(weight_tokens(b["advantages"], unit * b["weights"], b["lengths"]), out)
+    for statistic in (gini, effective_token_ratio):
+        torch.testing.assert_close(statistic(unit * b["weights"], b["lengths"]), statistic(*args))
+        assert ((statistic(*args) > -1e-12) & (statistic(*args) < 1 + 1e-12)).all()
+
+
+def test_an_unmeasured_weight_is_not_hidden() -> None:
+    assert weight_tokens(torch.ones(1), torch.tensor([[1.0, NAN]]), torch.tensor([2])).isnan().all()

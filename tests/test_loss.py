@@ -1,4 +1,4 @@
-"""The objective against plain Python loops written from eq. 2 and 3, in float64."""
+"""The objective against plain Python loops (tests/reference.py), in float64, and against cases worked by hand."""
 
 from __future__ import annotations
 
@@ -11,55 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aipo.loss import AGGREGATIONS, importance_weights, loss_terms, policy_loss
+from aipo.advantage import group_advantages
+from aipo.loss import AGGREGATIONS, RATIOS, importance_weights, kl_priority, loss_terms, policy_loss
+from tests import reference
 
 INF, NAN = math.inf, math.nan
-
-
-def eq2(
-    logp: Tensor,
-    logp_old: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    logp_ref: Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    kl_beta: float = 0.0,
-    aggregation: str = "sequence",
-    max_length: int | None = None,
-    importance_weight: Tensor | None = None,
-    lengths: Tensor | None = None,
-) -> Tensor:
-    """-J of eq. 2, one token after the other; only ``logp`` stays a tensor, so that it has a gradient."""
-    rows, tokens, selected_tokens = [], logp.new_zeros(()), 0
-    for i in range(len(logp)):
-        row, selected = logp.new_zeros(()), 0
-        for t in range(logp.shape[1]):
-            if not mask[i, t]:
-                continue
-            advantage = float(advantages[i] if advantages.dim() == 1 else advantages[i, t])
-            ratio = torch.exp(logp[i, t] - float(logp_old[i, t]))
-            clipped = 1 - clip_low if ratio < 1 - clip_low else 1 + clip_high if ratio > 1 + clip_high else ratio
-            surrogate, bounded = ratio * advantage, clipped * advantage
-            token = surrogate if surrogate <= bounded else bounded
-            if kl_beta and logp_ref is not None:
-                ref_over_policy = torch.exp(float(logp_ref[i, t]) - logp[i, t])
-                token = token - kl_beta * (ref_over_policy - torch.log(ref_over_policy) - 1)
-            if importance_weight is not None:
-                token = token * float(importance_weight[i, t])
-            row, selected = row + token, selected + 1
-        if selected:
-            rows.append(row / selected)
-        tokens, selected_tokens = tokens + row, selected_tokens + selected
-    if aggregation == "sequence":
-        return -torch.stack(rows).mean() if rows else tokens
-    if aggregation == "token":
-        return -tokens / max(selected_tokens, 1)
-    if aggregation == "constant":
-        assert max_length is not None
-        return -tokens / (len(logp) * max_length)
-    return -tokens / (mask.numel() if lengths is None else max(int(lengths.sum()), 1))
 
 
 def batch(seed: int, rows: int = 4, width: int = 7, spread: float = 0.4) -> dict[str, Tensor]:
@@ -80,66 +36,128 @@ def batch(seed: int, rows: int = 4, width: int = 7, spread: float = 0.4) -> dict
         "mask": inside & (torch.rand(rows, width, generator=random) < 0.6),
         "importance_weight": normal(rows, width).abs(),
         "lengths": lengths,
+        "kl_weight": torch.rand(rows, width, generator=random, dtype=torch.float64),
+        "entropy": normal(rows, width).abs(),
     }
 
 
-def value_and_gradient(function: Any, logp: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    logp = logp.clone().requires_grad_()
-    result = function(logp, *args, **options)
-    loss = result[0] if isinstance(result, tuple) else result
-    return loss.detach(), torch.autograd.grad(loss, logp, allow_unused=True, materialize_grads=True)[0]
+def gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    if not loss.requires_grad:  # nothing selected: the loops touch no tensor
+        return tuple(torch.zeros_like(x) for x in inputs)
+    return torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
 
 
 def compare(b: dict[str, Tensor], **options: Any) -> None:
-    args = (b["logp"], b["logp_old"], b["advantages"], b["mask"])
-    loss, gradient = value_and_gradient(policy_loss, *args, **options)
-    expected, expected_gradient = value_and_gradient(lambda *a, **o: eq2(*a, **o) + 0 * a[0].sum(), *args, **options)
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-6, atol=1e-9)
-    assert (gradient[~b["mask"]] == 0).all()
-
-
-# --- eq. 2 --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("kl_beta", [0.0, 0.04])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("per_token", [False, True], ids=["A per row", "A per token"])
-def test_value_and_gradient(aggregation: str, kl_beta: float, weighted: bool, per_token: bool) -> None:
-    for seed in range(5):
-        b = batch(seed)
-        if per_token:
-            b["advantages"] = b["advantages"][:, None] + 0.5 * b["logp_ref"]
-        compare(
-            b,
-            aggregation=aggregation,
-            kl_beta=kl_beta,
-            logp_ref=b["logp_ref"],
-            max_length=9,
-            lengths=b["lengths"],
-            importance_weight=b["importance_weight"] if weighted else None,
-            clip_low=0.1,
-            clip_high=0.4,
+    """Value, and gradients to log-probabilities and entropies; no weight may have one."""
+    results = []
+    for function in (policy_loss, reference.objective):
+        logp, entropy, kl_weight, importance_weight = (
+            b[k].clone().requires_grad_() for k in ("logp", "entropy", "kl_weight", "importance_weight")
         )
+        given = {"entropy": entropy, "kl_weight": kl_weight, "importance_weight": importance_weight}
+        given = {k: v for k, v in given.items() if k in options}
+        out = function(logp, b["logp_old"], b["advantages"], b["mask"], **{**options, **given})
+        loss = out[0] if isinstance(out, tuple) else out
+        results.append((loss.detach(), *gradients(loss, logp, entropy)))
+        assert all((g == 0).all() for g in gradients(loss, kl_weight, importance_weight))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
+    assert all((gradient[~b["mask"]] == 0).all() for gradient in results[0][1:])
 
 
-@settings(max_examples=60, deadline=None)
+# --- against loops --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("per_token", [False, True], ids=["A per row", "A per token"])
+def test_value_and_gradient(ratio: str, aggregation: str, per_token: bool) -> None:
+    b = batch(seed=4)
+    if per_token:
+        b["advantages"] = b["advantages"][:, None] + 0.5 * b["logp_ref"]
+    rule = {"ratio": ratio, "aggregation": aggregation, "max_length": 9, "clip_low": 0.1, "clip_high": 0.4}
+    kl = {"kl_beta": 0.04, "logp_ref": b["logp_ref"]}
+    variants: list[dict[str, Any]] = [
+        {"lengths": b["lengths"]},
+        {"importance_weight": b["importance_weight"]},
+        kl,
+        {**kl, "kl_weight": b["kl_weight"]},
+        {"entropy": b["entropy"], "entropy_weight": 0.05},
+    ]
+    for options in variants:
+        compare(b, **rule, **options)
+
+
+@settings(max_examples=100, deadline=None)
 @given(
-    st.integers(0, 10**6),
-    st.integers(1, 6),
-    st.integers(1, 9),
-    st.sampled_from([0.0, 0.3, 3.0]),
-    st.sampled_from(AGGREGATIONS),
-    st.sampled_from([0.0, 0.1]),
+    seed=st.integers(0, 10**6),
+    rows=st.integers(1, 6),
+    width=st.integers(1, 9),
+    spread=st.sampled_from([0.0, 0.3, 3.0]),
+    ratio=st.sampled_from(RATIOS),
+    aggregation=st.sampled_from(AGGREGATIONS),
+    kl_beta=st.sampled_from([0.0, 0.1]),
+    clip_low=st.sampled_from([0.0, 0.2, 1.0, 5.0]),
+    clip_high=st.sampled_from([0.0, 0.28, 4.0]),
+    everything=st.booleans(),
+    constant_group=st.booleans(),
 )
 def test_value_and_gradient_of_any_shape(
-    seed: int, rows: int, width: int, spread: float, aggregation: str, kl_beta: float
+    seed: int,
+    rows: int,
+    width: int,
+    spread: float,
+    ratio: str,
+    aggregation: str,
+    kl_beta: float,
+    clip_low: float,
+    clip_high: float,
+    everything: bool,
+    constant_group: bool,
 ) -> None:
     b = batch(seed, rows, width, spread)
     if spread == 0:  # strictly on-policy: both branches of the minimum tie, their gradient is that of the ratio
         b["logp"] = b["logp_old"].clone()
-    compare(b, aggregation=aggregation, kl_beta=kl_beta, logp_ref=b["logp_ref"], max_length=width)
+    if constant_group:
+        b["advantages"][: rows // 2 + 1] = 0
+    options: dict[str, Any] = {k: b[k] for k in ("importance_weight", "kl_weight", "entropy")}
+    compare(
+        b,
+        ratio=ratio,
+        aggregation=aggregation,
+        kl_beta=kl_beta,
+        logp_ref=b["logp_ref"],
+        max_length=width,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        **({**options, "entropy_weight": 0.05} if everything else {}),
+    )
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_single_tokens_make_the_sequence_ratio_the_token_ratio(aggregation: str) -> None:
+    b = batch(5)
+    b["mask"] = torch.arange(7) == torch.tensor([0, 3, 6, 2])[:, None]
+    args = [b[k] for k in ("logp", "logp_old", "advantages", "mask")]
+    losses = [policy_loss(*args, ratio=r, aggregation=aggregation, max_length=7)[0] for r in ("token", "sequence")]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_on_policy_the_ratios_have_one_gradient(aggregation: str) -> None:
+    b = batch(6)
+    results = []
+    for ratio in RATIOS:
+        logp = b["logp"].clone().requires_grad_()
+        loss, _ = policy_loss(
+            logp, b["logp"], b["advantages"], b["mask"], ratio=ratio, aggregation=aggregation, max_length=7
+        )
+        results.append(torch.autograd.grad(loss, logp)[0])
+    assert results[0].abs().sum() > 0
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(results[0], results[2], rtol=1e-12, atol=1e-15)
+
+
+# --- by hand ------------------------------------------------------------------------------------------------------
 
 
 def test_by_hand() -> None:
@@ -194,19 +212,153 @@ def test_clipped_tokens_have_no_gradient() -> None:
     torch.testing.assert_close(logp.grad, torch.tensor([[0.0, -0.5, 1.5, 0.0]]) / 4)
 
 
+def hand(ratios: list[list[float]], advantages: list[float], **options: Any) -> tuple[float, Tensor, dict[str, float]]:
+    """Loss, gradient by log pi, metrics, where pi_old is 1/4 and pi the given multiples of it; NaN is padding."""
+    rho = torch.tensor(ratios, dtype=torch.float64)
+    logp = (rho / 4).log().requires_grad_()
+    old = torch.full_like(rho, 0.25).log()
+    loss, metrics = policy_loss(logp, old, torch.tensor(advantages, dtype=torch.float64), ~rho.isnan(), **options)
+    return loss.item(), torch.autograd.grad(loss, logp)[0], metrics
+
+
+def test_gspo_by_hand() -> None:
+    # s_1 = sqrt(2 * 1/2) = 1, inside; s_2 = (8 * 1 * 1)^(1/3) = 2, clipped for A > 0; s_3 = 1/2, not clipped for A > 0
+    ratios = [[2.0, 0.5, NAN], [8.0, 1.0, 1.0], [0.5, NAN, NAN]]
+    loss, gradient, metrics = hand(ratios, [1.0, 2.0, -1.0], ratio="sequence", clip_low=0.2, clip_high=0.28)
+    # gains: 1 * 1; 1.28 * 2; min(-0.5, -0.8)
+    assert loss == pytest.approx(-(1 + 2.56 - 0.8) / 3)
+    # only the first sequence is inside its bounds: s A / (its 2 tokens) / (3 sequences) for each token
+    torch.testing.assert_close(gradient, -torch.tensor([[1, 1, 0], [0, 0, 0], [0, 0, 0]]).double() / 6)
+    assert metrics["clip_fraction"] == pytest.approx(4 / 6)
+    assert metrics["ratio"] == pytest.approx((2 * 1 + 3 * 2 + 0.5) / 6)
+    # by tokens, where both tokens of the first sequence would have been clipped or left alone one by one
+    loss, gradient, _ = hand(ratios[:1], [1.0], ratio="sequence", aggregation="token")
+    assert loss == pytest.approx(-1)
+    torch.testing.assert_close(gradient[0, :2], torch.tensor([-0.5, -0.5]).double())
+    loss, gradient, _ = hand(ratios[:1], [1.0], ratio="token", aggregation="token")
+    assert loss == pytest.approx(-(1.28 + 0.5) / 2)
+    torch.testing.assert_close(gradient[0, :2], torch.tensor([0.0, -0.25]).double())
+
+
+def test_gspo_averages_over_selected_tokens_only() -> None:
+    whole, gradient, _ = hand([[1.1, NAN, 0.9]], [1.0], ratio="sequence")
+    short, expected, _ = hand([[1.1, 0.9]], [1.0], ratio="sequence")
+    assert whole == pytest.approx(short)
+    assert whole == pytest.approx(-math.sqrt(0.99))
+    torch.testing.assert_close(gradient[0, [0, 2]], expected[0])
+
+
+def test_cispo_by_hand() -> None:
+    # weights 1.28 (clipped), 1.1, 0.2 (unbounded below) and for A = -2: 1.28, 0.5
+    ratios, advantages = [[2.0, 1.1, 0.2], [3.0, 0.5, NAN]], [1.0, -2.0]
+    loss, gradient, metrics = hand(
+        ratios, advantages, ratio="clipped_weight", aggregation="token", clip_low=1.0, clip_high=0.28
+    )
+    log = math.log
+    gains = [1.28 * log(2 / 4), 1.1 * log(1.1 / 4), 0.2 * log(0.2 / 4), -2 * 1.28 * log(3 / 4), -2 * 0.5 * log(0.5 / 4)]
+    assert loss == pytest.approx(-sum(gains) / 5)
+    # every token keeps a gradient, w A, clipped or not
+    expected = -torch.tensor([[1.28, 1.1, 0.2], [-2.56, -1.0, 0.0]]).double() / 5
+    torch.testing.assert_close(gradient, expected)
+    assert metrics["clip_fraction"] == pytest.approx(2 / 5)
+    _, bounded, metrics = hand(ratios, advantages, ratio="clipped_weight", aggregation="token", clip_low=0.2)
+    torch.testing.assert_close(bounded, -torch.tensor([[1.28, 1.1, 0.8], [-2.56, -1.6, 0.0]]).double() / 5)
+    assert metrics["clip_fraction"] == pytest.approx(4 / 5)
+
+
+# rewards 1, 0, 0, 0: mean 1/4, sample standard deviation 1/2; on-policy, 1, 2, 3 and 2 tokens
+REWARDS = torch.tensor([1.0, 0.0, 0.0, 0.0])
+ON_POLICY = [[1.0, NAN, NAN], [1.0, 1.0, NAN], [1.0, 1.0, 1.0], [1.0, 1.0, NAN]]
+
+
+def test_grpo_by_hand() -> None:
+    advantages = group_advantages(REWARDS, 4, normalize="std").tolist()
+    high, low = 0.75 / (0.5 + 1e-6), -0.25 / (0.5 + 1e-6)
+    loss, gradient, _ = hand(ON_POLICY, advantages, aggregation="sequence", clip_high=0.2)
+    assert loss == pytest.approx(-(high + 3 * low) / 4, abs=1e-7)
+    rows = [[high, 0, 0], [low / 2, low / 2, 0], [low / 3, low / 3, low / 3], [low / 2, low / 2, 0]]
+    torch.testing.assert_close(gradient, -torch.tensor(rows).double() / 4, rtol=1e-6, atol=1e-8)
+
+
+def test_dr_grpo_by_hand() -> None:
+    # no division by the standard deviation nor by a sequence's own length: max_length 10 instead
+    advantages = group_advantages(REWARDS, 4).tolist()
+    loss, gradient, _ = hand(ON_POLICY, advantages, aggregation="constant", max_length=10)
+    assert loss == pytest.approx(-(1 * 0.75 - 7 * 0.25) / (4 * 10))
+    rows = [[0.75, 0, 0], [-0.25, -0.25, 0], [-0.25, -0.25, -0.25], [-0.25, -0.25, 0]]
+    torch.testing.assert_close(gradient, -torch.tensor(rows).double() / 40)
+
+
+def test_dapo_by_hand() -> None:
+    advantages = group_advantages(2 * REWARDS - 1, 4, normalize="std").tolist()  # rewards +-1: the same advantages
+    high, low = 1.5 / (1 + 1e-6), -0.5 / (1 + 1e-6)
+    ratios = [[1.5, NAN, NAN], [0.5, 1.0, NAN], [1.25, 1.0, 1.0], [1.5, 1.0, NAN]]
+    loss, gradient, _ = hand(ratios, advantages, aggregation="token", clip_low=0.2, clip_high=0.28)
+    # clipped: 1.5 with A > 0 to 1.28, 0.5 with A < 0 to 0.8; not 1.5 with A < 0
+    assert loss == pytest.approx(-(1.28 * high + (0.8 + 1 + 1.25 + 1 + 1 + 1.5 + 1) * low) / 8, abs=1e-7)
+    rows = [[0, 0, 0], [0, low, 0], [1.25 * low, low, low], [1.5 * low, low, 0]]
+    torch.testing.assert_close(gradient, -torch.tensor(rows).double() / 8, rtol=1e-6, atol=1e-8)
+
+
+def test_self_reward_by_hand() -> None:
+    # IIB-LPO: -0.005 mean(A_t H_t) with H = 2, 1 | 4 and A = 1 | -3, averaged as the rest is
+    logp = torch.zeros(2, 2, dtype=torch.float64)
+    entropy = torch.tensor([[2.0, 1.0], [4.0, INF]], dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True, True], [True, False]])
+    args = (logp, logp, torch.tensor([1.0, -3.0]).double(), mask)
+    plain = policy_loss(*args, aggregation="token")[0]
+    loss = policy_loss(*args, aggregation="token", entropy=entropy, entropy_weight=0.005)[0]
+    assert (loss - plain).item() == pytest.approx(-0.005 * (2 + 1 - 12) / 3)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, entropy)[0], -0.005 * torch.tensor([[1.0, 1.0], [-3.0, 0.0]]).double() / 3
+    )
+    by_sequence = policy_loss(*args, entropy=entropy, entropy_weight=0.005)[0] - policy_loss(*args)[0]
+    assert by_sequence.item() == pytest.approx(-0.005 * (1.5 - 12) / 2)
+    assert torch.equal(policy_loss(*args, entropy=entropy)[0], policy_loss(*args)[0])  # weight 0: not in the loss
+
+
+def test_kl_priority_by_hand() -> None:
+    entropy = torch.tensor([[0.0, math.log(2), math.log(4), 5.0, -1e-6]]).double()
+    torch.testing.assert_close(kl_priority(entropy, 4, 3), torch.tensor([[1, 1 / 8, 0, 0, 1]]).double())
+    assert kl_priority(entropy, 4, 0)[0, :2].tolist() == [1, 1]  # power 0: plain KL
+    assert not kl_priority(entropy.requires_grad_(), 4, 3).requires_grad
+    for vocab_size, power in ((1, 1.0), (4, -1.0)):
+        with pytest.raises(ValueError, match="vocab_size"):
+            kl_priority(entropy, vocab_size, power)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 12), min_size=1, max_size=9), st.integers(2, 151_936), st.floats(0, 150))
+def test_kl_priority_against_loops(entropy: list[float], vocab_size: int, power: float) -> None:
+    actual = kl_priority(torch.tensor([entropy], dtype=torch.float64), vocab_size, power)
+    expected = torch.tensor([reference.kl_priority(entropy, vocab_size, power)], dtype=torch.float64)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
+    assert ((actual >= 0) & (actual <= 1)).all()
+
+
+def test_kl_weights_by_hand() -> None:
+    logp, logp_ref = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.25]]).log()
+    args = (logp, logp, torch.zeros(1), torch.ones(1, 2, dtype=torch.bool))
+    loss, metrics = policy_loss(*args, logp_ref=logp_ref, kl_beta=0.1, kl_weight=torch.tensor([[1.0, 0.25]]))
+    k3 = 0.5 - math.log(0.5) - 1
+    assert loss.item() == pytest.approx(0.1 * k3 * 1.25 / 2, rel=1e-5)
+    assert metrics["kl"] == pytest.approx(k3, rel=1e-5)  # as measured, not as weighted
+
+
 # --- what must not count ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("garbage", [INF, -INF, NAN, 1e30])
-def test_values_outside_the_mask_are_never_read(aggregation: str, garbage: float) -> None:
+def test_values_outside_the_mask_are_never_read(ratio: str, aggregation: str, garbage: float) -> None:
     b = batch(3)
     b["advantages"] = b["advantages"][:, None].expand_as(b["logp"])
-    options: dict[str, Any] = {"aggregation": aggregation, "kl_beta": 0.1, "max_length": 7}
+    options: dict[str, Any] = {"aggregation": aggregation, "kl_beta": 0.1, "max_length": 7, "ratio": ratio}
     dirty = {k: torch.where(b["mask"], v, garbage) for k, v in b.items() if k not in ("mask", "lengths")}
     outcomes = []
     for values in (b, dirty):
-        logp = values["logp"].clone().requires_grad_()
+        logp, entropy = values["logp"].clone().requires_grad_(), values["entropy"].clone().requires_grad_()
         loss, metrics = policy_loss(
             logp,
             values["logp_old"],
@@ -214,18 +366,22 @@ def test_values_outside_the_mask_are_never_read(aggregation: str, garbage: float
             b["mask"],
             logp_ref=values["logp_ref"],
             importance_weight=values["importance_weight"],
+            kl_weight=values["kl_weight"],
+            entropy=entropy,
+            entropy_weight=0.1,
             **options,
         )
-        outcomes.append((loss, torch.autograd.grad(loss, logp)[0], metrics))
+        outcomes.append((loss, torch.stack(torch.autograd.grad(loss, (logp, entropy))), metrics))
     (loss, gradient, metrics), (dirty_loss, dirty_gradient, dirty_metrics) = outcomes
     assert torch.equal(loss, dirty_loss)
     assert torch.equal(gradient, dirty_gradient)
     assert metrics == dirty_metrics
-    assert (dirty_gradient[~b["mask"]] == 0).all()
+    assert (dirty_gradient[:, ~b["mask"]] == 0).all()
 
 
+@pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_empty_mask_is_zero(aggregation: str) -> None:
+def test_empty_mask_is_zero(aggregation: str, ratio: str) -> None:
     b = batch(1)
     logp = torch.full_like(b["logp"], NAN).requires_grad_()
     nothing = torch.zeros_like(b["mask"])
@@ -237,8 +393,12 @@ def test_empty_mask_is_zero(aggregation: str) -> None:
         logp_ref=b["logp_ref"],
         kl_beta=0.1,
         aggregation=aggregation,
+        ratio=ratio,
         max_length=7,
         lengths=torch.zeros(4, dtype=torch.long),
+        kl_weight=torch.full_like(b["logp"], NAN),
+        entropy=torch.full_like(b["logp"], NAN),
+        entropy_weight=0.1,
     )
     loss.backward()
     assert loss.item() == 0
@@ -247,19 +407,33 @@ def test_empty_mask_is_zero(aggregation: str) -> None:
     assert set(metrics.values()) == {0.0}
 
 
-def test_a_sequence_that_selects_nothing_drops_out() -> None:
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_a_batch_without_rows_is_zero(ratio: str) -> None:
+    """As the filler that keeps ranks in step."""
+    logp = torch.zeros(0, 1, requires_grad=True)
+    loss, _ = policy_loss(logp, torch.zeros(0, 1), torch.zeros(0), torch.zeros(0, 1, dtype=torch.bool), ratio=ratio)
+    loss.backward()
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_a_sequence_that_selects_nothing_drops_out(ratio: str) -> None:
     b = batch(2, rows=3)
     b["mask"] = torch.tensor([[True] * 7, [False] * 7, [True] * 7])
     args = [b[k] for k in ("logp", "logp_old", "advantages", "mask")]
-    torch.testing.assert_close(policy_loss(*args)[0], policy_loss(*[a[[0, 2]] for a in args])[0])
+    torch.testing.assert_close(
+        policy_loss(*args, ratio=ratio)[0], policy_loss(*[a[[0, 2]] for a in args], ratio=ratio)[0]
+    )
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("gap", [0.5, 200.0], ids=["usual ratio", "ratio beyond float32"])
-def test_constant_groups_are_zero(aggregation: str, gap: float) -> None:
+def test_constant_groups_are_zero(aggregation: str, ratio: str, gap: float) -> None:
     logp = torch.full((2, 3), -0.5, requires_grad=True)
     mask = torch.ones(2, 3, dtype=torch.bool)
-    loss, metrics = policy_loss(logp, logp.detach() - gap, torch.zeros(2), mask, aggregation=aggregation, max_length=3)
+    args = (logp, logp.detach() - gap, torch.zeros(2), mask)
+    loss, metrics = policy_loss(*args, aggregation=aggregation, ratio=ratio, max_length=3)
     loss.backward()
     assert loss.item() == 0
     assert logp.grad is not None
@@ -270,23 +444,33 @@ def test_constant_groups_are_zero(aggregation: str, gap: float) -> None:
 # --- one denominator ----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.lists(st.integers(1, 3), min_size=1, max_size=4), st.sampled_from(AGGREGATIONS))
-def test_micro_batches_add_up(seed: int, parts: list[int], aggregation: str) -> None:
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    st.sampled_from(AGGREGATIONS),
+    st.sampled_from(RATIOS),
+)
+def test_micro_batches_add_up(seed: int, parts: list[int], aggregation: str, ratio: str) -> None:
     b = batch(seed, rows=sum(parts))
+    b["logp"].requires_grad_()
     names = ("logp", "logp_old", "advantages", "mask")
-    options: dict[str, Any] = {"kl_beta": 0.1, "aggregation": aggregation, "max_length": 7}
-    named = ("logp_ref", "importance_weight", "lengths")
-    options |= {k: b[k] for k in named}
-    whole, gradient = value_and_gradient(policy_loss, *[b[k] for k in names], **options)
+    named = ("logp_ref", "importance_weight", "lengths", "kl_weight", "entropy")
+    options: dict[str, Any] = {"kl_beta": 0.1, "entropy_weight": 0.1, "aggregation": aggregation, "ratio": ratio}
+    options["max_length"] = 7
 
-    logp = b["logp"].clone().requires_grad_()
-    pieces = [{k: v.split(parts)[i] for k, v in {**b, "logp": logp}.items()} for i in range(len(parts))]
-    terms = [loss_terms(*[p[k] for k in names], **{**options, **{k: p[k] for k in named}}) for p in pieces]
-    denominator = torch.stack([t.denominator for t in terms]).sum().clamp(min=1)
-    loss = torch.stack([t.total for t in terms]).sum() / denominator
-    torch.testing.assert_close(loss.detach(), whole, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(torch.autograd.grad(loss, logp)[0], gradient, rtol=1e-9, atol=1e-12)
+    def inputs(rows: dict[str, Tensor]) -> tuple[list[Any], dict[str, Any]]:
+        return [rows[k] for k in names], {**options, **{k: rows[k] for k in named}}
+
+    args, keywords = inputs(b)
+    whole, _ = policy_loss(*args, **keywords)
+    terms = []
+    for i in range(len(parts)):
+        args, keywords = inputs({k: v.split(parts)[i] for k, v in b.items()})
+        terms.append(loss_terms(*args, **keywords))
+    loss = torch.stack([t.total for t in terms]).sum() / torch.stack([t.denominator for t in terms]).sum().clamp(min=1)
+    torch.testing.assert_close(loss, whole, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradients(loss, b["logp"]), gradients(whole, b["logp"]), rtol=1e-9, atol=1e-12)
     assert sum(int(t.sums["selected"]) for t in terms) == int(b["mask"].sum())
 
 
@@ -297,6 +481,7 @@ def test_bad_arguments() -> None:
         {"ratio": "word"},
         {"kl_beta": 0.1},
         {"aggregation": "constant"},
+        {"entropy_weight": 0.1},
     ]
     for options in bad:
         with pytest.raises(ValueError, match=next(iter(options))):

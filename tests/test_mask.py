@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.signal import find_peaks
 from torch import Tensor
 
-from aipo.mask import MaskRule, count_peaks, local_maxima, peaks, threshold_mask
+from aipo.mask import MaskRule, count_peaks, local_maxima, peaks, prefix_lengths, prefix_share, threshold_mask
 
 NAN, INF = float("nan"), float("inf")
 # Few distinct values make ties and plateaus common.
@@ -222,8 +222,42 @@ def test_all_and_random_look_at_lengths_only():
     assert (counts - 60).abs().max() < 30
 
 
+def test_prefix_is_the_floor_of_its_share():
+    scores, lengths = padded([[0.0] * n for n in (20, 7, 1, 3)])
+    mask = select(MaskRule(rule="prefix"), scores, lengths, prefix=0.35)
+    assert mask.sum(1).tolist() == [7, 2, 0, 1]  # 0.35 * 20 is not 6.99...
+    assert all(row[: row.sum()].all() for row in mask)
+    assert prefix_lengths(torch.tensor([32768]), 0.35).tolist() == [11468]
+    shares = [prefix_share(stalls, start=0.15, step=0.05, end=0.35) for stalls in range(6)]
+    assert shares == pytest.approx([0.15, 0.20, 0.25, 0.30, 0.35, 0.35])
+
+
+def test_quadrant_selects_its_number():
+    scores, lengths = padded([[0.0, 1.0, 2.0, 3.0], [3.0, 3.0]])
+    mask = select(MaskRule(rule="quadrant", quadrant=3), scores, lengths)
+    assert mask.nonzero().tolist() == [[0, 3], [1, 0], [1, 1]]
+    none = select(MaskRule(rule="quadrant", quadrant=0), scores, lengths)
+    assert none.sum() == 1  # padding is no zero
+
+
+def test_micro_batch_scope_is_the_batch_of_one_call():
+    rows = [[1.0, 2.0, 9.0], [1.0, 1.5]]
+    scores, lengths = padded(rows)
+    local = MaskRule(rule="top_fraction", fraction=0.4, scope="micro_batch")
+    everywhere = MaskRule(rule="top_fraction", fraction=0.4, scope="batch")
+    assert torch.equal(select(local, scores, lengths), select(everywhere, scores, lengths))
+    assert select(local, scores, lengths).sum(1).tolist() == [2, 0]  # 9 and 2, of five
+    others = torch.tensor([100.0] * 5)
+    with_others = select(everywhere, scores, lengths, gather=lambda mine: torch.cat([mine, others]))
+    assert with_others.sum() == 0
+    alone = select(local, scores, lengths, gather=lambda mine: torch.cat([mine, others]))
+    assert torch.equal(alone, select(local, scores, lengths))
+
+
 def test_local_rules():
     assert MaskRule().local
+    assert MaskRule(scope="micro_batch").local
+    assert MaskRule(rule="prefix", scope="batch").local
     assert MaskRule(rule="random", scope="batch").local
     assert not MaskRule(scope="group", group_size=4).local
 

@@ -200,7 +200,7 @@ def test_head_is_that_of_a_traced_pass() -> None:
     weight = torch.randn(vocabulary, width, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.zeros(count, dtype=torch.long)
     with PeakBytes(hidden, weight) as memory:
-        logp, _ = SelectedLogProbs.apply(hidden, weight, None, targets, 1.0, chunk)
+        logp, _ = SelectedLogProbs.apply(hidden, weight, None, targets, 1.0, chunk, False)
         logp.sum().backward()
     model = Model("", 0, 1, width, 0, 0, 0, False, vocabulary, 0, True)
     assert head_bytes(model, chunk, 2, 2) == pytest.approx(memory.peak, rel=0.15)

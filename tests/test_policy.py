@@ -256,33 +256,57 @@ def test_select_sees_the_states_of_the_same_forward() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("entropy_gradient", [False, True])
 @pytest.mark.parametrize(("count", "chunk"), [(0, 4), (1, 4), (7, 3), (8, 4), (9, 100)])
-def test_selected_logprobs_against_float64(bias: bool, count: int, chunk: int) -> None:
+def test_selected_logprobs_against_float64(bias: bool, entropy_gradient: bool, count: int, chunk: int) -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(count, 6), torch.randn(19, 6), *([torch.randn(19)] if bias else [])]
     targets = torch.randint(19, (count,))
-    upstream = torch.randn(count)
+    upstream = torch.randn(2, count) * torch.tensor([[1.0], [1.0 if entropy_gradient else 0.0]])
 
     leaves = [t.clone().requires_grad_() for t in inputs]
     with_bias = leaves if bias else [*leaves, None]
-    logp, entropy = SelectedLogProbs.apply(*with_bias, targets, TEMPERATURE, chunk)
-    gradients = torch.autograd.grad(logp, leaves, upstream)
+    logp, entropy = SelectedLogProbs.apply(*with_bias, targets, TEMPERATURE, chunk, entropy_gradient)
+    assert entropy.requires_grad == entropy_gradient
+    gradients = torch.autograd.grad((logp * upstream[0] + entropy * upstream[1]).sum(), leaves)
 
     exact = [t.double().requires_grad_() for t in inputs]
     logits = (exact[0] @ exact[1].T + (exact[2] if bias else 0)) / TEMPERATURE
     log_p = logits.log_softmax(-1)
     expected = log_p[torch.arange(count), targets]
     torch.testing.assert_close(logp.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(entropy.double(), -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-5)
-    for actual, wanted in zip(gradients, torch.autograd.grad(expected, exact, upstream.double())):
+    exact_entropy = -(log_p.exp() * log_p).sum(-1)
+    torch.testing.assert_close(entropy.double(), exact_entropy, rtol=1e-5, atol=1e-5)
+    total = (expected * upstream[0].double() + exact_entropy * upstream[1].double()).sum()
+    for actual, wanted in zip(gradients, torch.autograd.grad(total, exact)):
         torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_what_the_whole_vocabulary_says(model: nn.Module, chunk: int) -> None:
+    """Entropy, and KL(uniform || p) as INTUITOR's eq. has it, at every token and without a gradient."""
+    policy = Policy(copy.deepcopy(model), temperature=TEMPERATURE, head_chunk=chunk)
+    for micro in laid_out(packing=False, budget=60):
+        out = policy(micro, full=True)
+        states = policy.model.base_model(  # type: ignore[operator]
+            input_ids=micro.input_ids, attention_mask=micro.attention_mask, position_ids=micro.position_ids
+        ).last_hidden_state.flatten(0, 1)[micro.predictors]
+        head = policy.model.get_output_embeddings()  # type: ignore[operator]
+        p = (states @ head.weight.T / TEMPERATURE).double().softmax(-1)  # (N, V)
+        uniform = 1 / p.shape[1]
+        slow_entropy = torch.stack([-(row * row.log()).sum() for row in p])
+        slow_certainty = torch.stack([sum(uniform * (uniform / each).log() for each in row) for row in p])
+        torch.testing.assert_close(out["entropy"].double(), slow_entropy, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out["certainty"].double(), slow_certainty, rtol=1e-4, atol=1e-5)
+        assert not out["entropy"].requires_grad
+        assert torch.equal(out["states"], policy(micro)["states"])
 
 
 def test_gradient_of_the_head_is_summed_in_float32() -> None:
     """512 chunks of one position: a bfloat16 sum would stop growing."""
     torch.manual_seed(0)
     hidden, weight = torch.ones(512, 4).bfloat16(), torch.zeros(2, 4).bfloat16().requires_grad_()
-    logp, _ = SelectedLogProbs.apply(hidden, weight, None, torch.zeros(512, dtype=torch.long), 1.0, 1)
+    logp, _ = SelectedLogProbs.apply(hidden, weight, None, torch.zeros(512, dtype=torch.long), 1.0, 1, False)
     logp.sum().backward()
     assert weight.grad is not None
     assert weight.grad.tolist() == [[256.0] * 4, [-256.0] * 4]  # (1 - 1/2) * 512
@@ -301,7 +325,7 @@ def test_logits_never_exceed_one_chunk() -> None:
 
     hidden, weight = torch.randn(50, 4, requires_grad=True), torch.randn(97, 4, requires_grad=True)
     with Largest() as largest:
-        logp, _ = SelectedLogProbs.apply(hidden, weight, None, torch.randint(97, (50,)), 1.0, 8)
+        logp, _ = SelectedLogProbs.apply(hidden, weight, None, torch.randint(97, (50,)), 1.0, 8, False)
         logp.sum().backward()
     assert largest.rows == 8
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aipo import distributed
+from aipo.adapters import add_adapters
 from aipo.config import Config, load_config
 from aipo.policy import Policy
 from aipo.rollouts import filler, micro_batches
@@ -27,7 +28,7 @@ def config_with(*overrides: str) -> Config:
     return load_config("base", [*SETTINGS, *overrides])
 
 
-def plain(*overrides: str, tied: bool = False) -> Plain:
+def plain(*overrides: str, tied: bool = False, adapters: bool = False) -> Plain:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -42,6 +43,11 @@ def plain(*overrides: str, tied: bool = False) -> Plain:
             tie_word_embeddings=tied,
         )
     ).train()
+    if adapters:
+        add_adapters(model, rank=2, alpha=3.0, targets=["all-linear"], seed=0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # else A would have no gradient
+                parameter.data.normal_(0, 0.2)
     sharded = shard(Policy(model, temperature=0.9), config_with(*overrides), CPU)
     assert isinstance(sharded, Plain)
     return sharded
@@ -213,6 +219,74 @@ def test_bfloat16_computes_in_it_and_keeps_float32_weights() -> None:
         assert a.grad is not None
         assert b.grad is not None
         assert torch.cosine_similarity(a.grad.flatten(), b.grad.flatten(), 0) > 0.98
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------
+
+
+def test_a_step_trains_adapters_alone() -> None:
+    """Norm, clipping, decay and moments are AdamW's over adapters; frozen weights stay to the last bit."""
+    sharded = plain("optim.max_grad_norm=0.5", adapters=True)
+    trained = [p for p in sharded.policy.parameters() if p.requires_grad]
+    frozen = [(p, p.detach().clone()) for p in sharded.policy.parameters() if not p.requires_grad]
+    reference = AdamW([p.detach().clone() for p in trained], (0.8, 0.9), 1e-8, 0.1)
+    for rows, denominator in (([0, 1, 2], 9.0), ([2, 0], 2.0)):
+        loss = sum((loss_of(sharded, row) for row in rows), torch.zeros(()))
+        gradients = [g.double() / denominator for g in torch.autograd.grad(loss, trained)]
+        norm = norm_of(gradients)
+        assert norm > 0.5
+        reference.step([g * 0.5 / (norm + 1e-6) for g in gradients], 1e-2)
+        for row in rows:
+            sharded.backward(loss_of(sharded, row))
+        assert sharded.step(denominator, 1e-2) == pytest.approx(norm, rel=1e-5)
+        for actual, expected in zip(trained, reference.parameters):
+            torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(parameter, before) for parameter, before in frozen)
+    assert len(sharded.optimizer.state) == len(trained) == 2 * 14
+
+
+def test_a_bad_micro_batch_leaves_adapters_alone() -> None:
+    sharded = plain(adapters=True)
+    before = copies(sharded)
+    sharded.backward(infinite_loss(sharded))
+    assert not math.isfinite(sharded.step(1.0, 1e-2))
+    assert all(torch.equal(a, b) for a, b in zip(copies(sharded), before))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_full_parameters_have_adapters_merged(tied: bool) -> None:
+    base, sharded = plain(tied=tied), plain(tied=tied, adapters=True)
+    given, original = dict(sharded.full_parameters()), dict(base.policy.model.named_parameters())
+    assert list(given) == list(original)
+    model = sharded.policy.model
+    for name, value in original.items():
+        layer = name.removesuffix(".weight")
+        if "_proj" not in name:
+            assert torch.equal(given[name], value)
+            continue
+        up, down = (model.get_parameter(f"{layer}.lora_{x}.default.weight") for x in "BA")
+        torch.testing.assert_close(given[name], (value + 3.0 / 2 * up @ down).detach(), rtol=0, atol=1e-6)
+        assert not torch.equal(given[name], value)
+
+
+def test_adapters_save_and_load(tmp_path: Path) -> None:
+    """With the frozen weights, which the loading model need not share; the exported ones are merged."""
+    from aipo.export import weights
+
+    first, second = plain(adapters=True), plain(adapters=True)
+    with torch.no_grad():
+        for parameter in second.policy.parameters():
+            parameter.mul_(0.5)
+    first.backward(loss_of(first, 0))
+    first.step(1.0, 1e-2)
+    first.save(tmp_path)
+    second.load(tmp_path)
+    saved = weights(tmp_path, 3.0)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in first.full_parameters())
+    for sharded in (first, second):
+        sharded.backward(loss_of(sharded, 1))
+        sharded.step(1.0, 1e-2)
+    assert all(torch.equal(a, b) for a, b in zip(copies(first), copies(second)))
 
 
 # --- settings -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from aipo.datasets import Problem
 from aipo.prompts import Prompter
@@ -34,10 +35,12 @@ class Collector:
         samples: int,
         stream: str,
         on_done: Callable[[], None] | None = None,
+        submit: bool = True,
     ) -> Rollouts:
         """``samples`` completions of each problem; the verifier gets each as it ends, :meth:`judge` waits for it.
 
         Args:
+            submit: false leaves that to :meth:`submit`, for rollouts that are to be changed before.
             stream: names the random stream, such as ``step 12``; each request's seed derives from it.
             on_done: called after every completion.
         """
@@ -50,10 +53,10 @@ class Collector:
         texts = [""] * len(requests)
 
         def finished(i: int, completion: Completion) -> None:
-            text = self.prompter.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            texts[i] = f"{self.prompter.opening}{text}"
+            texts[i] = self.prompter.decode(completion.token_ids)
             problem = problems[owner[i]]
-            self.rewarder.submit(i, problem.answer, problem.kind, texts[i], len(completion.token_ids))
+            if submit:
+                self.rewarder.submit(i, problem.answer, problem.kind, texts[i], len(completion.token_ids))
             if on_done is not None:
                 on_done()
 
@@ -66,6 +69,40 @@ class Collector:
             ids=torch.tensor([request.seed for request in requests], dtype=torch.long),
             texts=texts,
         )
+
+    def submit(self, rollouts: Rollouts) -> None:
+        """Hand rollouts to the verifier that were collected without."""
+        for i, (text, completion) in enumerate(zip(rollouts.texts, rollouts.completions)):
+            problem = rollouts.problems[i // rollouts.group_size]
+            self.rewarder.submit(i, problem.answer, problem.kind, text, len(completion.token_ids))
+
+    def continue_from(
+        self, rollouts: Rollouts, cuts: Tensor, sampling: Sampling, *, samples: int, stream: str
+    ) -> tuple[Tensor, int]:
+        """Complete the first ``cuts`` (B,) tokens of every rollout ``samples`` times, within the same length limit.
+
+        Returns:
+            How many of a rollout's continuations are right, (B,) float32, and the tokens drawn for all of them.
+        """
+        prefixes = [c.token_ids[:cut] for c, cut in zip(rollouts.completions, cuts.tolist())]  # B
+        owner = [row for row in range(len(prefixes)) for _ in range(samples)]
+        requests = []
+        for i, row in enumerate(owner):
+            problem = rollouts.problems[row // rollouts.group_size]
+            seed = request_seed(self.seed, f"{stream} of {row % rollouts.group_size}", problem.id, i % samples)
+            prompt = [*rollouts.prompts[row // rollouts.group_size], *prefixes[row]]
+            requests.append(Request(prompt, seed, sampling.max_tokens - len(prefixes[row])))
+
+        def finished(i: int, completion: Completion) -> None:
+            problem = rollouts.problems[owner[i] // rollouts.group_size]
+            tokens = [*prefixes[owner[i]], *completion.token_ids]
+            self.rewarder.submit(i, problem.answer, problem.kind, self.prompter.decode(tokens), len(tokens))
+
+        if not requests:
+            return torch.zeros(0), 0
+        completions = self.engine.generate(requests, sampling, on_done=finished)
+        _, correct, _ = self.rewarder.collect()  # (B * samples,)
+        return correct.reshape(-1, samples).sum(1).float(), sum(len(c.token_ids) for c in completions)
 
     def judge(self, rollouts: Rollouts) -> dict[str, float]:
         """Fill in the rewards of what :meth:`collect` gave last; returns the rewarder's metrics, of this rank."""

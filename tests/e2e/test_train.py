@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from aipo.export import find_model
 from tests.e2e.launch import ROOT, command, metrics, train
 from tests.tiny import make_tiny
 
@@ -91,6 +92,20 @@ def test_final_model_is_plain_hugging_face(undisturbed: tuple[Path, str], model:
     moved = [name for name, p in final.named_parameters() if not torch.equal(p, initial.get_parameter(name))]
     assert len(moved) > 10
     assert final.lm_head.weight is final.model.embed_tokens.weight
+    assert_exported(undisturbed[0])
+
+
+def assert_exported(run: Path) -> None:
+    """evaluate.py takes a run folder for its final model and a checkpoint for the weights saved in it."""
+    assert find_model(str(run)).path == find_model(str(run / "final")).path == str(run / "final")
+    final = AutoModelForCausalLM.from_pretrained(run / "final", dtype=torch.float32)
+    checkpoint = find_model(str(run / "checkpoints" / "latest"))
+    assert checkpoint.name == f"{run.name}-step-{STEPS:06d}"
+    exported = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    for name, parameter in final.named_parameters():
+        assert torch.equal(exported.get_parameter(name), parameter), name
+    assert AutoTokenizer.from_pretrained(checkpoint.path).chat_template
+    assert find_model(str(run / "checkpoints" / f"step-{STEPS:06d}")).path == checkpoint.path
 
 
 def test_two_ranks_do_what_one_does(undisturbed: tuple[Path, str], model: Path, data: Path, tmp_path: Path) -> None:
@@ -101,6 +116,7 @@ def test_two_ranks_do_what_one_does(undisturbed: tuple[Path, str], model: Path, 
         for key, value in one.items():
             assert two[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
     assert metrics(tmp_path / "two")[1]["rollout/questions"] == 4
+    assert_exported(tmp_path / "two")
 
 
 def test_killed_at_any_moment_and_resumed(

@@ -1,0 +1,156 @@
+"""IAPO's information gain of a token (arXiv 2602.19049): how far it lowers the entropy of the answer.
+
+The answer's entropy after a prefix o_<t is that of the token which follows an *early exit*: the prefix, then a postfix
+that ends the reasoning and opens the answer. A rollout of T tokens has T + 1 such prefixes. They are laid out as one
+tree in one row: the rollout stands once, and every postfix branches off at its prefix, at the positions and with the
+attention that it would have in a sequence of its own. So the entropies are exact, one forward pass gives many of them
+without a key-value cache, and ZeRO-3 sees forward passes like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from aipo.rollouts import MicroBatch
+
+POSTFIX = "\nThe answer is \\boxed{"
+THINKING_POSTFIX = "\n</think>\n\n**Final Answer**\n\\boxed{"
+ROOT = -1  # the node above all sequences of a tree
+
+
+def postfix_ids(tokenizer: PreTrainedTokenizerBase, *, thinking: bool, text: str | None = None) -> list[int]:
+    """Token ids of the early exit: ``text``, or by default :data:`THINKING_POSTFIX` or :data:`POSTFIX`.
+
+    Raises:
+        ValueError: the text has no token, so that nothing would be asked.
+    """
+    text = (THINKING_POSTFIX if thinking else POSTFIX) if text is None else text
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if not ids:
+        raise ValueError(f"the early-exit postfix {text!r} has no token")
+    return ids
+
+
+def early_exit_batches(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    postfix: Sequence[int],
+    *,
+    stride: int,
+    budget: int,
+) -> list[MicroBatch]:
+    """Every early exit that the scored tokens need, in micro-batches of one row with at most ``budget`` tokens.
+
+    Scored are every ``stride``-th token of a completion, from its first, and its last; each needs the prefixes
+    before and after it. One exit always fits, whatever the budget.
+
+    Returns:
+        Micro-batches of N exits each: ``predictors`` (N,) stands on the last postfix token of each, ``rows`` (N,)
+        says of which completion it is and ``lengths`` (N,) how many of its tokens stand before the postfix;
+        ``targets`` are all 0. :func:`information_gain` reads them.
+    """
+    if stride < 1 or not postfix:
+        raise ValueError(f"stride must be at least 1 and the postfix not empty, got {stride} and {list(postfix)}")
+    trees: list[_Tree] = []
+    # prompts that begin alike come one after another and share what they begin with
+    for row in sorted(range(len(prompts)), key=lambda i: (list(prompts[i]), -len(completions[i]))):
+        prompt, completion = list(prompts[row]), list(completions[row])
+        left = _prefixes(len(completion), stride)
+        while left:
+            if not trees:
+                trees.append(_Tree())
+            tree = trees[-1]
+            # The longest prefixes first: a row that is cut off then ends at the shortest trunk that it can have.
+            trunk = prompt + completion[: left[-1]]
+            fit = (budget - len(tree.tokens) - tree.missing(trunk)) // len(postfix)
+            if fit < len(left) and tree.tokens:  # not all of them: what is left of the row would repeat the trunk
+                trees.append(_Tree())
+                continue
+            path = [ROOT, *tree.grow(trunk)]
+            for prefix in left[-max(fit, 1) :]:
+                end = tree.grow(postfix, path[len(prompt) + prefix])[-1]
+                tree.exits.append((row, prefix, end))
+            del left[-max(fit, 1) :]
+    return [tree.micro_batch() for tree in trees]
+
+
+def information_gain(batches: Iterable[MicroBatch], entropies: Iterable[Tensor], lengths: Tensor) -> Tensor:
+    """s_t = H(y | q, o_<t) - H(y | q, o_<=t), METHODS' s_it of IAPO, in nats.
+
+    Args:
+        batches: from :func:`early_exit_batches`; fillers among them add nothing.
+        entropies: (N,) of each, of the full vocabulary at its predictors.
+        lengths: (B,) of the completions that the batches were made of.
+
+    Returns:
+        (B, T) float32, NaN where a token was not scored.
+    """
+    width = max(int(lengths.max()) if len(lengths) else 0, 1)
+    answer = torch.full((len(lengths), width + 1), float("nan"))  # (B, T + 1) H(y | q, o_<t)
+    for micro, entropy in zip(batches, entropies):
+        answer[micro.rows.cpu(), micro.lengths.cpu()] = entropy.float().cpu()
+    return answer[:, :-1] - answer[:, 1:]
+
+
+def early_exit_cost(batches: Iterable[MicroBatch], lengths: Tensor) -> float:
+    """Tokens forwarded for the early exits per completion token."""
+    return sum(micro.input_ids.numel() for micro in batches) / max(int(lengths.sum()), 1)
+
+
+def _prefixes(length: int, stride: int) -> list[int]:
+    """Prefix lengths, ascending, before and after every scored token of a completion."""
+    scored = {*range(0, length, stride), length - 1} if length else set()
+    return sorted({prefix for token in scored for prefix in (token, token + 1)})
+
+
+class _Tree:
+    """Token sequences that share what they begin with. A node is a token; it attends to its ancestors and itself."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.parents: list[int] = []  # a parent comes before its children
+        self.depths: list[int] = []
+        self.children: dict[tuple[int, int], int] = {}  # (node, token) -> node
+        self.exits: list[tuple[int, int, int]] = []  # completion, prefix length, node of the last postfix token
+
+    def grow(self, ids: Sequence[int], node: int = ROOT) -> list[int]:
+        """Make ``ids`` stand below ``node``; returns their nodes."""
+        path = []
+        for token in ids:
+            parent, node = node, self.children.setdefault((node, token), len(self.tokens))
+            if node == len(self.tokens):
+                self.tokens.append(token)
+                self.parents.append(parent)
+                self.depths.append(0 if parent == ROOT else self.depths[parent] + 1)
+            path.append(node)
+        return path
+
+    def missing(self, ids: Sequence[int]) -> int:
+        """How many tokens growing ``ids`` from the root would add."""
+        node = ROOT
+        for i, token in enumerate(ids):
+            if (node, token) not in self.children:
+                return len(ids) - i
+            node = self.children[node, token]
+        return 0
+
+    def micro_batch(self) -> MicroBatch:
+        sees = np.eye(len(self.tokens), dtype=bool)  # (s, s)
+        for node, parent in enumerate(self.parents):
+            if parent != ROOT:
+                sees[node, : parent + 1] = sees[parent, : parent + 1]
+        rows, prefixes, ends = torch.tensor(self.exits, dtype=torch.long).unbind(1)  # (N,) each
+        return MicroBatch(
+            rows=rows,
+            input_ids=torch.tensor([self.tokens]),
+            position_ids=torch.tensor([self.depths]),
+            attention_mask=torch.from_numpy(sees)[None, None],  # (1, 1, s, s)
+            predictors=ends,
+            targets=torch.zeros_like(ends),
+            lengths=prefixes,
+        )

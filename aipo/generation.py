@@ -1,0 +1,207 @@
+"""Which rollouts a step trains on: one draw of questions, or as many as dynamic sampling takes, and their rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aipo import distributed
+from aipo.advantage import constant_groups
+from aipo.branching import (
+    bottleneck_scores,
+    filter_rollouts,
+    join_branches,
+    keep_best,
+    mean_log_prob,
+    plan_branches,
+)
+from aipo.config import Config
+from aipo.datasets import Problem
+from aipo.errors import TrainingError
+from aipo.latent import Latents
+from aipo.mask import prefix_lengths
+from aipo.rollout.base import Completion, Request, Sampling
+from aipo.rollout.collect import Collector
+from aipo.rollouts import Rollouts
+
+Draw = Callable[[int], Sequence[Problem]]
+"""number of questions over all ranks -> this rank's share; the same call on every rank"""
+Clock = Callable[[str], AbstractContextManager[None]]
+
+
+class Generation:
+    """From questions to judged rollouts.
+
+    Args:
+        entropies: rollouts -> (B, T), of the policy; a collective. For branching.
+        log_probs: prompts and completions -> (B, T), of the policy; a collective. For the bottleneck filter.
+        postfix: token ids that end the reasoning and open the answer, for the filter.
+        latents: what branches are drawn with, where the config wants it.
+    """
+
+    def __init__(
+        self,
+        collector: Collector,
+        config: Config,
+        *,
+        entropies: Callable[[Rollouts], Tensor],
+        log_probs: Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], Tensor],
+        postfix: Sequence[int],
+        latents: Latents | None = None,
+    ) -> None:
+        self.collector, self.config = collector, config
+        self.entropies, self.log_probs, self.postfix, self.latents = entropies, log_probs, postfix, latents
+        rollout = config.rollout
+        self.sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+
+    def rollouts(self, step: int, draw: Draw, clock: Clock, *, prefix: float) -> tuple[Rollouts, dict[str, float]]:
+        """The batch of a step on this rank, with rewards; and sums and means for the log.
+
+        Args:
+            prefix: share of a completion that rewards by continuations start from.
+        """
+        if self.config.dynamic.enabled:
+            rollouts, metrics = self._until_full(step, draw, clock)
+        else:
+            rollouts, metrics = self._once(draw(self.config.rollout.questions_per_step), f"step {step}", clock)
+        if self.config.reward.rule == "continuations":
+            with clock("rollout"):
+                self._count_continuations(rollouts, step, prefix)
+        return rollouts, metrics
+
+    def _once(self, problems: Sequence[Problem], stream: str, clock: Clock) -> tuple[Rollouts, dict[str, float]]:
+        with clock("rollout"):
+            if self.config.branch.enabled:
+                rollouts = self._branched(problems, stream)
+            else:
+                samples = self.config.rollout.samples_per_question
+                rollouts = self.collector.collect(problems, self.sampling, samples=samples, stream=stream)
+        with clock("reward"):
+            metrics = self.collector.judge(rollouts)
+        return rollouts, metrics
+
+    def _branched(self, problems: Sequence[Problem], stream: str) -> Rollouts:
+        """Base rollouts, branches from where the policy was unsure, and the filter (IIB-LPO)."""
+        branch, collector, keep = self.config.branch, self.collector, self.config.rollout.samples_per_question
+        base = collector.collect(problems, self.sampling, samples=branch.base, stream=stream, submit=False)
+        signal = self.entropies(base) if branch.signal == "entropy" else -base.logp_engine  # (B, T)
+        plan = plan_branches(
+            base,
+            signal,
+            samples=branch.total or keep,
+            max_tokens=self.sampling.max_tokens,
+            fraction=branch.fraction,
+            pick=branch.pick,
+            seed=self.config.seed,
+            stream=stream,
+        )
+        requests = [each.request for each in plan]
+        rollouts = join_branches(base, plan, self._draw(requests), collector.prompter.decode)
+        if branch.total is not None and branch.total > keep:
+            whole = int(rollouts.lengths.sum())
+            rollouts = filter_rollouts(rollouts, keep_best(self._bottleneck(rollouts), branch.total, keep))
+            rollouts.extra_tokens += whole - int(rollouts.lengths.sum())
+        collector.submit(rollouts)
+        return rollouts
+
+    def _draw(self, requests: Sequence[Request]) -> list[Completion]:
+        engine: Any = self.collector.engine
+        if not requests:
+            return []
+        branch = self.config.branch
+        if self.latents is None or branch.latent == "none":
+            return engine.generate(requests, self.sampling)
+        injection = self.latents.injection(
+            engine,
+            [list(request.prompt_ids) for request in requests],
+            [request.seed for request in requests],
+            rule=branch.latent,
+            scale=branch.latent_scale,
+            half_life=branch.latent_half_life,
+        )
+        return engine.generate(requests, self.sampling, injection=injection)
+
+    def _bottleneck(self, rollouts: Rollouts) -> Tensor:
+        """:func:`~aipo.branching.bottleneck_scores` of every rollout, from four passes of the policy. (B,)"""
+        prompter, ends = self.collector.prompter, self.collector.prompter.end_ids
+        blank = prompter.encode("")  # the prompt without its question
+        questions = [rollouts.prompts[i // rollouts.group_size] for i in range(len(rollouts.completions))]
+        golds = [
+            prompter.encode_gold(rollouts.problems[i // rollouts.group_size]) for i in range(len(rollouts.completions))
+        ]
+        drawn = [completion.token_ids for completion in rollouts.completions]
+        reasoned = [ids[:-1] if ids and ids[-1] in ends else ids for ids in drawn]
+
+        def mean(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
+            lengths = torch.tensor([len(completion) for completion in completions], dtype=torch.long)
+            return mean_log_prob(self.log_probs(prompts, completions), lengths)  # (B,)
+
+        return bottleneck_scores(
+            mean([[*q, *r, *self.postfix] for q, r in zip(questions, reasoned)], golds),
+            mean([[*q, *self.postfix] for q in questions], golds),
+            mean(questions, drawn),
+            mean([blank] * len(drawn), drawn),
+            beta=self.config.branch.beta,
+        )
+
+    def _until_full(self, step: int, draw: Draw, clock: Clock) -> tuple[Rollouts, dict[str, float]]:
+        """Dynamic sampling (DAPO): keep groups that vary, draw again until there are enough over all ranks.
+
+        The questions kept are the first that vary in the order of the draw, whatever the number of ranks; a rank may
+        end up with more of them than another.
+        """
+        dynamic, target = self.config.dynamic, self.config.rollout.questions_per_step
+        rank, world = distributed.rank(), distributed.world_size()
+        parts: list[Rollouts] = []
+        seen: list[dict[str, float]] = []
+        have, extra = 0, 0
+        for attempt in range(1, dynamic.max_tries + 1):
+            batch, metrics = self._once(draw(target * dynamic.factor), f"step {step} try {attempt}", clock)
+            seen.append(metrics)
+            mine = [rank + world * i for i in varying_groups(batch, by=dynamic.by, tolerance=dynamic.tolerance)]
+            everywhere = sorted(place for places in distributed.gather_objects(mine) for place in places)
+            kept = set(everywhere[: target - have])
+            have += len(kept)
+            part = batch.questions([place // world for place in mine if place in kept])
+            extra += int(batch.lengths.sum() - part.lengths.sum())
+            parts.append(part)
+            if have == target:
+                break
+        if have < target and dynamic.on_exhausted == "error":
+            raise TrainingError(
+                f"step {step + 1}: {dynamic.max_tries} draws of {target * dynamic.factor} questions brought {have} of "
+                f"{target} whose rollouts differ: they are too easy or too hard for the policy. Raise "
+                "dynamic.max_tries or dynamic.factor, or set dynamic.on_exhausted: continue"
+            )
+        rollouts = Rollouts.joined(parts)
+        rollouts.extra_tokens += extra
+        keys = {key for metrics in seen for key in metrics}
+        means = {key: sum(metrics.get(key, 0.0) for metrics in seen) / len(seen) for key in keys}
+        return rollouts, means | {"dynamic_tries": float(attempt), "dynamic_kept": float(have)}
+
+    def _count_continuations(self, rollouts: Rollouts, step: int, prefix: float) -> None:
+        """Continuation-accumulated reward (PPPO): right answers of ``reward.continuations`` completions of each
+        rollout's prefix, plus 1 if the rollout itself is right."""
+        cuts = prefix_lengths(rollouts.lengths, prefix)  # (B,)
+        right, tokens = self.collector.continue_from(
+            rollouts, cuts, self.sampling, samples=self.config.reward.continuations, stream=f"step {step} continuation"
+        )
+        rollouts.rewards = right + rollouts.correct.float()  # (B,)
+        rollouts.extra_tokens += tokens
+
+
+def varying_groups(rollouts: Rollouts, *, by: str, tolerance: float) -> list[int]:
+    """Questions of which some rollouts are right and some wrong, or (``by: reward``) whose rewards differ by more than
+    the tolerance."""
+    if not rollouts.completions:
+        return []
+    if by == "correct":
+        right = rollouts.correct.reshape(-1, rollouts.group_size).sum(1)  # (Q,)
+        varies = (right > 0) & (right < rollouts.group_size)  # (Q,)
+    else:
+        varies = ~constant_groups(rollouts.rewards.reshape(-1, rollouts.group_size), tolerance)  # (Q,)
+    return torch.nonzero(varies)[:, 0].tolist()

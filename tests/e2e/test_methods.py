@@ -1,0 +1,106 @@
+"""Every method's YAML trains the tiny model through the real stack, on one vLLM engine; some on two ZeRO-3 ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from aipo.config import CONFIG_FOLDER
+from tests.e2e.launch import ROOT, metrics, train
+from tests.tiny import make_tiny
+
+pytestmark = pytest.mark.e2e
+
+METHODS = sorted(path.stem for path in (CONFIG_FOLDER / "methods").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untied, with a strong row for the end token: completions end at various lengths, so that rewards differ."""
+    path = make_tiny(tmp_path_factory.mktemp("model"), scale=0.15, tied=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight[model.config.eos_token_id] *= 2
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "digits.jsonl"
+    rows = [{"question": f"{a} + {b}", "answer": str((a + b) % 10)} for a in range(3) for b in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    environment = os.environ | {"AIPO_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    command = [sys.executable, "tests/e2e/methods_worker.py", str(model), str(data), str(folder), *METHODS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_trains(method: str, runs: Path, model: Path) -> None:
+    lines = metrics(runs / method)
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    for line in lines[1:]:
+        assert 0 < line["mask/otf"] <= 1
+        assert line["loss/skipped_steps"] == 0
+        assert all(value is not None for value in line.values()), line
+    if method == "pppo":
+        return  # it rewards right answers alone, and a random model has none
+    assert any(line["policy/grad_norm"] > 0 for line in lines[1:])
+    final = AutoModelForCausalLM.from_pretrained(runs / method / "final", dtype=torch.float32)
+    initial = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    moved = [name for name, p in final.named_parameters() if not torch.equal(p, initial.get_parameter(name))]
+    assert len(moved) > 5
+    assert {name for name, _ in final.named_parameters()} == {name for name, _ in initial.named_parameters()}
+
+
+def last(runs: Path, method: str) -> dict[str, Any]:
+    return metrics(runs / method)[-1]
+
+
+def test_what_each_rule_leaves_in_the_log(runs: Path) -> None:
+    """The methods differ by what their names stand for."""
+    assert last(runs, "grpo")["mask/otf"] == last(runs, "dr_grpo")["mask/otf"] == 1
+    assert 0 < last(runs, "aipo")["mask/otf"] < 0.6
+    assert 0.1 < last(runs, "random_mask")["mask/otf"] < 0.3  # a fraction of 0.12, at least one token a completion
+    assert last(runs, "pppo")["mask/otf"] < 0.05  # continuations are generated too
+    assert last(runs, "dapo")["dynamic/tries"] >= 1
+    assert "dynamic/tries" not in last(runs, "grpo")
+    assert last(runs, "intuitor")["reward/mean"] != last(runs, "intuitor")["reward/correct"]
+    assert "loss/kl" in last(runs, "prioritized_kl")
+    assert "loss/kl" not in last(runs, "cispo")
+
+
+def test_two_ranks(model: Path, data: Path, tmp_path: Path) -> None:
+    """ZeRO-3 on two ranks: uneven batches after dynamic sampling, a batch-wide entropy mask, and LoRA weights."""
+    keys = {"model.path": model, "data.train": data, "data.validation": data, "runs": tmp_path, "dynamic.by": "reward"}
+    fixed = [
+        "rollout.engine=hf",
+        "reward.correctness=0.5",
+        "reward.length=0.5",
+        "optim.steps=1",
+        "curriculum.enabled=false",
+    ]
+    for method in ("dapo_ft", "arca", "iapo", "pppo"):
+        arguments = [f"{k}={v}" for k, v in keys.items()] + fixed + [f"name={method}"]
+        if method in ("arca", "iapo"):
+            arguments.append("dynamic.enabled=false")
+        train("--config", "tiny.yaml", "--method", method, *arguments, ranks=2)
+        line = last(tmp_path, method)
+        assert line["policy/grad_norm"] > 0
+        assert line["loss/skipped_steps"] == 0

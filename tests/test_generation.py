@@ -1,0 +1,266 @@
+"""Dynamic sampling and rewards by continuation, with an engine whose answers the test decides."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from aipo.config import Config, load_config
+from aipo.datasets import Problem
+from aipo.errors import TrainingError
+from aipo.generation import Generation, varying_groups
+from aipo.prompts import Prompter
+from aipo.reward import Rewarder
+from aipo.rollout.base import Completion, Request, Sampling
+from aipo.rollout.collect import Collector
+from aipo.rollouts import Rollouts
+from tests.tiny import make_tiny
+
+N = 4
+Right = Callable[[int, int], bool]  # (number of the question, sample) -> whether that rollout is right
+
+
+@pytest.fixture(scope="module")
+def prompter(tmp_path_factory: pytest.TempPathFactory) -> Prompter:
+    tokenizer = AutoTokenizer.from_pretrained(make_tiny(tmp_path_factory.mktemp("model")))
+    return Prompter(tokenizer, system=None, examples=(), suffix=None, thinking=False, max_prompt_tokens=512)
+
+
+class Scripted:
+    """Answers question ``q`` with q where ``right`` says so, else with -1."""
+
+    def __init__(self, prompter: Prompter, right: Right) -> None:
+        self.prompter, self.right = prompter, right
+        self.seen: list[Request] = []
+        self.tokens = 0
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        on_done: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
+        self.seen += requests
+        done = []
+        for i, request in enumerate(requests):
+            number = int(self.prompter.tokenizer.decode(request.prompt_ids).partition("number ")[2].partition(".")[0])
+            text = rf"it is \boxed{{{number if self.right(number, i % N) else -1}}}"
+            ids = self.prompter.tokenizer.encode(text)
+            done.append(Completion(ids, [0.0] * len(ids), "stop"))
+            self.tokens += len(ids)
+            if on_done is not None:
+                on_done(i, done[-1])
+        return done
+
+
+def config(*overrides: str) -> Config:
+    fixed = [f"rollout.samples_per_question={N}", "rollout.questions_per_step=4", "dynamic.factor=2"]
+    return load_config("tiny.yaml", ["dynamic.enabled=true", *fixed, *overrides])
+
+
+def problems(numbers: Sequence[int]) -> list[Problem]:
+    return [Problem(f"q{n}", f"Say number {n}.", str(n)) for n in numbers]
+
+
+def generation(prompter: Prompter, right: Right, settings: Config) -> Generation:
+    rewarder = Rewarder(max_tokens=64, overlong_buffer=16, workers=1)
+    collector = Collector(Scripted(prompter, right), prompter, rewarder, seed=0)  # type: ignore[arg-type]
+
+    def entropies(rollouts: Rollouts) -> Tensor:
+        """The policy is least sure of the fourth token of each rollout."""
+        return torch.nn.functional.one_hot(torch.full((len(rollouts.completions),), 3), 40).float()
+
+    def log_probs(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
+        """A gold answer is the likelier the longer what stands before it."""
+        return torch.tensor([[-1.0 / len(p)] * max(map(len, completions)) for p in prompts])
+
+    return Generation(collector, settings, entropies=entropies, log_probs=log_probs, postfix=[5, 6])
+
+
+def clock(phase: str) -> Any:
+    return nullcontext()
+
+
+class Questions:
+    """0, 1, 2, ... one after another, a rank's share of each draw."""
+
+    def __init__(self, rank: int = 0, world: int = 1) -> None:
+        self.rank, self.world, self.next = rank, world, 0
+
+    def __call__(self, count: int) -> list[Problem]:
+        drawn = range(self.next, self.next + count)
+        self.next += count
+        return problems(drawn[self.rank :: self.world])
+
+
+def varies_from(first: int) -> Right:
+    """Every third question from ``first`` on has right and wrong rollouts; the others are all right or all wrong."""
+    return lambda number, sample: sample == 0 if number >= first and number % 3 == 0 else number % 2 == 0
+
+
+def test_groups_that_do_not_vary_are_replaced(prompter: Prompter) -> None:
+    made = generation(prompter, varies_from(0), config())
+    rollouts, metrics = made.rollouts(0, Questions(), clock, prefix=1.0)
+    assert [problem.id for problem in rollouts.problems] == ["q0", "q3", "q6", "q9"]  # the first four that vary
+    assert rollouts.correct.reshape(-1, N).sum(1).tolist() == [1, 1, 1, 1]
+    assert (metrics["dynamic_tries"], metrics["dynamic_kept"]) == (2, 4)  # two draws of eight
+    engine: Any = made.collector.engine
+    assert rollouts.extra_tokens == engine.tokens - int(rollouts.lengths.sum())  # what was dropped is not forgotten
+    assert len(rollouts.prompts) == 4
+    assert len(rollouts.completions) == len(rollouts.texts) == len(rollouts.ids) == 16
+    assert len(set(rollouts.ids.tolist())) == 16
+
+
+def test_two_ranks_keep_what_one_keeps(prompter: Prompter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 has 0, 2, 4, ...; of 0, 3, 6, 9 it ends up with 0 and 6."""
+    local, meet, board = threading.local(), threading.Barrier(2), [None, None]
+
+    def gather(value: Any) -> list[Any]:
+        board[local.rank] = value
+        meet.wait(60)
+        everything = list(board)
+        meet.wait(60)
+        return everything
+
+    monkeypatch.setattr("aipo.distributed.rank", lambda: local.rank)
+    monkeypatch.setattr("aipo.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("aipo.distributed.gather_objects", gather)
+    found: list[Rollouts | None] = [None, None]
+
+    def work(rank: int) -> None:
+        local.rank = rank
+        made = generation(prompter, varies_from(0), config())
+        found[rank], _ = made.rollouts(0, Questions(rank, 2), clock, prefix=1.0)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ids = [[problem.id for problem in part.problems] for part in found if part is not None]
+    assert ids == [["q0", "q6"], ["q3", "q9"]]
+
+
+def test_nothing_varies(prompter: Prompter) -> None:
+    message = r"step 6: 3 draws of 8 questions brought 0 of 4 whose rollouts differ.*dynamic\.on_exhausted"
+    with pytest.raises(TrainingError, match=message):
+        generation(prompter, varies_from(10**6), config("dynamic.max_tries=3")).rollouts(
+            5, Questions(), clock, prefix=1.0
+        )
+    lenient = generation(prompter, varies_from(20), config("dynamic.max_tries=3", "dynamic.on_exhausted=continue"))
+    rollouts, metrics = lenient.rollouts(5, Questions(), clock, prefix=1.0)
+    assert [problem.id for problem in rollouts.problems] == ["q21"]  # of 24 questions
+    assert (metrics["dynamic_tries"], metrics["dynamic_kept"]) == (3, 1)
+
+
+def test_what_varies() -> None:
+    rollouts = Rollouts(
+        problems=problems(range(4)),
+        prompts=[[1]] * 4,
+        completions=[Completion([1], [0.0], "stop")] * 8,
+        group_size=2,
+        ids=torch.arange(8),
+        rewards=torch.tensor([0.0, 1.0, 1.0, 1.0, 0.5, 0.5 + 1e-8, 0.5, 0.6]),
+        correct=torch.tensor([False, True, True, True, False, False, True, True]),
+    )
+    assert varying_groups(rollouts, by="correct", tolerance=1e-6) == [0]
+    assert varying_groups(rollouts, by="reward", tolerance=1e-6) == [0, 3]  # rounding is no difference
+    assert varying_groups(rollouts, by="reward", tolerance=0.5) == [0]
+
+
+def test_continuations_are_counted(prompter: Prompter) -> None:
+    """The reward is the number of right continuations of the prefix, plus 1 for a right rollout."""
+    calls: list[int] = []
+
+    def right(number: int, place: int) -> bool:
+        calls.append(place)
+        if len(calls) <= 2 * N:  # the rollouts themselves: the first of each question is right
+            return place == 0
+        return place % 2 == 0  # every other continuation
+
+    overrides = ["dynamic.enabled=false", "reward.rule=continuations", "mask.rule=prefix", "reward.continuations=4"]
+    made = generation(prompter, right, config(*overrides))
+    rollouts, _ = made.rollouts(0, lambda count: problems([7, 8]), clock, prefix=0.35)
+    assert rollouts.correct.tolist() == [True, False, False, False] * 2
+    assert rollouts.rewards.tolist() == [3.0, 2.0, 2.0, 2.0] * 2
+    engine: Any = made.collector.engine
+    asked = engine.seen[2 * N :]
+    assert len(asked) == 2 * N * 4
+    first = rollouts.completions[0].token_ids
+    cut = int(0.35 * len(first))
+    assert list(asked[0].prompt_ids) == [*rollouts.prompts[0], *first[:cut]]
+    assert asked[0].max_tokens == made.sampling.max_tokens - cut
+    assert len({request.seed for request in engine.seen}) == len(engine.seen)
+    assert rollouts.extra_tokens > 0
+
+
+def test_branches_fill_a_question_up(prompter: Prompter) -> None:
+    overrides = ["dynamic.enabled=false", "branch.enabled=true", "branch.base=2"]
+    made = generation(prompter, lambda number, place: place % 2 == 0, config(*overrides))
+    rollouts, metrics = made.rollouts(0, lambda count: problems([7, 8]), clock, prefix=1.0)
+    assert (rollouts.group_size, len(rollouts.completions), rollouts.extra_tokens) == (N, 2 * N, 0)
+    engine: Any = made.collector.engine
+    base, branches = engine.seen[:4], engine.seen[4:]
+    assert len(branches) == 4  # two more of each question
+    for q in range(2):
+        for i, parent in enumerate(rollouts.completions[q * N : q * N + 2]):
+            child, request = rollouts.completions[q * N + 2 + i], branches[q * 2 + i]
+            assert list(request.prompt_ids) == [*base[2 * q].prompt_ids, *parent.token_ids[:3]]
+            assert request.max_tokens == made.sampling.max_tokens - 3
+            assert child.token_ids[:3] == parent.token_ids[:3]
+    assert rollouts.texts[2] == prompter.decode(rollouts.completions[2].token_ids)
+    assert len(rollouts.rewards) == 2 * N
+    assert metrics["reward/correct"] > 0
+
+
+def test_the_filter_keeps_the_quota(prompter: Prompter) -> None:
+    overrides = ["dynamic.enabled=false", "branch.enabled=true", "branch.base=2", "branch.total=6", "branch.beta=0"]
+    made = generation(prompter, lambda number, place: place % 2 == 0, config(*overrides))
+    rollouts, _ = made.rollouts(0, lambda count: problems([7]), clock, prefix=1.0)
+    engine: Any = made.collector.engine
+    assert len(engine.seen) == 6
+    assert (rollouts.group_size, len(rollouts.rewards)) == (N, N)
+    # by the likelihood of the gold, which the test lets grow with the length
+    longest = sorted((len(c.token_ids) for c in rollouts.completions), reverse=True)
+    assert rollouts.extra_tokens <= 2 * longest[-1]
+
+
+def test_questions_of_a_batch_and_joining() -> None:
+    whole = Rollouts(
+        problems=problems(range(3)),
+        prompts=[[0], [1], [2]],
+        completions=[Completion([i], [0.0], "stop") for i in range(6)],
+        group_size=2,
+        ids=torch.arange(6),
+        rewards=torch.arange(6.0),
+        correct=torch.arange(6) % 2 == 0,
+        texts=[str(i) for i in range(6)],
+        extra_tokens=5,
+    )
+    part = whole.questions([2, 0])
+    assert [p.id for p in part.problems] == ["q2", "q0"]
+    assert part.texts == ["4", "5", "0", "1"]
+    assert part.rewards.tolist() == [4, 5, 0, 1]
+    both = Rollouts.joined([whole.questions([2]), whole.questions([0])])
+    assert vars(both).keys() == vars(part).keys()
+    assert (both.texts, both.prompts, both.ids.tolist()) == (part.texts, part.prompts, part.ids.tolist())
+    assert Rollouts.joined([whole, whole]).extra_tokens == 10
+    assert whole.questions([]).completions == []
+
+
+def test_empty_share(tmp_path: Path, prompter: Prompter) -> None:
+    overrides = ["dynamic.enabled=false", "reward.rule=continuations", "mask.rule=prefix"]
+    rollouts, metrics = generation(prompter, varies_from(0), config(*overrides)).rollouts(
+        0, lambda count: [], clock, prefix=0.2
+    )
+    assert len(rollouts.rewards) == 0
+    assert metrics == {}
