@@ -1,15 +1,26 @@
-"""Accuracy on held-out problems, sharded over ranks."""
+"""Accuracy: on held-out problems during training, and on benchmarks with completions that survive a kill."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TextIO
 
 from aipo import distributed
-from aipo.config import ValidationConfig
+from aipo.benchmarks import Item
 from aipo.datasets import Problem
+from aipo.errors import UserError
 from aipo.metrics import Accuracy, accuracy_summary
-from aipo.rollout.base import Sampling
+from aipo.prompts import Prompter
+from aipo.rollout.base import Completion, Request, RolloutEngine, Sampling
 from aipo.rollout.collect import Collector
+from aipo.schema import ValidationConfig
+from aipo.verify import Verdict, Verifier, after_thinking, extract_answer
+
+Row = dict[str, Any]  # one completion, as it stands in a file
 
 
 def validate(
@@ -46,3 +57,160 @@ def validate(
         "validation/length_mean": sum(all_lengths) / len(all_lengths),
         "validation/truncated": sum(all_truncated) / len(all_truncated),
     }
+
+
+class CompletionFiles:
+    """The completions of an evaluation: ``<benchmark>-rank<r>.jsonl`` while ranks write, then ``<benchmark>.jsonl``.
+
+    A row is written whole and flushed as soon as its answer is judged. A process killed in the middle of one leaves a
+    line without an end, which is dropped on the next start.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[str, TextIO] = {}
+
+    def read(self, benchmark: str) -> list[Row]:
+        """All rows there are of one benchmark, in order of problem and sample; what is there twice, once."""
+        rows: dict[tuple[str, int], Row] = {}
+        for path in self._files(benchmark):
+            for row in _complete_rows(path):
+                rows[row["id"], row["sample"]] = row
+        return [rows[key] for key in sorted(rows)]
+
+    def append(self, row: Row) -> None:
+        """Add a row of this rank."""
+        name = row["benchmark"]
+        if name not in self._open:
+            path = self.folder / f"{name}-rank{distributed.rank()}.jsonl"
+            _drop_torn_line(path)
+            self._open[name] = path.open("a", encoding="utf-8")
+        self._open[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._open[name].flush()
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def merge(self, benchmark: str) -> list[Row]:
+        """One file instead of one a rank; returns its rows. Called by one rank, when all have closed theirs."""
+        rows, whole = self.read(benchmark), self.folder / f"{benchmark}.jsonl"
+        parts = [path for path in self._files(benchmark) if path != whole]
+        if parts:
+            temporary = self.folder / f".tmp-{benchmark}.jsonl"
+            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            temporary.rename(whole)
+            for path in parts:
+                path.unlink()
+        return rows
+
+    def _files(self, benchmark: str) -> list[Path]:
+        names = sorted(self.folder.glob(f"{benchmark}-rank*.jsonl"))
+        parts = [path for path in names if path.stem.removeprefix(f"{benchmark}-rank").isdigit()]
+        return [path for path in (self.folder / f"{benchmark}.jsonl", *parts) if path.is_file()]
+
+
+def _complete_rows(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return  # torn by a kill
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise UserError(
+                    f"{path}, row {number} is damaged ({error}): delete that row, or choose another --out"
+                ) from error
+
+
+def _drop_torn_line(path: Path) -> None:
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+
+
+def pending(items: Sequence[Item], files: CompletionFiles) -> list[int]:
+    """Positions of this rank's share of the items that are not there yet: the same number on each rank up to one."""
+    names = {item.benchmark for item in items}
+    done = {(name, row["id"], row["sample"]) for name in names for row in files.read(name)}
+    missing = [i for i, item in enumerate(items) if item.key not in done]
+    return missing[distributed.rank() :: distributed.world_size()]
+
+
+def requests_for(items: Sequence[Item], prompters: dict[str, Prompter], *, room: int) -> list[Request]:
+    """Prompts of all items; ``prompters`` by kind of problem. UserError for one longer than ``room`` tokens."""
+    prompts: dict[tuple[str, str], list[int]] = {}  # the samples of a question mostly share theirs
+    requests = []
+    for item in items:
+        problem = item.problem
+        key = (problem.kind, problem.question)
+        if key not in prompts:
+            prompts[key] = prompters[problem.kind].encode(problem.question)
+        if len(prompts[key]) > room:
+            raise UserError(
+                f"{item.benchmark}: the prompt of question {problem.id} has {len(prompts[key])} tokens, but the "
+                f"model's context leaves {room} beside the completion: lower --max-tokens"
+            )
+        requests.append(Request(prompts[key], item.seed))
+    return requests
+
+
+def complete(
+    items: Sequence[Item],
+    requests: Sequence[Request],
+    *,
+    engine: RolloutEngine,
+    prompters: dict[str, Prompter],
+    verifier: Verifier,
+    sampling: Sampling,
+    files: CompletionFiles,
+    lenient: bool = False,
+    on_done: Callable[[], None] | None = None,
+) -> None:
+    """Draw, judge and write every item. The engine gets all at once: no benchmark waits for the last of another.
+
+    Args:
+        requests: of :func:`requests_for`, for the same items.
+        lenient: an answer may be the last expression of a completion that has no box (see ``aipo.verify``).
+        on_done: called after every completion.
+    """
+    judged: deque[tuple[Row, Future[Verdict]]] = deque()
+
+    def write_judged(wait: bool) -> None:
+        while judged and (wait or judged[0][1].done()):
+            row, verdict = judged.popleft()
+            row["verdict"] = verdict.result().value
+            files.append(row | {"correct": row["verdict"] == Verdict.CORRECT.value})
+
+    def finished(i: int, completion: Completion) -> None:
+        item = items[i]
+        problem = item.problem
+        text = prompters[problem.kind].decode(completion.token_ids)
+        row = {
+            "benchmark": item.benchmark,
+            "id": problem.id,
+            "sample": item.sample,
+            "seed": item.seed,
+            "gold": problem.answer,
+            "answer": extract_answer(text, problem.kind, lenient=lenient),
+            "tokens": len(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+            "thinking_closed": after_thinking(text) is not None,
+        }
+        if not item.text_stays_here:
+            row |= {"question": problem.question, "completion": text}
+        judged.append((row, verifier.submit(problem.answer, text, problem.kind, lenient=lenient)))
+        write_judged(wait=False)
+        if on_done is not None:
+            on_done()
+
+    try:
+        engine.generate(requests, sampling, on_done=finished)
+        write_judged(wait=True)
+    finally:
+        files.close()

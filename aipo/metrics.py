@@ -96,6 +96,49 @@ def bootstrap_interval(
 
 
 @dataclass(frozen=True)
+class Difference:
+    """Mean scores of two sides over the same problems, the 95 % interval of b - a, and its two-sided p."""
+
+    a: float
+    b: float
+    low: float
+    high: float
+    p: float
+    problems: int
+
+    @property
+    def value(self) -> float:
+        return self.b - self.a
+
+    @property
+    def real(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], seed: int = 0, *, level: float = 0.95, resamples: int = 10_000
+) -> Difference:
+    """Compare two sets of scores of the same problems, ``a[i]`` and ``b[i]`` of one problem.
+
+    Problems are resampled and both scores go with them, so what makes a problem hard for both does not count as noise.
+    ``p`` is twice the smaller share of resamples whose mean difference is not above 0, or not below, with one resample
+    added to each count (a p of 0 would claim more than the resamples can show); at most 1.
+    """
+    if len(a) != len(b) or not a:
+        raise ValueError(f"a and b need a score of each problem, at least one; got {len(a)} and {len(b)}")
+    left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)  # (problems,) each
+    differences = right - left  # (problems,)
+    rng = np.random.default_rng(seed)
+    size = differences.size
+    means = np.array([differences[rng.integers(size, size=size)].mean() for _ in range(resamples)])  # (resamples,)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    smaller = min(int((means <= 0).sum()), int((means >= 0).sum()))
+    p = min(1.0, 2 * (smaller + 1) / (resamples + 1))
+    return Difference(float(left.mean()), float(right.mean()), float(low), float(high), p, size)
+
+
+@dataclass(frozen=True)
 class Accuracy:
     """avg@k in [0, 1] with its 95 % bootstrap interval over problems."""
 

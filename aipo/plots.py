@@ -1,11 +1,11 @@
-"""Curves of a run, drawn from its ``metrics.jsonl`` alone."""
+"""Curves of a run, drawn from its ``metrics.jsonl`` alone, and bars of evaluations."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no window system, no global state
@@ -56,11 +56,48 @@ def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
     # Inches, not the automatic layouts, which take longer than the drawing.
     width, height = sheet.get_size_inches()
     sheet.subplots_adjust(0.5 / width, 0.5 / height, 1 - 0.15 / width, 1 - 0.35 / height, wspace=0.25, hspace=0.45)
+    _save(sheet, path)
+    return True
+
+
+class Bar(Protocol):
+    """Accuracy in [0, 1] with its interval."""
+
+    @property
+    def accuracy(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+
+
+def draw_bars(variants: Mapping[str, Mapping[str, Bar]], path: Path) -> None:
+    """A group of bars for each benchmark, one bar for each variant, with 95 % intervals; a PNG at ``path``."""
+    benchmarks = list(next(iter(variants.values())))
+    sheet = Figure(figsize=(2.0 + 1.2 * len(benchmarks), 3.2))
+    ax = sheet.subplots()
+    width = 0.8 / len(variants)
+    for i, (variant, bars) in enumerate(variants.items()):
+        shown = [bars[name] for name in benchmarks]
+        places = [x + (i - (len(variants) - 1) / 2) * width for x in range(len(benchmarks))]
+        reach = [
+            [100 * max(bar.accuracy - bar.low, 0) for bar in shown],
+            [100 * max(bar.high - bar.accuracy, 0) for bar in shown],
+        ]
+        ax.bar(places, [100 * bar.accuracy for bar in shown], width, yerr=reach, capsize=2, label=variant)
+    ax.set_xticks(range(len(benchmarks)), benchmarks, fontsize="small")
+    ax.set_ylabel("accuracy, %", fontsize="small")
+    ax.tick_params(labelsize="small")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize="small", frameon=False, ncols=len(variants), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    _save(sheet, path, tight=True)
+
+
+def _save(sheet: Figure, path: Path, *, tight: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(".tmp-" + path.name)
-    sheet.savefig(temporary, format="png", dpi=100)
+    sheet.savefig(temporary, format="png", dpi=100, bbox_inches="tight" if tight else None)
     os.replace(temporary, path)  # whoever looks never sees half a picture
-    return True
 
 
 def _series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

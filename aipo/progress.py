@@ -47,18 +47,20 @@ def duration(seconds: float) -> str:
 class Progress:
     """Progress of the training and of the longer passes in it; silent unless ``active`` (rank 0).
 
+    Without ``total_steps`` there is no training, only passes.
+
     On a terminal: bars that stay in place. Elsewhere: a line for each step, and for a pass a line every tenth of it.
     """
 
     def __init__(
         self,
-        total_steps: int,
+        total_steps: int | None = None,
         *,
         active: bool = True,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._total = total_steps
+        self._total = total_steps or 0
         self._active = active
         self._console = console or Console()
         self._clock = clock
@@ -69,7 +71,7 @@ class Progress:
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
             self._live = RichProgress(*columns, TextColumn("{task.fields[detail]}"), console=self._console)
             self._live.start()
-            self._bar = self._live.add_task("training", total=total_steps, detail="")
+            self._bar = self._live.add_task("training", total=total_steps, detail="", visible=total_steps is not None)
 
     def update(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """``step`` steps are done; ``metrics`` as they are logged. The last value of each field stays in sight."""
@@ -161,6 +163,9 @@ class Summary:
     after: Accuracy
     otf: float  # Σ trained tokens / Σ completion tokens over the run
     length: float  # mean completion length over the run, tokens
+    no_answer: float  # share of rollouts without an extractable answer
+    timed_out: float  # whose answer took the verifier too long
+    killed: float  # whose answer cost a verifier process its memory limit or its life
     seconds: dict[str, float]  # mean over steps, by phase
     steps: int
     peak_memory_bytes: dict[str, int]
@@ -190,6 +195,9 @@ def summarize(
         after=after,
         otf=sum(line["mask/otf"] * line["rollout/tokens"] for line in steps) / tokens if tokens else math.nan,
         length=_mean(metrics, "rollout/length_mean"),
+        no_answer=_mean(steps, "reward/no_answer"),
+        timed_out=_mean(steps, "reward/timed_out"),
+        killed=_mean(steps, "reward/killed"),
         seconds={phase: _mean(metrics, f"time/{phase}_s") for phase in order},
         steps=len(steps),
         peak_memory_bytes=peak_memory_bytes,
@@ -210,6 +218,8 @@ def final_table(summary: Summary, *, console: Console | None = None) -> None:
         ("questions × samples", f"{summary.after.problems} × {summary.after.samples / summary.after.problems:g}"),
         ("tokens trained on (OTF)", f"{100 * summary.otf:.2f} %"),
         ("mean completion length", f"{summary.length:.1f} tokens"),
+        ("without an answer", f"{100 * summary.no_answer:.1f} %"),
+        ("check timed out / killed", f"{100 * summary.timed_out:.2f} % / {100 * summary.killed:.2f} %"),
         ("steps", str(summary.steps)),
         *((f"{NAMES.get(phase, phase)}, per step", f"{s:.2f} s") for phase, s in summary.seconds.items()),
         *((f"peak memory, {where}", f"{size / 2**30:.1f} GiB") for where, size in summary.peak_memory_bytes.items()),

@@ -64,6 +64,10 @@ class Prompter:
         """Token ids of the whole prompt, up to and including the header of the assistant's turn."""
         return self._encode([question])[0]
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """A completion as text, with what the prompt had already opened of it and without special tokens."""
+        return f"{self.opening}{self.tokenizer.decode(list(token_ids), skip_special_tokens=True)}"
+
     def encode_gold(self, problem: Problem, gold_text: GoldText = "answer") -> list[int]:
         """Token ids of the gold text alone, without template or special tokens (``mi.gold_text``)."""
         text = {

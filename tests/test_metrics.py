@@ -6,7 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aipo.metrics import accuracy_summary, avg_at_k, bootstrap_interval, maj_at_k, pass_at_k, training_efficiency
+from aipo.metrics import (
+    accuracy_summary,
+    avg_at_k,
+    bootstrap_interval,
+    maj_at_k,
+    paired_bootstrap,
+    pass_at_k,
+    training_efficiency,
+)
 
 tables = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=1, max_size=4)
 
@@ -115,3 +123,38 @@ def test_empty_input_is_an_error():
             avg_at_k(empty)
     with pytest.raises(ValueError, match="same problems"):
         maj_at_k([["7"]], [[1, 0]])
+
+
+def test_paired_bootstrap_against_all_resamples():
+    a, b = [0.0, 0.5, 1.0, 0.25], [0.5, 0.75, 0.5, 1.0]
+    differences = [right - left for left, right in zip(a, b)]
+    # the bootstrap distribution itself: all 4^4 resamples, equally likely
+    means = sorted(statistics.mean(draw) for draw in itertools.product(differences, repeat=4))
+    found = paired_bootstrap(a, b, resamples=40_000)
+    assert found.value == pytest.approx(statistics.mean(differences))
+    assert (found.a, found.b, found.problems) == (pytest.approx(0.4375), pytest.approx(0.6875), 4)
+    assert found.low == pytest.approx(means[int(0.025 * 256)], abs=0.07)
+    assert found.high == pytest.approx(means[int(0.975 * 256)], abs=0.07)
+    exact = 2 * min(sum(m <= 0 for m in means), sum(m >= 0 for m in means)) / 256
+    assert found.p == pytest.approx(exact, abs=0.01)
+    assert not found.real
+
+
+def test_paired_bootstrap_sees_what_unpaired_intervals_hide():
+    # problems differ widely, the two sides by little but always the same way
+    a = [i / 20 for i in range(20)]
+    b = [score + 0.02 + 0.01 * (i % 2) for i, score in enumerate(a)]
+    found = paired_bootstrap(a, b)
+    assert found.real
+    assert found.p < 0.001
+    assert bootstrap_interval(a, 0)[1] > bootstrap_interval(b, 0)[0]
+    swapped = paired_bootstrap(b, a)
+    assert (swapped.low, swapped.high) == (pytest.approx(-found.high), pytest.approx(-found.low))
+
+
+def test_paired_bootstrap_of_equals_and_of_nothing():
+    same = paired_bootstrap([0.3, 0.7], [0.3, 0.7])
+    assert (same.value, same.low, same.high, same.p, same.real) == (0, 0, 0, 1, False)
+    for bad in (([], []), ([1.0], [1.0, 0.0])):
+        with pytest.raises(ValueError, match="score of each problem"):
+            paired_bootstrap(*bad)

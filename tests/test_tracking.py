@@ -338,6 +338,17 @@ def test_a_terminal_gets_bars():
     assert "saved [step-000002]" in text
 
 
+def test_an_evaluation_has_no_training_bar():
+    file = io.StringIO()
+    shown = Progress(console=Console(file=file, force_terminal=True, width=80))
+    with shown, shown.task("completions", total=4) as task:
+        task.advance(2)
+        assert shown._live is not None
+        shown._live.refresh()
+    assert "completions" in file.getvalue()
+    assert "training" not in file.getvalue()
+
+
 def test_other_ranks_are_silent():
     shown, file, _ = progress(4, terminal=True, active=False)
     with shown:
@@ -367,6 +378,9 @@ LINES = [
         "rollout/length_mean": 20.0,
         "time/mi_s": 1.0,
         "time/sync_s": 0.1,
+        "reward/no_answer": 0.25,
+        "reward/timed_out": 0.0,
+        "reward/killed": 0.0,
     },
     {
         "step": 2,
@@ -375,6 +389,9 @@ LINES = [
         "rollout/length_mean": 30.0,
         "time/mi_s": 2.0,
         "time/sync_s": 0.3,
+        "reward/no_answer": 0.125,
+        "reward/timed_out": 0.03125,
+        "reward/killed": 0.0625,
     },
 ]
 
@@ -401,6 +418,8 @@ def test_final_table(tmp_path):
             "100 × 4",
             "32.50 %",
             "25.0 tokens",
+            "18.8 %",  # without an answer
+            "1.56 % / 3.12 %",  # timed out / killed
             "1.50 s",
             "3.0 GiB",
             str(run),

@@ -1,4 +1,4 @@
-"""Start train.py as a user would, in a process of its own."""
+"""Start train.py and evaluate.py as a user would, in a process of their own."""
 
 from __future__ import annotations
 
@@ -19,9 +19,21 @@ def command(*arguments: str, ranks: int = 1) -> list[str]:
 
 def train(*arguments: str, ranks: int = 1, expect: int = 0) -> str:
     """Run to the end; returns what it printed."""
-    done = subprocess.run(
-        command(*arguments, ranks=ranks), cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
-    )
+    return _run(command(*arguments, ranks=ranks), expect)
+
+
+def evaluation(*arguments: str, ranks: int = 1) -> list[str]:
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    return [sys.executable, *launcher, "evaluate.py", *arguments]
+
+
+def evaluate(*arguments: str, ranks: int = 1, expect: int = 0) -> str:
+    """Run to the end; returns what it printed."""
+    return _run(evaluation(*arguments, ranks=ranks), expect)
+
+
+def _run(command: list[str], expect: int) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 

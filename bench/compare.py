@@ -1,0 +1,180 @@
+"""Train every method on the embedded default and compare them:  python bench/compare.py [--quick] [--methods a,b]
+
+Each run gets the same budget of generated tokens (dropped questions and continuations count) and is resumed or skipped
+if it is there already, so the command may be stopped and started again. The table and the learning curves go to
+bench/results/methods-MACHINE.md and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from aipo.config import CONFIG_FOLDER
+from aipo.metrics import training_efficiency
+from aipo.results import markdown
+from aipo.tracking import read_jsonl
+from bench.machine import machine, slug
+
+ROOT = Path(__file__).resolve().parents[1]
+# tokens generated: what 40 steps of the embedded default take
+FULL = {"optim.generated_tokens": 110_000, "optim.steps": 60, "validation.every": 10, "checkpoint.every": 10}
+QUICK = {"optim.generated_tokens": 6_000, "optim.steps": 2, "validation.questions": 20, "validation.every": 2}
+
+
+def run(method: str, seed: int, settings: dict[str, Any], folder: Path) -> Path | None:
+    """Train, or go on, unless the run is finished. None if it failed."""
+    name = f"{method}-seed{seed}"
+    target = folder / name
+    if (target / "summary.json").is_file():
+        return target
+    keys = {**settings, "name": name, "runs": folder, "seed": seed, "tracking.wandb": "disabled"}
+    command = ["accelerate", "launch", "train.py", "--config", "smollm2_135m.yaml", "--method", method]
+    command += ["--resume", "auto", *(f"{k}={v}" for k, v in keys.items())]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.log").open("a") as log:
+        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
+        print(f"{name} failed with exit code {done.returncode}: see {folder / name}.log", flush=True)
+        return None
+    return target
+
+
+def numbers(runs: Sequence[Path]) -> dict[str, Any]:
+    """What the runs of one method came to, over its seeds."""
+    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
+    logs = [read_jsonl(run / "metrics.jsonl") for run in runs]
+    after = [s["after"]["value"] for s in summaries]
+    before = [s["before"]["value"] for s in summaries]
+    otf = float(np.mean([s["otf"] for s in summaries]))
+    mag = 100 * float(np.mean(np.array(after) - np.array(before)))
+    steps = [line for log in logs for line in log if line["step"] > 0]
+    seconds = [sum(v for k, v in line.items() if k.startswith("time/") and v is not None) for line in steps]
+    return {
+        "seeds": len(runs),
+        "steps": float(np.mean([s["steps"] for s in summaries])),
+        "tokens": float(np.mean([sum(line["rollout/tokens"] for line in log if line["step"] > 0) for log in logs])),
+        "after": after,
+        "low": min(s["after"]["low"] for s in summaries),
+        "high": max(s["after"]["high"] for s in summaries),
+        "mag": mag,
+        "otf": 100 * otf,
+        "tes": training_efficiency(mag, 100 * otf) if otf > 0 else math.nan,
+        "seconds": float(np.median(seconds)),
+        "memory": max(s["peak_memory_bytes"]["host"] for s in summaries) / 2**30,
+        "curves": [
+            [(line["step"], line["validation/accuracy"]) for line in log if line.get("validation/accuracy") is not None]
+            for log in logs
+        ],
+    }
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    columns = ["method", "seeds", "held-out avg@4, %", "range over seeds", "95 % within a run", "MAG", "OTF, %", "TES"]
+    columns += ["steps", "tokens", "s/step", "peak GiB"]
+    cells = []
+    for name, n in sorted(found.items(), key=lambda item: -float(np.mean(item[1]["after"]))):
+        after = [100 * value for value in n["after"]]
+        cells.append(
+            [
+                name,
+                str(n["seeds"]),
+                f"{np.mean(after):.1f}",
+                f"{min(after):.1f} – {max(after):.1f}",
+                f"{100 * n['low']:.1f} – {100 * n['high']:.1f}",
+                f"{n['mag']:+.1f}",
+                f"{n['otf']:.1f}",
+                f"{n['tes']:.0f}",
+                f"{n['steps']:.0f}",
+                f"{n['tokens']:,.0f}",
+                f"{n['seconds']:.1f}",
+                f"{n['memory']:.1f}",
+            ]
+        )
+    return markdown(columns, cells)
+
+
+def curves(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """Held-out accuracy by step, a panel for each method: its seeds, and in grey the means of all others."""
+    columns = 4
+    rows = -(-len(found) // columns)
+    sheet = Figure(figsize=(3.2 * columns, 2.2 * rows))
+    axes = sheet.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+    for ax, (name, n) in zip(axes, found.items()):
+        for other in found.values():
+            ax.plot(*zip(*mean_curve(other["curves"])), color="0.85", linewidth=1)
+        for curve in n["curves"]:
+            ax.plot(*zip(*curve), linewidth=1.2)
+        ax.set_title(name, fontsize="small")
+        ax.tick_params(labelsize="x-small")
+    for ax in axes[len(found) :]:
+        ax.set_axis_off()
+    sheet.tight_layout()
+    sheet.savefig(path, dpi=90)
+
+
+def mean_curve(many: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
+    steps = sorted(set.intersection(*({step for step, _ in curve} for curve in many)))
+    return [(step, float(np.mean([dict(curve)[step] for curve in many]))) for step in steps]
+
+
+def distinguishable(found: dict[str, dict[str, Any]], control: str = "random_mask") -> str:
+    """Which methods differ from the control by more than seeds do."""
+    if control not in found:
+        return ""
+    base = np.array(found[control]["after"])
+    lines = []
+    for name, n in found.items():
+        if name != control and len(n["after"]) > 1 and len(base) > 1:
+            difference = 100 * (np.mean(n["after"]) - base.mean())
+            spread = 100 * math.sqrt(np.var(n["after"], ddof=1) / len(n["after"]) + base.var(ddof=1) / len(base))
+            if abs(difference) > 2 * spread:
+                lines.append(f"{name} ({difference:+.1f} points)")
+    told = ", ".join(lines) if lines else "none"
+    return f"Further than two standard errors over seeds from {control}: {told}.\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = sorted(path.stem for path in (CONFIG_FOLDER / "methods").glob("*.yaml"))
+    parser.add_argument("--quick", action="store_true", help="two steps of one seed each, to see that all works")
+    parser.add_argument("--methods", default=",".join(known), help="by comma (default: all)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=Path, default=None, help="folder of the runs (default: runs/compare)")
+    options = parser.parse_args()
+    settings = QUICK if options.quick else FULL
+    folder = (options.runs or Path("runs") / ("compare-quick" if options.quick else "compare")).resolve()
+    methods = options.methods.split(",")
+    jobs = [(method, seed) for seed in range(1 if options.quick else options.seeds) for method in methods]
+    runs: dict[str, list[Path]] = {}
+    for i, (method, seed) in enumerate(jobs, start=1):
+        print(f"{i}/{len(jobs)} {method}, seed {seed}", flush=True)
+        if (finished := run(method, seed, settings, folder)) is not None:
+            runs.setdefault(method, []).append(finished)
+    found = {method: numbers(each) for method, each in runs.items()}
+    budget = settings["optim.generated_tokens"]
+    text = f"# Methods on the embedded default\n\n{machine()}; {budget:,} generated tokens a run.\n\n{table(found)}\n"
+    text += distinguishable(found)
+    if options.quick:
+        print(text)
+        return
+    target = ROOT / "bench" / "results" / f"methods-{slug()}"
+    target.parent.mkdir(exist_ok=True)
+    curves(found, target.with_suffix(".png"))
+    target.with_suffix(".md").write_text(text)
+    print(text + f"\nwritten to {target}.md and .png")
+
+
+if __name__ == "__main__":
+    main()

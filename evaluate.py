@@ -1,0 +1,121 @@
+"""Score a model:  python evaluate.py --avg32 [--model MODEL] [--benchmarks aime24,math500,...]"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+
+from aipo.errors import TrainingError, UserError
+
+EXAMPLES = """
+MODEL is a hub id, a Hugging Face folder, a run folder of train.py or one of its checkpoints. Without MODEL and CONFIG
+the embedded model is scored. With CONFIG, or a run, prompt, thinking and length are those of training.
+
+  python evaluate.py --avg32 --model Qwen/Qwen3-8B --gpus 8          the five benchmarks of the paper
+  python evaluate.py --avg32 --model runs/qwen3_8b --baseline evaluations/Qwen3-8B-1a2b3c4d/results.json
+  python evaluate.py --avg4 --benchmarks embedded                    on a laptop
+  python evaluate.py --avg8 --benchmarks mine.jsonl --limit 100      questions and answers of your own
+  python evaluate.py --compare A/results.json B/results.json         is B better than A?
+  python evaluate.py --avg8 --intervene both                         without and with forced high-MI tokens
+
+The same command goes on where a killed one stopped; a finished one shows its table.
+"""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_argument_group("what")
+    what.add_argument("--model", help="hub id, Hugging Face folder, run folder or checkpoint of ours")
+    what.add_argument("--config", help="training config whose model (unless --model), prompt and length are used")
+    what.add_argument("--benchmarks", default="", help="names, 'embedded' or JSONL files, by comma (default: all five)")
+    what.add_argument("--avg", dest="samples", type=int, default=32, metavar="K", help="samples a problem; also --avgK")
+    what.add_argument("--limit", type=int, help="only the first so many problems of each benchmark")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--thinking", action=argparse.BooleanOptionalAction, help="thinking mode (default: on, or CONFIG's)"
+    )
+    how.add_argument("--temperature", type=float, help="default: Qwen3's, 0.6 thinking, 0.7 not; 0 is greedy")
+    how.add_argument("--top-p", type=float, help="default: 0.95 thinking, 0.8 not")
+    how.add_argument("--top-k", type=int, default=20, help="default: 20; -1 is off")
+    how.add_argument("--min-p", type=float, default=0.0, help="default: 0")
+    how.add_argument("--max-tokens", type=int, help="longest completion (default: CONFIG's, or 32768 if they fit)")
+    how.add_argument("--seed", type=int, default=0, help="of sampling and of the order of options")
+    how.add_argument("--lenient", action="store_true", help="without a box, the last expression is the answer")
+    how.add_argument("--engine", choices=("vllm", "hf"), default="vllm")
+    how.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    how.add_argument("--gpus", type=int, help="spread the problems over so many GPUs of this machine")
+    how.add_argument("--gpu-memory", type=float, default=0.9, help="share of a GPU that vLLM takes (default: 0.9)")
+    how.add_argument("--kv-cache-gb", type=float, default=2.0, help="KV cache on a machine without GPU (default: 2)")
+    how.add_argument("--out", type=Path, help="folder of the results (default: evaluations/MODEL-SETTINGS)")
+    against = parser.add_argument_group("against what")
+    against.add_argument("--baseline", type=Path, help="results.json of the frozen backbone: adds MAG, OTF and TES")
+    against.add_argument("--otf", type=float, help="share of tokens trained on in percent (default: the run's own)")
+    against.add_argument("--compare", nargs=2, type=Path, metavar="JSON", help="compare two results.json, and end")
+    tokens = parser.add_argument_group("interventions on high-MI tokens")
+    tokens.add_argument("--intervene", choices=("drop", "force", "both"), help="both: baseline, drop and force in turn")
+    tokens.add_argument("--tokens", help="words by comma (default: So, Let, Hmm, ... as in the paper)")
+    tokens.add_argument("--tokens-from", type=Path, metavar="RUN", help="instead: those of highest mean MI in a run")
+    tokens.add_argument("--force-rule", choices=("nucleus", "rank", "probability"), default="nucleus")
+    tokens.add_argument("--force-threshold", type=float, help="default: 0.2 of nucleus mass or probability, rank 10")
+    argv = [re.sub(r"^--avg(\d+)$", r"--avg=\1", a) for a in (sys.argv[1:] if arguments is None else arguments)]
+    options = parser.parse_args(argv)
+    for name in ("samples", "limit", "max_tokens", "gpus"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{'avg' if name == 'samples' else name.replace('_', '-')} must be at least 1, not {value}")
+    if options.tokens and options.tokens_from:
+        parser.error("--tokens and --tokens-from exclude each other")
+    return options
+
+
+def spread(gpus: int) -> None:
+    """Become a launcher that starts this command once a GPU."""
+    import torch
+
+    if gpus > torch.cuda.device_count():
+        raise UserError(f"--gpus {gpus}: this machine has {torch.cuda.device_count()}")
+    rest = sys.argv[1:]
+    for i, argument in enumerate(rest):
+        if argument == "--gpus" or argument.startswith("--gpus="):
+            del rest[i : i + (2 if argument == "--gpus" else 1)]
+            break
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+    os.execv(sys.executable, [sys.executable, *launcher, __file__, *rest])
+
+
+def main() -> int:
+    options = parse()
+    try:
+        if options.compare:
+            from aipo.results import print_comparison
+
+            print_comparison(*options.compare)
+            return 0
+        if options.gpus and "RANK" not in os.environ:
+            spread(options.gpus)
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+        warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.dist", category=FutureWarning)
+        from aipo import distributed
+        from aipo.benchmarking import run
+
+        distributed.start()
+        run(options)
+        distributed.stop()
+        return 0
+    except (UserError, TrainingError) as error:
+        rank = int(os.environ.get("RANK", "0"))
+        print(f"rank {rank}: error: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
