@@ -13,7 +13,8 @@ from aipo.errors import TrainingError, UserError
 
 EXAMPLES = """
 MODEL is a hub id, a Hugging Face folder, a run folder of train.py or one of its checkpoints. Without MODEL and CONFIG
-the embedded model is scored. With CONFIG, or a run, prompt, thinking and length are those of training.
+the embedded model is scored. With CONFIG, or a run, prompt, thinking and length are those of training; so are those of
+the embedded model on the embedded problems.
 
   python evaluate.py --avg32 --model Qwen/Qwen3-8B --gpus 8          the five benchmarks of the paper
   python evaluate.py --avg32 --model runs/qwen3_8b --baseline evaluations/Qwen3-8B-1a2b3c4d/results.json
@@ -69,8 +70,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{'avg' if name == 'samples' else name.replace('_', '-')} must be at least 1, not {value}")
+    ranges = {"temperature": (0, 100), "top_p": (0, 1), "min_p": (0, 1), "gpu_memory": (0, 1), "otf": (0, 100)}
+    for name, (low, high) in ranges.items():
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} must lie between {low} and {high}, not {value}")
+    for name in ("top_p", "gpu_memory", "otf", "kv_cache_gb"):
+        if getattr(options, name) is not None and getattr(options, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
     if options.tokens and options.tokens_from:
         parser.error("--tokens and --tokens-from exclude each other")
+    if not options.intervene and (options.tokens or options.tokens_from or options.force_threshold is not None):
+        parser.error("--tokens, --tokens-from and --force-threshold go with --intervene")
     return options
 
 

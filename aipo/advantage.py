@@ -32,6 +32,8 @@ def group_advantages(rewards: Tensor, group_size: int, *, baseline: str = "group
         raise ValueError(f"group_size {group_size} does not divide the {len(rewards)} rewards")
     if baseline not in ("group", "batch", "leave_one_out") or normalize not in ("none", "std"):
         raise ValueError(f"unknown baseline {baseline!r} or normalize {normalize!r}")
+    if not len(rewards):  # a rank that dynamic sampling left nothing
+        return rewards.float()
     groups = rewards.float().reshape((1, -1) if baseline == "batch" else (-1, group_size))  # (Q, n)
     n = groups.shape[1]
     centred = groups - groups.mean(1, keepdim=True)  # (Q, n)

@@ -127,7 +127,9 @@ _SYMBOLS = {
     "ℂ": r"\mathbb{C}", "√": r"\sqrt ", "∛": r"\sqrt[3]", "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ",
     "β": r"\beta ", "λ": r"\lambda ", "φ": r"\phi ", "⟨〈": r"\langle ", "⟩〉": r"\rangle ", "½": r"\frac{1}{2}",
     "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅕": r"\frac{1}{5}",
-    "⅙": r"\frac{1}{6}", "⅛": r"\frac{1}{8}", "…": r"\dots ", "€£¥": "", "∨": r"\lor ", "∧": r"\land ",
+    "⅙": r"\frac{1}{6}", "⅛": r"\frac{1}{8}", "…": r"\dots ", "€": r"\euro ",
+    "£": r"\pounds ", "¥": r"\yen ", "₹": r"\rupee ", "¢": r"\text{cents}", "≡": r"\equiv ", "∀": r"\forall ",
+    "∨": r"\lor ", "∧": r"\land ",
 }  # fmt: skip
 _UNICODE = str.maketrans({char: latex for chars, latex in _SYMBOLS.items() for char in chars})
 _ROOT = re.compile(r"√ ?(\d+(?:\.\d+)?|[A-Za-z])")  # √12 is the root of 12; TeX's \sqrt 12 is that of 1
@@ -138,15 +140,19 @@ _SYNONYMS = {
     "geqslant": r"\geq", "ne": r"\neq", "lt": "<", "gt": ">", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[",
     "rbrack": "]", "varnothing": r"\emptyset", "ldots": r"\dots", "cdots": r"\dots", "dotsc": r"\dots",
     "backslash": r"\setminus", "smallsetminus": r"\setminus", "vee": r"\lor", "wedge": r"\land", "degree": r"^\circ",
-    "infin": r"\infty", "imath": "i", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "colon": ":",
+    "infin": r"\infty", "imath": "i", "jmath": "j", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "colon": ":",
     "bar": r"\overline", "R": r"\mathbb{R}", "textdollar": r"\$",
+    "lg": r"\log_{10}", "cent": r"\text{cents}", "nexists": r"\text{DNE}", "implies": r"\Rightarrow",
+    "forall": r"\text{ for all }", "texteuro": r"\euro", "textsterling": r"\pounds", "pound": r"\pounds",
 }  # fmt: skip
 _NO_MEANING = """left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr middle displaystyle textstyle
     scriptstyle limits nolimits quad qquad enspace thinspace rm bf it bfseries tiny small normalsize large Large LARGE
-    huge Huge pounds euro yen"""
+    huge Huge"""
 _UPRIGHT = """textbf textit textrm textsf texttt textnormal textup mathrm mathbf mathit mathsf mathtt mathnormal hbox
     operatorname emph underline boldsymbol bm boxed fbox mbox"""
 _SYNONYMS |= dict.fromkeys(_NO_MEANING.split(), "") | dict.fromkeys(_UPRIGHT.split(), r"\text")
+_FUNCTIONS = "a(?:rc)?(?:sin|cos|tan)h?|arc(?:cot|sec|csc)|ar(?:sin|cos|tan)h|sinh|cosh|tanh|ln|log|exp|gcd"
+_FUNCTIONS += "|sin|cos|tan|cot|sec|csc"
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?(?: (?=\{))?")
 _RULES = [
     (re.compile(pattern), new)
@@ -155,7 +161,9 @@ _RULES = [
         (r"(?<=\d)(?:\{,\}|,?\\[,!; :]|~) ?(?=\d{3}(?!\d))", ""),
         (r"\\(?:left|right) ?\.(?!\d)", ""),
         (r"\\[,;:!> ]|~", " "),
-        (r"\\\$ ?(-?[\d.,]*\d)", r"\1\\text{dollars}"),
+        (r"(?:\\text ?\{ ?)?(?:\\\$|(?:US ?\$|USD ?))(?: ?\})? ?(-?[\d.,]*\d)", r"\1\\text{dollars}"),
+        (r"(?:\\text ?\{ ?)?\\(pound|euro|yen|rupee)s?(?: ?\})? ?(-?[\d.,]*\d)", r"\2\\text{\1}"),
+        (r"(?:\\text ?\{ ?)?\\(pound|euro|yen|rupee)s?(?![A-Za-z])(?: ?\})?", r"\\text{\1}"),
         (r'\\\$|\$|\\[()\[\]]|"', ""),
         (r"\{ ?([:,;]) ?\}", r"\1"),
         (r"\\(?:text)?color ?\{[a-zA-Z]*\}", ""),
@@ -166,6 +174,8 @@ _RULES = [
         (r" ?\^ ?\\circ", r"^\\circ"),
         # what calculators and programs write
         (r"\.\.\.", r"\\dots "),
+        (rf"\\text ?\{{ ?(?:({_FUNCTIONS}) ?\}}|(max|min) ?\}}(?= ?[(\\]))", r"\\\1\2 "),
+        (r"(?<=\d)\.(?:\((\d+)\)|\\dot ?\{(\d)\})", r".\\overline{\1\2}"),
         (r"\*\*", "^"),
         (r"(?<=[\w)}\]]) ?\* ?(?=[\w({\[\\])", r"\\cdot "),
         (r"<=", r"\\leq "),
@@ -175,7 +185,7 @@ _RULES = [
         (r"(?<![\\A-Za-z])sqrt(?= ?[\d({])", r"\\sqrt"),
         (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "),
         (r"(?<![\\A-Za-z])(?:infinity|inf)(?![A-Za-z])", r"\\infty "),
-        (r"(?<![\\A-Za-z])(sin|cos|tan|cot|sec|csc|log|ln|exp|arc(?:sin|cos|tan))(?= ?[({\d\\]| [a-z]\b)", r"\\\1"),
+        (r"(?<![\\A-Za-z])((?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp)(?= ?[({\d\\]| [a-z]\b)", r"\\\1"),
         # braces around every argument: \frac12, \frac{1}2, \sqrt2, \sqrt(2), x^(1/2), x^-1
         (r"\\frac ?(\d|[A-Za-z]|\\pi)(?= ?[\d{\\A-Za-z])", r"\\frac{\1}"),
         (r"(\\frac ?\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}) ?(\d|[A-Za-z])", r"\1{\2}"),
@@ -184,6 +194,7 @@ _RULES = [
         (r"\^ ?\(([^()]*)\)", r"^{\1}"),
         (r"\^ ?(- ?\w|\d(?!\d))", r"^{\1}"),
         (r"_ ?\{ ?(\w) ?\}", r"_\1"),
+        (r"\\mathbb ([A-Z])(?![A-Za-z])", r"\\mathbb{\1}"),
         (r"\\text ?\{ ?\}", " "),
     ]
 ]  # fmt: skip

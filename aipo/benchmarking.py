@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from aipo import distributed
-from aipo.benchmarks import CHOICE_SUFFIX, MATH_SUFFIX, PAPER, Benchmark, load_benchmarks
+from aipo.benchmarks import CHOICE_SUFFIX, EMBEDDED, MATH_SUFFIX, PAPER, Benchmark, load_benchmarks
 from aipo.checkpoint import flatten, write_atomically
 from aipo.config import Config, load_config
+from aipo.embedded import MODEL
 from aipo.errors import UserError
 from aipo.evaluation import CompletionFiles, complete, pending, requests_for
 from aipo.export import NamedModel, find_model, model_stamp
@@ -46,6 +48,8 @@ QWEN_LENGTH = 32768  # Qwen3's advice for most questions
 MINED = len(DEFAULT_WORDS)
 FORCE_THRESHOLD = {"nucleus": 0.2, "probability": 0.2, "rank": 10}  # nucleus: the paper; the others: ours
 
+QUESTIONS = "questions of"  # before the benchmark's name: a key of settings.json, the one kind that may be added
+
 Say = Callable[[str], None]
 
 
@@ -68,6 +72,9 @@ def run(options: argparse.Namespace) -> None:
     with Progress(active=first, console=console) as progress, Passes(options, progress) as passes:
         plan = make_plan(options, progress.say)
         baseline = load_results(options.baseline) if options.baseline else None
+        if baseline and not baseline.results.keys() & {benchmark.name for benchmark in plan.benchmarks}:
+            raise UserError(f"--baseline: {options.baseline} has only {', '.join(baseline.results)}")
+        otf = otf_of_run(plan.model.run) if options.otf is None and plan.model.run else options.otf
         variants = {"baseline": plan}
         if options.intervene:
             variants |= intervened(plan, options, progress.say)
@@ -78,19 +85,20 @@ def run(options: argparse.Namespace) -> None:
         if not first:
             return
         for name, result in results.items():
-            gained = None
-            if baseline:
-                for line in settings_differ(variants[name].settings, baseline.settings):
-                    progress.say(f"note: --baseline was measured with another {line}")
-                otf = otf_of_run(plan.model.run) if options.otf is None and plan.model.run else options.otf
-                gained = gains(result, baseline.results, otf)
+            content = {"model": plan.model.name, "settings": variants[name].settings, "versions": versions()}
+            save_results(folders[name], content, result)
+            gained = gains(result, baseline.results, otf) if baseline else None
+            for line in settings_differ(variants[name].settings, baseline.settings) if baseline else ():
+                progress.say(f"note: --baseline was measured with another {line}")
             title = f"{plan.model.name}, {options.samples} samples a problem" + (f", MI {name}" * (name != "baseline"))
             show(*result_rows(result, gained), title, console)
-            content = {"model": plan.model.name, "settings": variants[name].settings, "versions": versions()}
+            failed = [f"{n} {r.timed_out:.2%} / {r.killed:.2%}" for n, r in result.items() if r.timed_out + r.killed]
+            if failed:
+                progress.say(f"checks that timed out / were killed: {', '.join(failed)}")
             progress.say(f"results: {save_results(folders[name], content, result, gained)}")
         if len(results) > 1:
             show(*intervention_rows(results), "accuracy with and without high-MI tokens", console)
-            target = folders["baseline"] / f"interventions-{digest(variants['drop'].settings)}"
+            target = folders["baseline"] / f"interventions-{digest([variants[name].settings for name in folders])}"
             write_atomically(target.with_suffix(".md"), markdown(*intervention_rows(results)))
             draw_bars(results, target.with_suffix(".png"))
             progress.say(f"table and figure: {target}.md, .png")
@@ -106,11 +114,12 @@ def make_plan(options: argparse.Namespace, say: Say) -> Plan:
 
     require_engine(options.engine)
     config = load_config(options.config) if options.config else None
-    if not options.model and config is None:
-        config = load_config(DEFAULT_CONFIG)
-    spec = options.model or (config.model.path if config else "")
+    names = [name.strip() for name in options.benchmarks.split(",") if name.strip()] or list(PAPER)
+    spec = options.model or (config.model.path if config else MODEL)
     model = distributed.on_first(lambda: find_model(spec))
     config = config or model.config
+    if config is None and spec == MODEL and names == [EMBEDDED]:
+        config = load_config(DEFAULT_CONFIG)  # the prompt that the embedded problems are made for
     try:
         architecture = AutoConfig.from_pretrained(model.path)
         tokenizer = AutoTokenizer.from_pretrained(model.path)
@@ -121,10 +130,9 @@ def make_plan(options: argparse.Namespace, say: Say) -> Plan:
         generation = GenerationConfig.from_pretrained(model.path)
     except OSError:  # a model need not have one
         generation = None
-    names = [name.strip() for name in options.benchmarks.split(",") if name.strip()] or list(PAPER)
     benchmarks = distributed.on_first(lambda: load_benchmarks(names, limit=options.limit, say=say))
 
-    context = architecture.max_position_embeddings
+    context = architecture.get_text_config().max_position_embeddings
     thinking = options.thinking if options.thinking is not None else config.data.thinking if config else True
     sampling = Sampling(
         options.max_tokens or longest(context, config),
@@ -181,7 +189,8 @@ def intervened(plan: Plan, options: argparse.Namespace, say: Say) -> dict[str, P
     for line in lines:
         say(f"  {line}")
     try:
-        threshold = options.force_threshold or FORCE_THRESHOLD[options.force_rule]
+        threshold = options.force_threshold
+        threshold = FORCE_THRESHOLD[options.force_rule] if threshold is None else threshold
         made = {
             "drop": Intervention("drop", tuple(ids)),
             "force": Intervention("force", tuple(ids), options.force_rule, threshold),
@@ -202,7 +211,7 @@ def intervened(plan: Plan, options: argparse.Namespace, say: Say) -> dict[str, P
     }
 
 
-def digest(settings: dict[str, Any]) -> str:
+def digest(settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -213,16 +222,25 @@ def open_folder(plan: Plan, options: argparse.Namespace, variant: str) -> Path:
         folder = options.out / variant if suffix else options.out
     else:
         folder = Path("evaluations") / f"{plan.model.name}-{digest(plan.settings)}{suffix}"
-    now = plan.settings | {f"questions of {b.name}": b.fingerprint for b in plan.benchmarks}
+    now = plan.settings | {f"{QUESTIONS} {b.name}": b.fingerprint for b in plan.benchmarks}
 
     def prepare() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "settings.json"
-        before = json.loads(path.read_text()) if path.is_file() else {}
-        was, new = flatten(before), flatten(now)
-        if changed := [f"{k} was {was[k]!r:.80}, is {v!r:.80}" for k, v in new.items() if was.get(k, v) != v]:
-            raise UserError(f"{folder} holds another evaluation, choose another --out: {'; '.join(changed)}")
-        write_atomically(path, json.dumps(before | now, indent=1) + "\n")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            before = json.loads(path.read_text()) if path.is_file() else {}
+            was, new = flatten(before), flatten(now)
+            same = {key for key in was.keys() | new.keys() if not key.startswith(QUESTIONS)} if was else set()
+            keys = sorted(same | (was.keys() & new.keys()))
+            if changed := [
+                f"{k} was {was.get(k)!r:.80}, is {new.get(k)!r:.80}" for k in keys if was.get(k) != new.get(k)
+            ]:
+                raise UserError(f"{folder} holds another evaluation, choose another --out: {'; '.join(changed)}")
+            write_atomically(path, json.dumps(before | now, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--out: {folder} cannot be written ({error.strerror}): choose another folder") from error
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}): choose another --out") from error
 
     distributed.on_first(prepare)
     return folder
@@ -235,14 +253,25 @@ class Passes:
         self.options, self.progress = options, progress
         self._engine: RolloutEngine | None = None
         self._verifier: Verifier | None = None
+        self._locks: list[FileLock] = []
 
     def results(self, plan: Plan, folder: Path) -> Results:
         """Draw what ``folder`` lacks and sum up. All ranks call it together."""
+        distributed.on_first(lambda: self._take(folder))
         self._draw(plan, folder)
         files, samples = CompletionFiles(folder), self.options.samples
         return distributed.on_first(
             lambda: {b.name: summarize(b, files.merge(b.name), samples) for b in plan.benchmarks}
         )
+
+    def _take(self, folder: Path) -> None:
+        """The folder is this process's until it ends; a lock that the system drops with the process."""
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{folder}: another evaluate.py works here: wait for it, or choose another --out") from None
+        self._locks.append(lock)
 
     def _draw(self, plan: Plan, folder: Path) -> None:
         files = CompletionFiles(folder)
@@ -297,3 +326,5 @@ class Passes:
             self._verifier.close()
         if self._engine is not None:
             self._engine.close()
+        for lock in self._locks:
+            lock.release()

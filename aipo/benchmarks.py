@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aipo.datasets import Loaded, Problem, fingerprint, load_problems, reshuffled
+from aipo.datasets import LETTERS, Loaded, Problem, fingerprint, load_problems, reshuffled
 from aipo.embedded import PROBLEMS
 from aipo.errors import UserError
 from aipo.rollout.collect import request_seed
@@ -32,7 +32,15 @@ class Item:
     problem: Problem
     sample: int
     seed: int
+    original: Problem  # with its options in the file's order
     text_stays_here: bool  # neither question nor completion may be written to a file
+
+    def option_of(self, letter: str | None) -> int | None:
+        """Which option of the file a letter of this sample stands for; None for a letter without one."""
+        place = -1 if letter is None else LETTERS.find(letter)
+        if not 0 <= place < len(self.problem.options):
+            return None
+        return self.original.options.index(self.problem.options[place])
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -55,7 +63,9 @@ class Benchmark:
                 self._in_order(problem, sample, seed),
                 sample,
                 request_seed(seed, f"evaluate {self.name}", problem.id, sample),
-                text_stays_here=self.name == "gpqa_diamond",
+                original=problem,
+                # by id too: a renamed copy is the same set
+                text_stays_here=self.name == "gpqa_diamond" or problem.id.startswith("gpqa_diamond/"),
             )
             for problem in self.problems
             for sample in range(samples)
@@ -80,7 +90,7 @@ def load_benchmarks(
     for spec in specs:
         name, loaded = _load(spec)
         if name in benchmarks:
-            raise UserError(f"--benchmarks: {name} is named twice; rename one of the files")
+            raise UserError(f"--benchmarks: {name} is named twice; leave one out, or rename a file")
         if count := sum(loaded.dropped.values()):
             reasons = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in loaded.dropped.items() if n)
             say(f"{name}: {count} rows dropped ({reasons})")
@@ -95,7 +105,7 @@ def _load(spec: str) -> tuple[str, Loaded]:
     if name in PAPER:
         return name, load_problems(str(ensure(name)), split="validation")
     path = Path(spec).expanduser()
-    if path.suffix == ".jsonl" or path.exists():
+    if path.suffix == ".jsonl" or path.is_file():
         return path.stem, load_problems(spec, split="validation")
     known = [*PAPER, EMBEDDED]
     near = difflib.get_close_matches(spec, known, n=1, cutoff=0.4)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -123,10 +124,15 @@ def _cpu_group() -> Any:
     """Objects travel over gloo, not through GPU memory."""
     global _GLOO
     if _GLOO is None:
-        _GLOO = dist.new_group(backend="gloo")
+        # a rank that has done its share of an evaluation may wait for hours; launchers notice ranks that died
+        _GLOO = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     return _GLOO
 
 
 def stop() -> None:
+    """Leave the process group, all ranks together: one that goes early would take the others' connection with it."""
+    global _GLOO
     if dist.is_initialized():
+        dist.barrier(group=_cpu_group() if world_size() > 1 else None)
+        _GLOO = None
         dist.destroy_process_group()

@@ -36,70 +36,63 @@ def postfix_ids(tokenizer: PreTrainedTokenizerBase, *, thinking: bool, text: str
     return ids
 
 
-def early_exit_batches(
+def early_exit_trees(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     postfix: Sequence[int],
     *,
     stride: int,
     budget: int,
-) -> list[MicroBatch]:
+) -> list[ExitTree]:
     """Every early exit that the scored tokens need, in micro-batches of one row with at most ``budget`` tokens.
 
     Scored are every ``stride``-th token of a completion, from its first, and its last; each needs the prefixes
     before and after it. One exit always fits, whatever the budget.
 
     Returns:
-        Micro-batches of N exits each: ``predictors`` (N,) stands on the last postfix token of each, ``rows`` (N,)
-        says of which completion it is and ``lengths`` (N,) how many of its tokens stand before the postfix;
-        ``targets`` are all 0. :func:`information_gain` reads them.
+        Trees of N exits each, small until :meth:`ExitTree.micro_batch` is called.
     """
     if stride < 1 or not postfix:
         raise ValueError(f"stride must be at least 1 and the postfix not empty, got {stride} and {list(postfix)}")
-    trees: list[_Tree] = []
+    trees: list[ExitTree] = []
     # prompts that begin alike come one after another and share what they begin with
     for row in sorted(range(len(prompts)), key=lambda i: (list(prompts[i]), -len(completions[i]))):
         prompt, completion = list(prompts[row]), list(completions[row])
         left = _prefixes(len(completion), stride)
         while left:
             if not trees:
-                trees.append(_Tree())
+                trees.append(ExitTree())
             tree = trees[-1]
             # The longest prefixes first: a row that is cut off then ends at the shortest trunk that it can have.
             trunk = prompt + completion[: left[-1]]
             fit = (budget - len(tree.tokens) - tree.missing(trunk)) // len(postfix)
             if fit < len(left) and tree.tokens:  # not all of them: what is left of the row would repeat the trunk
-                trees.append(_Tree())
+                trees.append(ExitTree())
                 continue
             path = [ROOT, *tree.grow(trunk)]
             for prefix in left[-max(fit, 1) :]:
                 end = tree.grow(postfix, path[len(prompt) + prefix])[-1]
                 tree.exits.append((row, prefix, end))
             del left[-max(fit, 1) :]
-    return [tree.micro_batch() for tree in trees]
+    return trees
 
 
-def information_gain(batches: Iterable[MicroBatch], entropies: Iterable[Tensor], lengths: Tensor) -> Tensor:
-    """s_t = H(y | q, o_<t) - H(y | q, o_<=t), METHODS' s_it of IAPO, in nats.
+def information_gain(exits: Iterable[tuple[Tensor, Tensor]], entropies: Iterable[Tensor], lengths: Tensor) -> Tensor:
+    """s_t = H(y | q, o_<t) - H(y | q, o_<=t), s_it of IAPO, in nats.
 
     Args:
-        batches: from :func:`early_exit_batches`; fillers among them add nothing.
-        entropies: (N,) of each, of the full vocabulary at its predictors.
-        lengths: (B,) of the completions that the batches were made of.
+        exits: for each tree the completion that an exit is of and the tokens before it, (N,) and (N,).
+        entropies: (N,) of each, of the full vocabulary behind the postfix.
+        lengths: (B,) of all completions.
 
     Returns:
         (B, T) float32, NaN where a token was not scored.
     """
     width = max(int(lengths.max()) if len(lengths) else 0, 1)
     answer = torch.full((len(lengths), width + 1), float("nan"))  # (B, T + 1) H(y | q, o_<t)
-    for micro, entropy in zip(batches, entropies):
-        answer[micro.rows.cpu(), micro.lengths.cpu()] = entropy.float().cpu()
+    for (rows, prefixes), entropy in zip(exits, entropies):
+        answer[rows.cpu(), prefixes.cpu()] = entropy.float().cpu()
     return answer[:, :-1] - answer[:, 1:]
-
-
-def early_exit_cost(batches: Iterable[MicroBatch], lengths: Tensor) -> float:
-    """Tokens forwarded for the early exits per completion token."""
-    return sum(micro.input_ids.numel() for micro in batches) / max(int(lengths.sum()), 1)
 
 
 def _prefixes(length: int, stride: int) -> list[int]:
@@ -108,7 +101,7 @@ def _prefixes(length: int, stride: int) -> list[int]:
     return sorted({prefix for token in scored for prefix in (token, token + 1)})
 
 
-class _Tree:
+class ExitTree:
     """Token sequences that share what they begin with. A node is a token; it attends to its ancestors and itself."""
 
     def __init__(self) -> None:
@@ -140,6 +133,8 @@ class _Tree:
         return 0
 
     def micro_batch(self) -> MicroBatch:
+        """``predictors`` (N,) stands on the last postfix token of each exit, ``rows`` (N,) says of which completion it
+        is and ``lengths`` (N,) how many of its tokens stand before the postfix; ``targets`` are all 0."""
         sees = np.eye(len(self.tokens), dtype=bool)  # (s, s)
         for node, parent in enumerate(self.parents):
             if parent != ROOT:

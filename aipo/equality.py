@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
+from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import sympy
@@ -16,7 +19,9 @@ from sympy import FiniteSet, Intersection, Interval, Set, Symbol, Union
 
 from aipo.answers import normal_form, same_number, settle, tidy
 from aipo.expressions import approximate, expression, proportional, same_expression
-from aipo.notation import Based, Many, Matrix, Named, Node, Range, Relation, Unreadable, Value, Words, plain_words, read
+from aipo.notation import Based, Many, Matrix, Named, Node, Range, Relation, Unreadable, Value, Words, read
+from aipo.units import conversion
+from aipo.wording import plain_words
 
 
 def equal(gold: str, answer: str) -> bool:
@@ -25,7 +30,7 @@ def equal(gold: str, answer: str) -> bool:
     if settled is not None:
         return settled
     try:
-        return same(read(tidy(gold)), read(plain_words(tidy(answer))))
+        return same(read(plain_words(tidy(gold))), read(plain_words(tidy(answer))))
     except Unreadable:
         return False
 
@@ -44,10 +49,14 @@ def same(gold: Node, answer: Node) -> bool:
             return _same_relation(gold, answer.relation)
         case Relation(), Relation():
             return _same_relation(gold, answer)
+        case (Relation(">" | ">="), Range() | Many("tuple" | "square")) | (Range(), Relation(">" | ">=")):
+            return _same_set(_as_set(gold), _as_set(answer))
         case Relation(), _:
             return False  # x + y = 1 is more than 1
         case Named(), _:
             return same(gold.value, answer)
+        case Value(), Named(name="C" | "P", value=Many("tuple", (Value(n), Value(k)))):  # no point, but a number
+            return _same_value(gold, Value(f"{answer.name}({n},{k})"))
         case _, Named():
             return same(gold, answer.value)
         case _, Relation():  # a + b = 5 for 5; but x^2 - 1 = 0 does not say that something is 0
@@ -76,6 +85,8 @@ def _same_many(gold: Node, answer: Node) -> bool:
     if not isinstance(answer, Many):
         return _one_of_one(gold, answer)
     kinds = {gold.kind, answer.kind}
+    if "ratio" in kinds:
+        return kinds == {"ratio"} and _proportional(gold.items, answer.items)
     if "set" in kinds and kinds & {"tuple", "square"}:  # Math-Verify takes {1, 2} for (1, 2); {(1, 2)} is (1, 2)
         items, other = (gold.items, answer) if gold.kind == "set" else (answer.items, gold)
         return len(items) == 1 and (same(items[0], other) if other is answer else same(other, items[0]))
@@ -97,6 +108,22 @@ def _same_many(gold: Node, answer: Node) -> bool:
     return not rest
 
 
+def _proportional(gold: Sequence[Node], answer: Sequence[Node]) -> bool:
+    """2:4:6 is 1:2:3."""
+    crossed = [[f"({a.text})({b[0].text})" for a in items if isinstance(a, Value) and isinstance(b[0], Value)]
+        for items, b in ((gold, answer), (answer, gold))]  # fmt: skip
+    return len(gold) == len(answer) and all(same_expression(expression(x), expression(y)) for x, y in zip(*crossed))
+
+
+def _letters(node: Node) -> str:
+    """Of ACD, or of A, C, D: several choices. "" if it is something else."""
+    if isinstance(node, Many):
+        items = [item.text for item in node.items if isinstance(item, Value | Words)]
+        letters = "".join(sorted(items)).lower()
+        return letters if len(letters) == len(items) == len(node.items) and letters.isalpha() else ""
+    return node.text if isinstance(node, Words) and list(node.text) == sorted(set(node.text)) else ""
+
+
 def _one_of_one(many: Node, other: Node, *, swap: bool = False) -> bool:
     """{3} for 3, and a column for a tuple."""
     assert isinstance(many, Many)
@@ -106,6 +133,8 @@ def _one_of_one(many: Node, other: Node, *, swap: bool = False) -> bool:
     if isinstance(other, Value) and many.kind != "list" and re.fullmatch(r"\d+(,\d{3})+", other.text):
         listed = Many("list", tuple(map(Value, other.text.split(","))))  # 100,200 was no number after all
         return _same_many(listed, many) if swap else _same_many(many, listed)
+    if many.kind == "list" and len(many.items) > 1 and isinstance(other, Words):
+        return _letters(many) == _letters(other) != ""
     items = _distinct(many.items)
     return (
         len(items) == 1 and many.kind in ("set", "list") and (same(other, items[0]) if swap else same(items[0], other))
@@ -155,7 +184,23 @@ def _as_set(node: Node) -> Set:
             return _as_set(node.value)
         case Value():
             return FiniteSet(_real(node))
+        case Relation(">" | ">="):
+            return _solution(node)
     raise Unreadable
+
+
+def _solution(inequality: Relation) -> Set:
+    """Of a linear inequality in one unknown."""
+    side = expression(inequality.difference)
+    if len(side.free_symbols) != 1:
+        raise Unreadable
+    (x,) = side.free_symbols
+    at = [side.xreplace({x: sympy.Integer(value)}).doit() for value in range(4)]
+    slope = at[1] - at[0]
+    if not (slope.is_number and slope.is_nonzero and all(same_expression(at[i + 1] - at[i], slope) for i in (1, 2))):
+        raise Unreadable
+    bound, strict = -at[0] / slope, inequality.operator == ">"
+    return Interval(bound, sympy.oo, strict, True) if slope > 0 else Interval(-sympy.oo, bound, True, strict)
 
 
 def _real(node: Node) -> Any:
@@ -201,8 +246,20 @@ def _same_words(gold: Node, answer: Node) -> bool:
 def _same_value(gold: Node, answer: Node) -> bool:
     if not isinstance(gold, Value) or not isinstance(answer, Value):  # 2 (1, 2; 3, 4) is a matrix, too
         return same_expression(_matrix(gold), _matrix(answer))
-    if gold.unit != answer.unit and ((gold.unit and answer.unit) or "%" in (gold.unit, answer.unit)):
-        return False  # no unit stands for any unit, but not for percent: Math-Verify takes 18 % for 18, 1000 % for 10
+    if gold.letter or answer.letter:
+        return _same_family(gold, answer)
+    if gold.algebra or answer.algebra:  # 2 h and h \cdot 2
+        with suppress(Unreadable):
+            if same_expression(*(expression(node.algebra or node.text) for node in (gold, answer))):
+                return True
+    # no unit stands for any unit, but not for percent: Math-Verify takes 18 % for 18, 1000 % for 10
+    ratio: Any = conversion(answer.unit, gold.unit)
+    if {gold.unit, answer.unit} == {"deg", "rad"}:
+        ratio = sympy.pi / 180 if answer.unit == "deg" else 180 / sympy.pi
+    if ratio is None and ((gold.unit and answer.unit) or "%" in (gold.unit, answer.unit)):
+        return False
+    if ratio not in (None, 1):
+        return same_expression(expression(gold.text), expression(answer.text) * sympy.sympify(ratio))
     a, b = gold.number, answer.number
     if a is not None and b is not None:
         return same_number(a, b)
@@ -220,6 +277,28 @@ def _same_value(gold: Node, answer: Node) -> bool:
             if exact is not None and decimal.stands_for(exact):
                 return True
     return same_expression(x, y)
+
+
+def _same_family(gold: Value, answer: Value) -> bool:
+    r"""Whether k\pi + \pi/2 and n\pi - \pi/2 run through the same values; a letter that is not named is guessed."""
+    ends = []
+    for node in (gold, answer):
+        family = expression(node.text)
+        letters = [node.letter] if node.letter else [s.name for s in family.free_symbols if s.name in "kmnlt"]
+        if len(letters) != 1 or Symbol(letters[0]) not in family.free_symbols:
+            return False
+        ends.append([family.xreplace({Symbol(letters[0]): sympy.Integer(value)}) for value in range(5)])
+    (a, *_), (b, *_) = ends
+    if all(map(same_expression, *ends)):
+        return True
+    steps = [[y - x for x, y in pairwise(values)] for values in ends]
+    if not all(same_expression(step, own[0]) for own in steps for step in own):
+        return False
+    step, other = steps[0][0], steps[1][0]
+    shift = approximate((b - a) / step)
+    return (same_expression(step, other) or same_expression(step, -other)) and (
+        shift is not None and abs(shift - round(shift)) < Fraction(1, 10**20)
+    )
 
 
 def _matrix(node: Node) -> Any:

@@ -60,7 +60,7 @@ def validate(
 
 
 class CompletionFiles:
-    """The completions of an evaluation: ``<benchmark>-rank<r>.jsonl`` while ranks write, then ``<benchmark>.jsonl``.
+    """The completions of an evaluation: ``rank-<r>/<benchmark>.jsonl`` while ranks write, then ``<benchmark>.jsonl``.
 
     A row is written whole and flushed as soon as its answer is judged. A process killed in the middle of one leaves a
     line without an end, which is dropped on the next start.
@@ -82,7 +82,8 @@ class CompletionFiles:
         """Add a row of this rank."""
         name = row["benchmark"]
         if name not in self._open:
-            path = self.folder / f"{name}-rank{distributed.rank()}.jsonl"
+            path = self.folder / f"rank-{distributed.rank()}" / f"{name}.jsonl"
+            path.parent.mkdir(exist_ok=True)
             _drop_torn_line(path)
             self._open[name] = path.open("a", encoding="utf-8")
         self._open[name].write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -103,11 +104,12 @@ class CompletionFiles:
             temporary.rename(whole)
             for path in parts:
                 path.unlink()
+                if not any(path.parent.iterdir()):
+                    path.parent.rmdir()
         return rows
 
     def _files(self, benchmark: str) -> list[Path]:
-        names = sorted(self.folder.glob(f"{benchmark}-rank*.jsonl"))
-        parts = [path for path in names if path.stem.removeprefix(f"{benchmark}-rank").isdigit()]
+        parts = [folder / f"{benchmark}.jsonl" for folder in sorted(self.folder.glob("rank-*"))]
         return [path for path in (self.folder / f"{benchmark}.jsonl", *parts) if path.is_file()]
 
 
@@ -191,7 +193,7 @@ def complete(
         item = items[i]
         problem = item.problem
         text = prompters[problem.kind].decode(completion.token_ids)
-        row = {
+        row: Row = {
             "benchmark": item.benchmark,
             "id": problem.id,
             "sample": item.sample,
@@ -202,6 +204,8 @@ def complete(
             "finish_reason": completion.finish_reason,
             "thinking_closed": after_thinking(text) is not None,
         }
+        if problem.options:  # the same letter means another option in each sample
+            row["option"] = item.option_of(row["answer"])
         if not item.text_stays_here:
             row |= {"question": problem.question, "completion": text}
         judged.append((row, verifier.submit(problem.answer, text, problem.kind, lenient=lenient)))

@@ -33,6 +33,18 @@ _FOR_THE_PARSER = [
     for pattern, new in [
         (r"(?<=\d)(?<![\^_]\d) ?(?=\()|(?<=\)) ?(?=[\d(])", r"\\cdot "),  # it reads 2(3) as the mixed number 5
         (r"(?<![\d.])\.(?=\d)", "0."),
+        # combinations as others write them; behind a number it takes the result for the rest of a mixed number
+        (
+            r"(?<![A-Za-z\\])C ?\( ?(\d+) ?, ?(\d+) ?\)|(?:\{\})?[_^] ?\{?(\d+)\}? ?C ?_ ?\{?(\d+)\}?",
+            r"\\binom{\1\3}{\2\4}",
+        ),
+        (
+            r"(?<![A-Za-z\\])P ?\( ?(\d+) ?, ?(\d+) ?\)|(?:\{\})?[_^] ?\{?(\d+)\}? ?P ?_ ?\{?(\d+)\}?",
+            r"\\frac{\1\3!}{(\1\3-\2\4)!}",
+        ),
+        (r"C ?(?:_ ?\{?(\d+)\}? ?\^ ?\{?(\d+)\}?)", r"\\binom{\1}{\2}"),
+        (r"(?<=[\d})]) ?(?=\\(?:binom|gcd|max|min|lfloor|lceil)(?![a-z]))", r"\\cdot "),
+        (r"\\text ?\{ ?cis ?\} ?(?:\(([^()]*)\)|(\S+))", r"e^{i(\1\2)}"),
         (r"(\d+(?:\.\d+)?)\^\\circ", r"(\1\\cdot \\frac{\\pi}{180})"),  # it drops degrees, those in \sin 30^\circ too
         (r"(?<=\d),(?=\d{3}(?!\d))(?![^(]*\))", ""),
         (r"\\text ?\{ ?([A-Za-z]) ?\}", r" \1 "),
@@ -135,8 +147,7 @@ def _bits(expr: Any) -> float:
         bits = abs(math.frexp(float(expr))[1]) + 60 if math.isfinite(float(expr)) else math.inf
     elif expr.is_Pow or isinstance(expr, sympy.exp):
         exponent = expr.args[-1]
-        size = abs(float(exponent)) if exponent.is_Rational else 2.0 ** min(inner[-1], 64)
-        bits = (inner[0] if expr.is_Pow else 2) * max(size, 1.0)
+        bits = (inner[0] if expr.is_Pow else 2) * max(_size(exponent, inner[-1]), 1.0)
     elif isinstance(expr, sympy.factorial | sympy.gamma):
         bits = 2.0 ** min(inner[0], 64) * inner[0]
     else:
@@ -144,6 +155,17 @@ def _bits(expr: Any) -> float:
     if bits > MAX_BITS:
         raise Unreadable
     return bits
+
+
+def _size(exponent: Any, bits: float) -> float:
+    """How large an exponent is, whose own numbers are bounded, where it will be evaluated."""
+    if exponent.is_Rational:
+        return abs(float(exponent))
+    if bits < 200 and not exponent.has(sympy.Sum, sympy.Product, sympy.Integral, sympy.factorial):
+        value = exponent.xreplace(_points(exponent.free_symbols, signed=False)[0]).evalf(5)
+        if value.is_number and value.is_finite and not value.has(sympy.Function):
+            return 4 * float(abs(value))
+    return float(2.0 ** min(bits, 64))
 
 
 def _exact(expr: Any) -> Fraction | None:

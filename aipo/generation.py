@@ -101,6 +101,7 @@ class Generation:
         )
         requests = [each.request for each in plan]
         rollouts = join_branches(base, plan, self._draw(requests), collector.prompter.decode)
+        rollouts.extra_tokens -= sum(each.cut for each in plan)  # beginnings that were not generated again
         if branch.total is not None and branch.total > keep:
             whole = int(rollouts.lengths.sum())
             rollouts = filter_rollouts(rollouts, keep_best(self._bottleneck(rollouts), branch.total, keep))
@@ -167,7 +168,7 @@ class Generation:
             kept = set(everywhere[: target - have])
             have += len(kept)
             part = batch.questions([place // world for place in mine if place in kept])
-            extra += int(batch.lengths.sum() - part.lengths.sum())
+            extra += batch.extra_tokens + int(batch.lengths.sum() - part.lengths.sum())
             parts.append(part)
             if have == target:
                 break

@@ -158,7 +158,7 @@ class MaskRule:
         elif self.scope == "group":
             if len(scores) % self.group_size:
                 raise ValueError(f"{len(scores)} rollouts are no whole number of groups of {self.group_size}")
-            pooled = (len(scores) // self.group_size, -1)
+            pooled = (len(scores) // self.group_size, self.group_size * scores.shape[1])
             groups = _statistics(scores.reshape(pooled), counted.reshape(pooled), statistic, self.fraction)
             statistics = groups.repeat_interleave(self.group_size, 0)
         else:
@@ -219,7 +219,7 @@ def _statistics(scores: Tensor, counted: Tensor, statistic: str, fraction: float
             budget = _budget(len(ordered), fraction)
             cut = ordered[budget] if budget < len(ordered) else ordered.new_tensor(-torch.inf)
             rows.append(torch.stack([cut, cut]))
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else values.new_empty(0, 2)  # a rank without rollouts
 
 
 def _quantile(ordered: Tensor, q: float) -> Tensor:

@@ -8,11 +8,12 @@ names and values.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from aipo.answers import Number, number
-from aipo.units import split_unit
+from aipo.units import compound, split_unit
+from aipo.wording import condition, meaning
 
 MAX_DEPTH = 16  # of brackets; deeper ones cost the parser seconds
 
@@ -23,10 +24,15 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Value:
-    """One expression; ``unit`` in one spelling, "" without one ("%" and "deg" are units)."""
+    """One expression; ``unit`` in one spelling, "" without one ("%" and "deg" are units).
+
+    ``algebra`` is the text with a unit that may also be variables (2 h); ``letter`` is one that is any integer.
+    """
 
     text: str
     unit: str = ""
+    algebra: str = ""
+    letter: str = ""
 
     @property
     def number(self) -> Number | None:
@@ -41,7 +47,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Many:
-    kind: str  # list; set: {}; tuple: (); square: []
+    kind: str  # list; set: {}; tuple: (); square: []; ratio: 1:2:3
     items: tuple[Node, ...]
 
 
@@ -73,7 +79,7 @@ class Named:
 
     @property
     def kind(self) -> str:
-        return "y" if self.name == "y" else "function" if "(" in self.name[1:] else "name"
+        return "y" if self.name == "y" else "function" if re.search(r".[('{]", self.name) else "name"
 
 
 @dataclass(frozen=True)
@@ -130,14 +136,29 @@ def _inside(text: str) -> tuple[str, str, str] | None:
 # --- reading, from the outside in ---------------------------------------------------------------------------------
 
 _CONNECTIVE = re.compile(r"(\\text ?\{)? ?,?(?<![A-Za-z])(and|or)(?![A-Za-z]) ?(?(1)\})|(\\text ?\{[^{}]*\})")
-_CONDITION = re.compile(r"(?<=.), ?(?:\\text ?\{[^{}]*\})? ?[a-z] ?\\in ?\\mathbb\{[A-Z]\}$")  # k\pi, k \in \mathbb{Z}
+_AND_INSIDE = re.compile(r"\\text ?\{([^{}]*[^{}\s]),? (and|or) ?\}")  # 3 \text{ boys and } 5 \text{ girls}
+_EXCEPT = re.compile(
+    r"(?:\\text ?\{ ?)?[Aa]ll real numbers,? ?(?:x )?(?:except|but)(?: for)?(?: x ?=)?(?: ?\})? ?([^{}]+)\}?"
+)
+_CONGRUENT = re.compile(
+    r"([a-z]) ?\\equiv ([^,]+?) ?\(?(?:\\[pb]?mod|\\text ?\{ ?mod ?\}|mod)(?![a-z]) ?(?:\{ ?(\d+) ?\}|(\d+))\)?"
+)
+_RATIO = re.compile(r"(\d+) ?(?:\\text ?\{ ?to ?\}|(?<!\\)to) ?(?=\d)")
+_UNIT_VECTOR = re.compile(
+    r"\\(?:text|hat|vec) ?\{ ?(?:\\(?:text|hat|vec) ?\{? ?)?([ijk]) ?\}(?: ?\})?|\\(?:text|hat|vec) ([ijk])(?![A-Za-z])"
+)
+_POINT = re.compile(r"([A-Z]'?) ?(?=\()")
 _BRACKET = re.compile(r"[(\[]|\\[{l]|, ")
+_POSITIVE = re.compile(r"\\mathbb\{R\} ?(?:\^ ?\{? ?\+ ?\}?|_ ?\{ ?> ?0 ?\})(?:\^\+)?")
+_NOUN = re.compile(r"\d+ ?\\text ?\{ ?([a-z ]+) ?\}")
 _RELATIONS = {"=", "<", ">", r"\leq", r"\geq", r"\neq", r"\in", r"\approx"}
 _SETS = {r"\mathbb{R}": "R", r"\mathbb{Z}": "Z", r"\mathbb{N}": "N", r"\emptyset": "empty", r"\{\}": "empty"}
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|varphi|psi|omega|Omega|Delta|sigma|tau|rho|eta|xi"
 _SYMBOL = rf"(?:(?![ei](?![\w_]))[A-Za-z]|\\(?:{_GREEK}))'*(?: ?_ ?(?:\w|\{{[^{{}}]*\}}))?'*"
+_D = r"\{(?:d|\\text ?\{d\})[^{}]*(?:\{\d\}[^{}]*)?\}"  # of dy/dx
 _NAME = re.compile(
     rf"{_SYMBOL}|(?![xyz])[A-Za-z](?:\^\{{-1\}}|'|_\w)* ?\([\w, ]*\)|\( ?{_SYMBOL}(?: ?, ?{_SYMBOL})* ?\)"
+    rf"|\\frac ?{_D} ?{_D}|\\(?:lim|int|sum|prod|det)(?![A-Za-z]).*|P\([^()]*\)"
     r"|\|?[A-Z]{2,}\|?|m?\\(?:angle|triangle|text|overline|vec|hat) ?\{?[\w ]*\}?|\[[A-Z]+\]"
 )
 
@@ -145,11 +166,23 @@ _NAME = re.compile(
 @lru_cache(maxsize=4096)  # the rollouts of one question share their gold
 def read(text: str) -> Node:
     """A tidy answer as a node. Raises Unreadable."""
+    if amount := compound(text):
+        return Value(*amount)
     words = {"and": r" \land ", "or": r" \lor "}
+    text = _AND_INSIDE.sub(r"\\text{\1} \2 ", text)
     text = _CONNECTIVE.sub(lambda match: words.get(match.group(2), match.group()), text).rstrip(" .,;").lstrip()
-    text = _CONDITION.sub("", text)
     if number(text):
         return Value(text)
+    text, letter = condition(text)
+    if letter:
+        return _any_integer(read(text), letter)
+    if match := _EXCEPT.fullmatch(text):
+        return Range("without", (Range("R"), read(match.group(1))))
+    if match := _CONGRUENT.fullmatch(text):  # n = 1 mod 3 says n = 3k + 1
+        name, rest, *modulus = match.groups()
+        letter = "k" if name != "k" else "m"
+        return Named(name, Value(f"{''.join(filter(None, modulus))}{letter}+{rest}", letter=letter))
+    text = _RATIO.sub(r"\1:", text)
     if not _BRACKET.search(text):
         text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 1,500\pi
     if label := re.fullmatch(r"\\text ?\{([^{}]*)\}", text):  # \text{7 apples}, \text{A and D}
@@ -163,8 +196,23 @@ def read(text: str) -> Node:
         return _join([read(part) for part in alternatives if part], "union")
     parts, _ = split(text, {",", r"\land"})
     if len(parts) > 1:
+        nouns = {match.group(1) for match in map(_NOUN.fullmatch, parts) if match and not split_unit(match.group())[1]}
+        if len(nouns) == len(parts):  # 3 boys, 5 girls
+            return Many("tuple", tuple(map(_relation, parts)))
         return _join([_relation(part) for part in parts if part], "either")
     return _relation(text)
+
+
+def _any_integer(node: Node, letter: str) -> Node:
+    r"""k\pi with k in Z: the letter does not matter. f(k) = k + 1 is no such set."""
+    match node:
+        case Value():
+            return replace(node, letter=letter)
+        case Many():
+            return replace(node, items=tuple(_any_integer(item, letter) for item in node.items))
+        case Named() if letter not in node.name:
+            return replace(node, value=_any_integer(node.value, letter))
+    return node
 
 
 def _join(nodes: list[Node], kind: str) -> Node:
@@ -207,12 +255,19 @@ def _relation(text: str) -> Node:
     known = [bound for bound in bounds if bound is not None]
     if len(known) == len(bounds) and len({bound.name for bound in known}) == 1:
         ranges = tuple(bound.value for bound in known)
-        return Named(known[0].name, ranges[0] if len(ranges) == 1 else Range("both", ranges))
-    if len(parts) != 2 or r"\neq" in operators:
+        if len(ranges) > 1:
+            return Named(known[0].name, Range("both", ranges))
+        return Named(known[0].name, ranges[0], _inequality(first, operators[0], last))
+    if r"\neq" in operators or r"\in" in operators or "=" in operators:
         raise Unreadable
-    if operators[0] in ("<", r"\leq"):
-        first, last = last, first
-    return Relation(">" if operators[0] in "<>" else ">=", f"({first})-({last})")
+    links = tuple(map(_inequality, parts, operators, parts[1:]))
+    return links[0] if len(links) == 1 else Range("both", links)
+
+
+def _inequality(left: str, operator: str, right: str) -> Relation:
+    if operator in ("<", r"\leq"):
+        left, right = right, left
+    return Relation(">" if operator in "<>" else ">=", f"({left})-({right})")
 
 
 def _name(name: str, value: Node, relation: Relation | None) -> Node:
@@ -252,8 +307,19 @@ def _union(text: str) -> Node:
 def _group(text: str) -> Node:
     if kind := _SETS.get(text.replace(" ", "")):
         return Range(kind)
+    if _POSITIVE.fullmatch(text):
+        return Range("interval", (Value("0"), Value(r"\infty")), "()")
     if text.startswith(r"\begin") and (matrix := _matrix(text)):
         return matrix
+    vectors = {a or b for a, b in _UNIT_VECTOR.findall(text)}
+    if vectors & {"j", "k"}:  # components: 3i + 4j at i = 1, j = 0 and at i = 0, j = 1
+        return Many(
+            "tuple", tuple(map(_single, (_at_unit(text, axis) for axis in ("ijk" if "k" in vectors else "ij"))))
+        )
+    if (point := _POINT.match(text)) and (whole := _inside(text[point.end() :])) and "," in whole[1]:  # P(1, 2)
+        return Named(point.group(1), _group(text[point.end() :]))
+    if len(ratio := split(text, {":"})[0]) > 2:
+        return Many("ratio", tuple(map(_single, ratio)))
     whole = _inside(text)
     if text.startswith(r"\text") and (styled := _inside(text[5:].strip())) and "\\" in styled[1]:
         return read(styled[1])  # \mathbf{\frac{1}{2}}
@@ -283,6 +349,14 @@ def _group(text: str) -> Node:
     return Many("square" if opening == "[" else "tuple", items)
 
 
+def _at_unit(text: str, axis: str) -> str:
+    def value(match: re.Match[str]) -> str:
+        behind = re.search(r"[\w)}] ?$", text[: match.start()])
+        return (r"\cdot " if behind else "") + str(int(axis in match.groups()))
+
+    return _UNIT_VECTOR.sub(value, text)
+
+
 _ENVIRONMENT = re.compile(r"\\begin ?\{([a-zB]+)\}(?: ?\{[clr|]*\})? ?(.*?) ?\\end ?\{\1\}")
 
 
@@ -301,10 +375,9 @@ def _matrix(text: str) -> Node | None:
 
 # --- words, bases, values -----------------------------------------------------------------------------------------
 
-_BASED = re.compile(r"\(?([0-9A-F]*[0-9][0-9A-F]*)\)? ?(?:_ ?\{? ?(\w+) ?\}?|\(?(?:in )?base (\w+)\)?)")
+_BASED = re.compile(r"\(?([0-9A-F]*[0-9][0-9A-F]*)\)? ?(?:_ ?\{? ?\(?(?:base )?(\w+)\)? ?\}?|\(?(?:in )?base (\w+)\)?)")
 _COUNT = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9"}
 _WORDS = re.compile(r"\(?(?:(?:an?|the) )?([A-Za-z][A-Za-z0-9 '.,!?()-]*)", re.IGNORECASE)
-_NO_SOLUTION = {"nosolution", "nosolutions", "norealsolution", "norealsolutions", "none", "emptyset"}
 
 
 def _single(text: str) -> Node:
@@ -315,15 +388,11 @@ def _single(text: str) -> Node:
         base = match.group(2) or match.group(3)
         return Based(match.group(1).lstrip("0"), _COUNT.get(base.lower(), base))
     if (match := _WORDS.fullmatch(plain)) and (r"\text" in text or re.search("[A-Za-z]{2}", plain)):
-        letters = re.sub("[^a-z0-9]", "", match.group(1).lower())
-        if letters in _NO_SOLUTION:
-            return Range("empty")
+        letters = meaning(re.sub("[^a-z0-9]", "", match.group(1).lower()))
+        if kind := _SETS.get(letters):
+            return Range(kind)
+        if letters.isdigit():
+            return Value(letters)
         return Words(letters, loose=r"\text" not in text and len(letters) <= 4)
-    return Value(*split_unit(text))
-
-
-def plain_words(text: str) -> str:
-    """Without what a sentence says around an answer: "The area is 25. I hope it is correct"."""
-    text = re.sub(r"[. ]*I hope (?:it|this) is correct.*$", "", text)
-    said = re.match(r"(?:[A-Za-z']+ ){1,20}?(?:is|are|equals|be):? (?=\S)", text)
-    return text[said.end() :] if said else text
+    value, unit = split_unit(text)
+    return Value(value, unit, text if unit and re.search(r"[\d}] [A-Za-z](?: ?\^ ?\S+)?$", text) else "")

@@ -39,6 +39,9 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
     world = len(parts)
     return {
         **{k: v / world for k, v in total.items() if k.startswith("reward/")},
+        **({"reward/trained": per("trained_reward", "rollouts")} if "trained_reward" in total else {}),
+        **{f"advantage/{key}": per(key, "rollouts") for key in ("gini", "effective_tokens") if key in total},
+        **({"rollout/early_exits": per("exit_tokens", "tokens")} if total.get("exit_tokens") else {}),
         "rollout/questions": float(len({question for _, _, part in parts for question in part})),
         "rollout/length_mean": per("tokens", "rollouts"),
         "rollout/tokens": total["generated"],

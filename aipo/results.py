@@ -25,8 +25,10 @@ from aipo.metrics import (
     pass_at_k,
     training_efficiency,
 )
+from aipo.tracking import read_jsonl
 from aipo.verify import Verdict
 
+FEWEST = 6  # problems: resamples of fewer that all point one way are no evidence
 Scores = dict[str, list[int]]  # problem id -> 1 or 0 for each sample
 
 
@@ -46,6 +48,7 @@ class Result:
     no_answer: float
     timed_out: float
     killed: float
+    fingerprint: str  # of the whole set of questions
     correct: Scores
 
 
@@ -81,17 +84,20 @@ def summarize(benchmark: Benchmark, rows: Sequence[Row], samples: int) -> Result
         no_answer=share("verdict", Verdict.NO_ANSWER.value),
         timed_out=share("verdict", Verdict.TIMED_OUT.value),
         killed=share("verdict", Verdict.KILLED.value),
+        fingerprint=benchmark.fingerprint,
         correct={problem.id: marks for problem, marks in zip(benchmark.problems, correct)},
     )
 
 
 def _vote(row: Row) -> str | None:
-    """What a sample votes for: the gold if it is right, else its answer's normal form; the answer's text for GPQA.
+    """What a sample votes for: the gold if it is right, else its answer's normal form; or an option.
 
     So all right answers are one, however they are written; wrong ones only where their normal forms agree.
     """
     if row["answer"] is None:
         return None
+    if "option" in row:
+        return None if row["option"] is None else str(row["option"])
     return normal_form(row["gold"] if row["correct"] else row["answer"])
 
 
@@ -105,11 +111,9 @@ class Gain:
 
 
 def gains(results: Results, baseline: Results, otf: float | None) -> dict[str, Gain]:
-    """Per benchmark, and ``average`` over those that both have. ``otf`` in percent. UserError if they share none."""
-    shared = [name for name in results if name in baseline]
-    if not shared:
-        raise UserError(f"--baseline: it has none of {', '.join(results)}, but {', '.join(baseline)}")
-    mags = {name: 100 * (results[name].accuracy - baseline[name].accuracy) for name in shared}
+    """Per benchmark, on the problems of both, and ``average`` over benchmarks. ``otf`` in percent."""
+    shared = paired_scores(baseline, results)
+    mags = {name: 100 * (sum(ours) - sum(theirs)) / len(ours) for name, (theirs, ours) in shared.items()}
     if len(shared) > 1:
         mags["average"] = sum(mags.values()) / len(shared)
     return {name: Gain(mag, otf, training_efficiency(mag, otf) if otf else None) for name, mag in mags.items()}
@@ -118,8 +122,7 @@ def gains(results: Results, baseline: Results, otf: float | None) -> dict[str, G
 def otf_of_run(run: Path) -> float | None:
     """OTF of a run in percent, Σ trained tokens / Σ completion tokens; None where it has no metrics yet."""
     path = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    steps = [line for line in lines if line.get("mask/otf") is not None]
+    steps = [line for line in read_jsonl(path) if line.get("mask/otf") is not None]
     tokens = sum(line["rollout/tokens"] for line in steps)
     return 100 * sum(line["mask/otf"] * line["rollout/tokens"] for line in steps) / tokens if tokens else None
 
@@ -182,8 +185,14 @@ def markdown(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def save_results(folder: Path, content: Mapping[str, Any], results: Results, gained: Mapping[str, Gain] | None) -> Path:
+def save_results(
+    folder: Path, content: Mapping[str, Any], results: Results, gained: Mapping[str, Gain] | None = None
+) -> Path:
     """``results.json``, from which :func:`load_results` reads the results again, and ``results.md``."""
+    path = folder / "results.json"
+    if path.is_file():  # what an earlier call evaluated here stays, unless it is evaluated again on as much
+        kept = {name: old for name, old in load_results(path).results.items() if _larger(old, results.get(name))}
+        results = {**results, **kept}
     document = {
         **content,
         "average": average(results),
@@ -194,6 +203,12 @@ def save_results(folder: Path, content: Mapping[str, Any], results: Results, gai
     write_atomically(folder / "results.json", json.dumps(document, indent=1) + "\n")
     write_atomically(folder / "results.md", markdown(*result_rows(results, gained)))
     return folder / "results.json"
+
+
+def _larger(old: Result, new: Result | None) -> bool:
+    if new is None:
+        return True
+    return old.fingerprint == new.fingerprint and old.problems * old.samples > new.problems * new.samples
 
 
 @dataclass(frozen=True)
@@ -226,16 +241,27 @@ def settings_differ(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {left.get(key)!r:.80} and {right.get(key)!r:.80}" for key in keys]
 
 
-def compare(a: Results, b: Results) -> dict[str, Difference]:
-    """b - a for each benchmark of both, on the problems of both; ``all problems`` pools them. UserError for none."""
+def paired_scores(a: Results, b: Results) -> dict[str, tuple[list[float], list[float]]]:
+    """avg@k of each problem that both have, by benchmark. UserError where there is none, or sets of one name differ."""
     pairs: dict[str, tuple[list[float], list[float]]] = {}
     for name in (name for name in a if name in b):
+        if a[name].fingerprint != b[name].fingerprint:
+            raise UserError(f"{name} has other questions in the two results: evaluate both on the same file")
         ids = [i for i in a[name].correct if i in b[name].correct]
         if ids:
             left, right = ([avg_at_k([side[name].correct[i]]) for i in ids] for side in (a, b))
             pairs[name] = (left, right)
     if not pairs:
-        raise UserError("--compare: the two results have no problem in common; evaluate both on the same benchmarks")
+        raise UserError(
+            f"the two results have no problem in common ({', '.join(a)}; {', '.join(b)}): evaluate both on the same "
+            "benchmarks"
+        )
+    return pairs
+
+
+def compare(a: Results, b: Results) -> dict[str, Difference]:
+    """b - a for each benchmark of both, on the problems of both; ``all problems`` pools them. UserError for none."""
+    pairs = paired_scores(a, b)
     if len(pairs) > 1:
         every_a, every_b = ([score for pair in pairs.values() for score in pair[side]] for side in (0, 1))
         pairs["all problems"] = (every_a, every_b)
@@ -247,6 +273,8 @@ def comparison_rows(differences: Mapping[str, Difference]) -> tuple[list[str], l
     cells = []
     for name, d in differences.items():
         verdict = "no difference shown" if not d.real else "b is better" if d.value > 0 else "a is better"
+        if d.problems < FEWEST:
+            verdict = "too few problems"
         interval = f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
         cells.append(
             [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import shlex
@@ -103,6 +104,12 @@ def check_inputs(config: Config, world: int) -> Inputs:
             f"rollout.questions_per_step ({config.rollout.questions_per_step}) exceeds the {len(kept['train'])} "
             f"questions of data.train: lower it or add questions"
         )
+    drawn = config.rollout.questions_per_step * config.dynamic.factor
+    if config.dynamic.enabled and drawn > len(kept["train"]):
+        raise UserError(
+            f"dynamic.factor: {drawn} questions a draw exceed the {len(kept['train'])} of data.train: lower it, or "
+            "rollout.questions_per_step"
+        )
     held_out = kept["validation"][: config.validation.questions]
     identity = run_identity(
         config.model_dump(),
@@ -110,6 +117,7 @@ def check_inputs(config: Config, world: int) -> Inputs:
         world_size=world,
         train_fingerprint=fingerprint(kept["train"]),
         validation_fingerprint=fingerprint(held_out),
+        **({"latents": file_digest(config.branch.latent_path)} if config.branch.latent_path else {}),
     )
     return Inputs(path, kept["train"], held_out, prompter, notes, identity)
 
@@ -120,6 +128,8 @@ def check_model(config: Config, architecture: Any) -> None:
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     if not -layers <= config.mi.layer < layers:
         raise UserError(f"mi.layer: {config.mi.layer} is not a layer of {config.model.path}, which has {layers}")
+    if config.advantage.tokens == "attention" and not all(-layers <= i < layers for i in config.advantage.layers):
+        raise UserError(f"advantage.layers: {list(config.advantage.layers)}: {config.model.path} has {layers} layers")
     if longest > context:
         raise UserError(
             f"data.max_prompt_tokens + rollout.max_tokens ({longest}) exceed the {context} tokens that "
@@ -327,8 +337,13 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
     )
 
 
+def file_digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def find_latents(config: Config, path: str) -> Latents | None:
-    if config.branch.latent == "none" or config.branch.latent_path is None:
+    if not config.branch.enabled or config.branch.latent == "none" or config.branch.latent_path is None:
         return None
     from transformers import AutoConfig
 

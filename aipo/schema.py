@@ -204,7 +204,7 @@ class MaskConfig(Section):
     """share of a completion that rule prefix trains on at first"""
     prefix_step: Fraction = 0.05
     """added at every stall of the validation accuracy (curriculum.stall_patience)"""
-    prefix_end: Fraction = 0.35
+    prefix_end: Annotated[float, Field(gt=0, lt=1)] = 0.35
     """largest share"""
     quadrant: Annotated[int, Field(ge=0, le=3)] = 0
     """of rule quadrant: advantage positive (0, 1) or negative (2, 3), entropy high (0, 2) or low (1, 3)"""
@@ -281,7 +281,7 @@ class AdvantageConfig(Section):
     """entropy: the clip of the normalised entropy is |A| / phi"""
     stride: Positive = 1
     """information: every so many tokens is scored"""
-    layers: tuple[int, ...] = (-1,)
+    layers: Annotated[tuple[int, ...], Field(min_length=1)] = (-1,)
     """attention: layers whose rows are averaged"""
     strength: Annotated[float, Field(ge=0)] = 1.0
     """attention: 0 weights all tokens alike"""
@@ -313,7 +313,7 @@ class LoraConfig(Section):
     """of LoRA adapters, which alone are trained then; 0 trains all weights"""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """an adapter's output is multiplied by alpha / rank"""
-    targets: tuple[str, ...] = ("all-linear",)
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("all-linear",)
     """names of the layers that get one, such as q_proj; all-linear is every linear layer but the head"""
 
 
@@ -454,7 +454,7 @@ class Config(Section):
             )
         if branch.enabled and branch.total is not None and branch.total < samples:
             raise ValueError("branch.total must not be below rollout.samples_per_question, which the filter keeps")
-        if branch.latent != "none" and (self.rollout.engine != "hf" or branch.latent_path is None):
+        if branch.enabled and branch.latent != "none" and (self.rollout.engine != "hf" or branch.latent_path is None):
             raise ValueError(
                 f"branch.latent: {branch.latent} needs rollout.engine: hf, since vLLM takes no latents, and "
                 "branch.latent_path, a file that python -m aipo.latent makes; or set branch.latent: none"
@@ -508,7 +508,8 @@ class Config(Section):
             raise ValueError("optim.warmup_steps must be below optim.steps")
         if self.rollout.questions_per_step % self.optim.updates_per_batch:
             raise ValueError("optim.updates_per_batch must divide rollout.questions_per_step")
-        if self.reward.length > 0 and self.reward.overlong_buffer >= self.rollout.max_tokens:
+        by_length = self.reward.length > 0 or self.reward.overlong > 0
+        if by_length and self.reward.overlong_buffer >= self.rollout.max_tokens:
             raise ValueError("reward.overlong_buffer must be below rollout.max_tokens")
         if self.optim.share_prompts and (self.optim.packing or self.model.attention != "sdpa"):
             raise ValueError("optim.share_prompts needs model.attention: sdpa and optim.packing: false")

@@ -10,22 +10,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from aipo import distributed
 from aipo.adapters import adapters_off, residual
-from aipo.advantage import entropy_quadrants, information_advantages, reallocate_by_entropy, weight_tokens
+from aipo.advantage import (
+    effective_token_ratio,
+    entropy_quadrants,
+    gini,
+    information_advantages,
+    reallocate_by_entropy,
+    weight_tokens,
+)
 from aipo.attention import AttentionEntropy, attention_weights
 from aipo.config import Config
-from aipo.early_exit import early_exit_batches, early_exit_cost, information_gain
-from aipo.rollouts import MicroBatch, Rollouts, pad
+from aipo.early_exit import early_exit_trees, information_gain
+from aipo.rollouts import MicroBatch, Rollouts, filler, pad
 from aipo.sharding import Sharded
-
-Agree = Callable[[list[MicroBatch]], list[MicroBatch]]
-"""micro-batches -> the same on the device, with fillers up to the number of the rank with most"""
 
 
 def token_signals(config: Config) -> set[str]:
@@ -46,9 +50,9 @@ class Signals:
         postfix: token ids that end the reasoning and open the answer, for ``information``.
     """
 
-    def __init__(self, config: Config, sharded: Sharded, agree: Agree, *, postfix: Sequence[int]) -> None:
-        self.config, self.sharded, self.agree, self.postfix = config, sharded, agree, postfix
-        self.cost = 0.0  # tokens forwarded for `information`, a completion token, at the last call
+    def __init__(self, config: Config, sharded: Sharded, device: torch.device, *, postfix: Sequence[int]) -> None:
+        self.config, self.sharded, self.device, self.postfix = config, sharded, device, postfix
+        self.exit_tokens = 0  # forwarded for `information` at the last call
 
     @torch.no_grad()
     def measure(self, name: str, batches: Sequence[MicroBatch], rollouts: Rollouts) -> Tensor:
@@ -83,22 +87,21 @@ class Signals:
         rows = sorted(row for micro in batches for row in micro.rows.tolist())
         lengths = torch.zeros_like(rollouts.lengths)  # (B,) 0 where not in the update
         lengths[rows] = rollouts.lengths[rows]
-        made = early_exit_batches(
+        trees = early_exit_trees(
             [rollouts.prompts[row // rollouts.group_size] for row in rows],
             [rollouts.completions[row].token_ids for row in rows],
             self.postfix,
             stride=self.config.advantage.stride,
             budget=self.config.optim.micro_tokens,
         )
-        self.cost = early_exit_cost(made, lengths)
-        for micro in made:
-            micro.rows = torch.tensor(rows)[micro.rows]
-        exits = self.agree(made)
-        entropies = [self.sharded.forward(micro, full=True)["entropy"] for micro in exits]
-        width = max(int(rollouts.lengths.max()) if len(lengths) else 0, 1)
-        gain = torch.full((len(lengths), width), float("nan"))  # (B, T)
-        gain[:, : max(int(lengths.max()) if len(lengths) else 0, 1)] = information_gain(exits, entropies, lengths)
-        return gain
+        self.exit_tokens = sum(len(tree.tokens) for tree in trees)
+        exits, entropies = [], []
+        for i in range(distributed.agree_max(len(trees))):  # one at a time: a tree's attention mask is large
+            micro = trees[i].micro_batch() if i < len(trees) else filler()
+            entropies.append(self.sharded.forward(micro.to(self.device), full=True)["entropy"].cpu())
+            where = torch.tensor(rows, dtype=torch.long)[micro.rows]
+            exits.append((where, micro.lengths[: len(where)]))
+        return information_gain(exits, entropies, rollouts.lengths)
 
 
 def shape(rollouts: Rollouts, signals: Mapping[str, Tensor], config: Config) -> tuple[Tensor | None, Tensor | None]:
@@ -137,6 +140,17 @@ def shape(rollouts: Rollouts, signals: Mapping[str, Tensor], config: Config) -> 
     else:
         return ranking, None
     return ranking, shaped
+
+
+def diagnostics(rollouts: Rollouts, signals: Mapping[str, Tensor]) -> dict[str, float]:
+    """Sums over this rank's rollouts of how uneven token weights are: Gini coefficient, share of tokens that count."""
+    if "residual" not in signals or not len(rollouts.completions):
+        return {}
+    weights = signals["residual"].nan_to_num(0.0)
+    return {
+        "gini": float(gini(weights, rollouts.lengths).sum()),
+        "effective_tokens": float(effective_token_ratio(weights, rollouts.lengths).sum()),
+    }
 
 
 def batch_mean_std(values: Tensor) -> tuple[float, float]:

@@ -41,7 +41,7 @@ from aipo.rollout.collect import Collector
 from aipo.rollouts import MicroBatch, Rollouts, filler, micro_batches, pad, shared_prompt_batches, unpad
 from aipo.selection import TokenSelector
 from aipo.sharding import Sharded, learning_rate
-from aipo.signals import Signals, shape, token_signals
+from aipo.signals import Signals, diagnostics, shape, token_signals
 from aipo.tracking import Tracker
 
 
@@ -102,7 +102,7 @@ class Trainer:
         self.generation = Generation(
             collector, config, entropies=self.entropies, log_probs=self.log_probs, postfix=postfix, latents=latents
         )
-        self.signals = Signals(config, sharded, self.agree, postfix=postfix)
+        self.signals = Signals(config, sharded, device, postfix=postfix)
         self.step = 0
         self.bad_steps = 0
         self.generated = 0  # tokens in training so far, over all ranks
@@ -171,6 +171,7 @@ class Trainer:
             signals = {name: self.signals.measure(name, every, rollouts) for name in token_signals(config)}  # (B, T)
             ranking, shaped = shape(rollouts, signals, config)
             rollouts.token_advantages = shaped  # (B, T) or None
+            sums |= diagnostics(rollouts, signals) | {"exit_tokens": float(self.signals.exit_tokens)}
             selector.begin(rollouts, gold, kappa=kappa, prefix=prefix, step=step, ranking=ranking)
             selector.probe(every, self.states)
             old = self.old_log_probs(every, rollouts) if len(parts) > 1 else None  # (B, T)
@@ -256,18 +257,18 @@ class Trainer:
         return values
 
     def set_advantages(self, rollouts: Rollouts, clock: Clock) -> dict[str, float]:
-        """Advantages (B,) and which rollouts take part in the update (B,). Returns the mean reward for the log."""
+        """Advantages (B,) and which rollouts take part in the update (B,). Returns the sum of rewards for the log."""
         advantage, n = self.config.advantage, rollouts.group_size
         if self.config.reward.rule == "certainty":
             with clock("forward"):
                 rollouts.rewards = self.certainty(rollouts)
         rewards = rollouts.rewards
         if advantage.baseline == "batch":  # the mean over all ranks
-            share = len(rewards)
+            parts = distributed.gather_objects(rewards)  # dynamic sampling leaves ranks with unequal shares
             everywhere = group_advantages(
-                distributed.gather(rewards), n, baseline=advantage.baseline, normalize=advantage.normalize
+                torch.cat(parts), n, baseline=advantage.baseline, normalize=advantage.normalize
             )
-            rollouts.advantages = everywhere[distributed.rank() * share :][:share]
+            rollouts.advantages = everywhere.split([len(part) for part in parts])[distributed.rank()]
         else:
             rollouts.advantages = group_advantages(
                 rewards, n, baseline=advantage.baseline, normalize=advantage.normalize
@@ -275,7 +276,7 @@ class Trainer:
         rollouts.used = torch.ones(len(rewards), dtype=torch.bool)
         if advantage.drop_constant_groups:
             rollouts.used = ~constant_groups(rewards.reshape(-1, n)).repeat_interleave(n)
-        return {"reward/mean": float(rewards.mean())} if len(rewards) else {}
+        return {"trained_reward": float(rewards.sum())}
 
     def lay_out(self, rollouts: Rollouts) -> list[list[MicroBatch]]:
         """Micro-batches of each optimizer step, equally many on every rank."""

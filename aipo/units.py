@@ -3,23 +3,64 @@ r"""What stands behind a number: \text{ cm}^2, inches, %, ^\circ. Text only."""
 from __future__ import annotations
 
 import re
+from collections import Counter
+from fractions import Fraction
+from functools import lru_cache
+from itertools import pairwise
 
-_SPELLINGS = {
-    "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre", "mm": "millimeter millimetre",
-    "in": "inch inche", "ft": "foot feet", "yd": "yard", "mi": "mile", "g": "gram", "kg": "kilogram", "lb": "pound",
-    "oz": "ounce", "s": "sec second", "min": "minute", "h": "hr hour", "day": "", "week": "", "month": "", "year": "yr",
-    "l": "liter litre", "ml": "milliliter millilitre", "dollar": "usd", "cent": "", "mi/h": "mph", "km/h": "kmh kph",
-    "rad": "radian", "am": "a.m", "pm": "p.m",
-}  # fmt: skip
-_UNITS = {spelling: unit for unit, others in _SPELLINGS.items() for spelling in [unit, *others.split()]}
-_POWERS = {"2": r"\^ ?\{?2|\b(?:sq|squared?)\b", "3": r"\^ ?\{?3|\b(?:cu|cubic|cubed)\b"}
-_IN_TEXT = re.compile(r"(.*?[^\s\\/]) ?((?:(?:\\cdot ?|/ ?)?\\text ?\{[^{}]*\} ?(?:\^ ?(?:\d|\{ ?-?\d ?\}))?)+)")
-_BARE = re.compile(r"(.*[\d}])( ?)((?:[A-Za-z]++\.?[ /]?)++(?:\^ ?(?:\d|\{\d\}))?)")
+# Each unit with its size, in terms of units above it in its line or of other lines, and its other spellings.
+_TABLE = """
+    m 1 meter metre; cm 1/100 centimeter centimetre; mm 1/1000 millimeter millimetre; km 1000 kilometer kilometre
+    m; in 127/5000 inch inche; ft 381/1250 foot feet; yd 1143/1250 yard; mi 201168/125 mile
+    s 1 sec second; min 60 minute; h 3600 hr hour; day 86400; week 604800; ms 1/1000 millisecond
+    month 1 mo; year 12 yr
+    g 1 gram gramme; kg 1000 kilogram kilo; mg 1/1000 milligram; ton 1000000 tonne
+    g; lb 45359237/100000 pound lbs; oz 45359237/1600000 ounce
+    dollar 1 usd; cent 1/100
+    euro 1 eur; yen 1; rupee 1 inr rs
+    rad 1 radian; am 1 a.m; pm 1 p.m
+    l 1/1000*m3 liter litre; ml 1/1000000*m3 milliliter millilitre; gal 473176473/125000000000*m3 gallon
+    ha 10000*m2 hectare; acre 316160658/78125*m2; mph 1397/3125*m*s-1; kmh 5/18*m*s-1 kph; hz 1*s-1 hertz
+    N 1000*g*m*s-2 newton; J 1000*g*m2*s-2 joule; W 1000*g*m2*s-3 watt; Pa 1000*g*m-1*s-2 pascal; V 1 volt
+"""
+_POWER = re.compile(r"([A-Za-z.]+)(-?\d)?")
+_Size = tuple[Fraction, Counter[str]]  # in terms of the first units of the lines, and the powers of those
+
+
+def _table() -> tuple[dict[str, str], dict[str, _Size]]:
+    spellings: dict[str, str] = {}
+    sizes: dict[str, _Size] = {}
+    for line in _TABLE.strip().splitlines():
+        base = ""
+        for entry in line.split(";"):
+            unit, *rest = entry.split()
+            if rest:
+                size, *factors = rest[0].split("*")
+                base = unit if rest[0] == "1" else base
+                powers = {name: int(power or 1) for name, power in _POWER.findall(" ".join(factors))}
+                sizes[unit] = Fraction(size), Counter(powers or {base: 1})
+                spellings |= dict.fromkeys([unit, *rest[1:]], unit)
+            else:
+                base = unit
+    return spellings, sizes
+
+
+_UNITS, _SIZES = _table()
+_MULTIPLES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_PREFIX = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
+_SUFFIX = {"squared": 2, "cubed": 3}
+_HEDGE = re.compile(
+    r"(?<![a-z])(?:not|or|wrong|approx[a-z]*|about|at (?:least|most)|(?:less|more|greater) than)(?![a-z])"
+)
+_TEXT = r"\\text ?\{[^{}]*(?:\{-?\d\}[^{}]*)*\} ?(?:\^ ?(?:\d|\{ ?-?\d ?\}))?"
+_IN_TEXT = re.compile(rf"(.*?[^\s\\/]) ?((?:(?:\\cdot ?|/ ?)?{_TEXT} ?)+)")
+_BARE = re.compile(r"(.*[\d}])( ?)((?:[A-Za-z]++\.?[ /]?)++(?:\^ ?(?:\d|\{-?\d\}))?)")
 _DEGREES = re.compile(r"(.*)\^\\circ ?(?:(?:\\text)? ?\{? ?[CF] ?\}?)?")
+_VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    """``(value, unit)``: the unit in one spelling, "%" and "deg" among them, "" without one that is known.
+    r"""``(value, unit)``: the unit in one spelling (m s-2), "%" and "deg" among them, "" without one that is known.
 
     Unknown words behind a number go without a trace: apples are not told from oranges.
     """
@@ -29,27 +70,104 @@ def split_unit(text: str) -> tuple[str, str]:
         inside = re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text)  # the degrees of an argument
         return (text, "") if inside else (match.group(1).strip(), "deg")
     if match := _IN_TEXT.fullmatch(text):
-        letter = re.fullmatch(r"\\text ?\{ ?([A-Za-z]) ?\}", match.group(2).strip())
-        if letter is None or letter.group(1) in _UNITS:  # 2\mathbf{i} has no unit
-            return match.group(1).strip(), _one_spelling(match.group(2))
-    elif (match := _BARE.fullmatch(text)) and _is_unit(match.group(3), spaced=match.group(2) != ""):
-        return match.group(1).strip(), _one_spelling(match.group(3))
-    return text, ""
+        value, name = match.groups()
+        letter = re.fullmatch(r"\\text ?\{ ?([A-Za-z]) ?\}", name.strip())
+        if letter and not _known(letter.group(1)):  # 2\mathbf{i} has no unit
+            return text, ""
+    elif match := _BARE.fullmatch(text):
+        value, space, name = match.groups()
+        if _VARIABLE.search(re.sub(r"\\text", "", value)) or not _is_unit(name, spaced=space != ""):
+            return text, ""  # r^2 h
+    else:
+        return text, ""
+    name = re.sub(r"\\text ?\{((?:[^{}]|\{-?\d\})*)\}", r"\1", name).replace(r"\cdot", " ").strip()
+    if _HEDGE.search(name.lower()):
+        return text, ""
+    first, _, rest = name.partition(" ")
+    if multiple := _MULTIPLES.get(first.lower().removesuffix("s")):  # 3 million
+        return rf"({value.strip()})\cdot {multiple}", _one_spelling(rest)
+    return value.strip(), _one_spelling(name)
+
+
+def conversion(one: str, other: str) -> Fraction | None:
+    """How many of the second unit make the first; None if they do not measure the same or are unknown."""
+    if one == other:
+        return Fraction(1)
+    if not one or not other:
+        return None
+    (size, base), (other_size, other_base) = _size(one), _size(other)
+    return size / other_size if base and base == other_base else None  # percent and degrees have no base
+
+
+@lru_cache(maxsize=256)
+def _size(unit: str) -> tuple[Fraction, Counter[str]]:
+    size, base = Fraction(1), Counter[str]()
+    for name, power in _POWER.findall(unit):
+        factor, powers = _SIZES.get(name, (Fraction(1), Counter({name: 1})))
+        size *= factor ** int(power or 1)
+        for of, times in powers.items():
+            base[of] += times * int(power or 1)
+    return size, Counter({name: power for name, power in base.items() if power})
+
+
+_AMOUNT = re.compile(
+    r"((?:\d+(?:\.\d+)?)|\\frac ?\{\d+\}\{\d+\}) ?(\\text ?\{[A-Za-z. ]+\}|[A-Za-z]+)(?: ?, ?| and | |$)"
+)
+
+
+_TWO_AMOUNTS = re.compile(r"\d.*[a-z]{2}.*\d.*[a-z]|\d [a-z]+ \d+ [a-z]")
+
+
+def compound(text: str) -> tuple[str, str] | None:
+    """2 hours and 30 minutes as ``(value, unit)`` in the smallest unit."""
+    if not _TWO_AMOUNTS.search(text):
+        return None
+    text = re.sub(r"\\text ?\{([^{}]*?),? (and|,) ?\}", r"\\text{\1} and ", text).replace(r"\text{and}", "and")
+    text = " ".join(re.sub(r"\\text ?\{([A-Za-z0-9., ]*)\}", r" \1 ", text).split())
+    parts = list(_AMOUNT.finditer(text))
+    if len(parts) < 2 or parts[0].start() or any(a.end() != b.start() for a, b in pairwise(parts)):
+        return None
+    units = [_one_spelling(part.group(2)) for part in parts]
+    sizes = [conversion(unit, units[-1]) or Fraction(0) for unit in units]
+    if parts[-1].end() < len(text) or not all(a > b > 0 for a, b in pairwise(sizes)):
+        return None
+    return "+".join(rf"{part.group(1)}\cdot {size}" for part, size in zip(parts, sizes)), units[-1]
+
+
+def _known(word: str) -> str | None:
+    """The one spelling of a unit. N is Newton, n is nothing."""
+    word = word.rstrip(".")
+    return _UNITS.get(word) or _UNITS.get(word.lower()) or _UNITS.get(word.lower().removesuffix("s"))
 
 
 def _is_unit(name: str, *, spaced: bool) -> bool:
     """Whether bare letters behind a number are no variables: a known unit, or after a space words with vowels."""
+    words = re.findall("[A-Za-z.]+", name)
+    if len(words) > 1 and "/" not in name and all(len(word) == 1 for word in words):  # 2 m g
+        return False
     return all(
-        (word.lower() in _UNITS and (spaced or len(word) > 1))
+        ((_known(word) or word in _PREFIX) and (spaced or len(word) > 1))
         or (spaced and len(word) > 2 and re.search("[aeiouy]", word))
-        for word in re.findall("[A-Za-z.]+", name)
+        for word in words
     )
 
 
 def _one_spelling(name: str) -> str:
-    name = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", name).strip().lower().replace(r"\cdot", " ")
-    power = "".join(power for power, pattern in _POWERS.items() if re.search(pattern, name))
-    name = re.sub(r"\^ ?\{?-?\d\}?|\b(?:sq|squared?|cu|cubic|cubed)\b", "", name).replace(" per ", "/")
-    parts = [part.strip(" .") for part in name.split("/")]
-    known = [_UNITS.get(part) or _UNITS.get(part.removesuffix("s")) for part in parts]
-    return "/".join(unit for unit in known if unit) + power if all(known) else ""
+    """Of m/s^2, metres per second squared, m s^{-2}: m s-2; "" if a word is unknown."""
+    name = re.sub(r" per |/", " / ", f" {name} ").replace("*", " ")
+    powers: Counter[str] = Counter()
+    sign, prefix, last = 1, 1, ""
+    for word, power in re.findall(r"([A-Za-z.]+|/)|\^ ?\{? ?(-?\d)", name):
+        if word == "/":
+            sign = -1
+        elif word.lower() in _PREFIX:
+            prefix = _PREFIX[word.lower()]
+        elif power or word.lower() in _SUFFIX:
+            if last:
+                powers[last] += sign * (int(power or _SUFFIX[word.lower()]) - 1)
+        elif unit := _known(word):
+            powers[unit] += sign * prefix
+            prefix, last = 1, unit
+        else:
+            return ""
+    return " ".join(f"{unit}{power if power != 1 else ''}" for unit, power in sorted(powers.items()) if power)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -323,3 +324,11 @@ def test_weights_keep_the_mean_and_have_no_unit(seed: int, rows: int, width: int
 
 def test_an_unmeasured_weight_is_not_hidden() -> None:
     assert weight_tokens(torch.ones(1), torch.tensor([[1.0, NAN]]), torch.tensor([2])).isnan().all()
+
+
+@pytest.mark.parametrize("baseline", ["group", "batch", "leave_one_out"])
+@pytest.mark.parametrize("normalize", ["none", "std"])
+def test_no_rollouts_have_no_advantages(baseline, normalize):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert group_advantages(torch.zeros(0), 4, baseline=baseline, normalize=normalize).shape == (0,)

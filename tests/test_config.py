@@ -302,7 +302,7 @@ def test_every_bad_value_is_named() -> None:
         (["mask.prefix_start=0.5"], "mask.prefix_start (0.5) must not exceed mask.prefix_end (0.35)"),
         (["branch.enabled=true", "branch.base=8"], "leaves no branch among"),
         (["branch.enabled=true", "branch.total=6"], "branch.total must not be below"),
-        (["branch.latent=norm_kv"], "needs rollout.engine: hf"),
+        (["branch.enabled=true", "branch.latent=norm_kv"], "needs rollout.engine: hf"),
     ],
 )
 def test_values_that_contradict_each_other(overrides: list[str], expected: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,28 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
-from aipo.early_exit import early_exit_batches, early_exit_cost, information_gain, postfix_ids
+from aipo.early_exit import early_exit_trees, postfix_ids
+from aipo.early_exit import information_gain as gain_of
 from aipo.policy import Policy
-from aipo.rollouts import filler
+from aipo.rollouts import MicroBatch, filler
 from tests.tiny import make_tiny, tiny_tokenizer
 
 POSTFIX = [9, 8, 7]
+
+
+def early_exit_batches(*args: Any, **options: Any) -> list[MicroBatch]:
+    return [tree.micro_batch() for tree in early_exit_trees(*args, **options)]
+
+
+def information_gain(batches: Sequence[MicroBatch], entropies: Sequence[Tensor], lengths: Tensor) -> Tensor:
+    return gain_of([(micro.rows, micro.lengths) for micro in batches], entropies, lengths)
+
+
+def early_exit_cost(batches: Sequence[MicroBatch], lengths: Tensor) -> float:
+    """Tokens forwarded for each completion token."""
+    return sum(micro.input_ids.numel() for micro in batches) / max(int(lengths.sum()), 1)
+
+
 PROMPTS = [[1, 2, 3], [1, 2, 3], [1, 2, 4, 5], [6]]
 COMPLETIONS = [[10, 11, 12, 13, 14, 15, 16], [10, 11, 9, 8, 7, 20], [], [30, 30]]  # the second contains the postfix
 LENGTHS = torch.tensor([len(c) for c in COMPLETIONS])
@@ -39,7 +56,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Qwen3ForCausalLM:
 
 
 def needed(length: int, stride: int) -> set[int]:
-    """Prefix lengths that METHODS' s_t needs for t = 0, stride, 2 stride, ... and the last t."""
+    """Prefix lengths that s_t needs for t = 0, stride, 2 stride, ... and the last t."""
     scored = [t for t in range(length) if t % stride == 0 or t == length - 1]
     return set(scored) | {t + 1 for t in scored}
 

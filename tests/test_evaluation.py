@@ -38,7 +38,7 @@ def test_a_torn_row_is_drawn_again_and_leaves_no_trace(tmp_path: Path) -> None:
     files.append(row("p0", 0, answer="∑ \u2028 1"))
     files.append(row("p0", 1))
     files.close()
-    path = tmp_path / "sums-rank0.jsonl"
+    path = tmp_path / "rank-0" / "sums.jsonl"
     path.write_bytes(path.read_bytes() + b'{"benchmark": "sums", "id": "p1", "sam')
     assert [(r["id"], r["sample"]) for r in files.read("sums")] == [("p0", 0), ("p0", 1)]
     files.append(row("p1", 0))
@@ -49,13 +49,19 @@ def test_a_torn_row_is_drawn_again_and_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_ranks_are_merged_into_one_file(tmp_path: Path) -> None:
-    (tmp_path / "sums-rank1.jsonl").write_text(json.dumps(row("p1", 0)) + "\n" + json.dumps(row("p0", 1)) + "\n")
-    (tmp_path / "sums-rank0.jsonl").write_text(json.dumps(row("p0", 0)) + "\n")
-    (tmp_path / "sums-rankings.jsonl").write_text("another benchmark\n")
+    for rank in range(2):
+        (tmp_path / f"rank-{rank}").mkdir()
+    (tmp_path / "rank-1" / "sums.jsonl").write_text(json.dumps(row("p1", 0)) + "\n" + json.dumps(row("p0", 1)) + "\n")
+    (tmp_path / "rank-0" / "sums.jsonl").write_text(json.dumps(row("p0", 0)) + "\n")
+    (tmp_path / "rank-0" / "others.jsonl").write_text("another benchmark\n")
     files = CompletionFiles(tmp_path)
     merged = files.merge("sums")
     assert [(r["id"], r["sample"]) for r in merged] == [("p0", 0), ("p0", 1), ("p1", 0)]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["sums-rankings.jsonl", "sums.jsonl"]
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.jsonl")) == [
+        "rank-0/others.jsonl",
+        "sums.jsonl",
+    ]
+    assert not (tmp_path / "rank-1").exists()
     files.append(row("p2", 0))  # a later call with more problems
     files.close()
     assert len(files.merge("sums")) == 4
@@ -190,5 +196,26 @@ def test_gpqa_text_is_not_written(tmp_path: Path, prompters: dict[str, Prompter]
             sampling=Sampling(16),
             files=files,
         )
-    assert all(r["correct"] for r in files.read("gpqa_diamond"))
-    assert "secret" not in (tmp_path / "gpqa_diamond-rank0.jsonl").read_text().replace("gpqa_diamond", "")
+    found = files.read("gpqa_diamond")
+    assert all(r["correct"] for r in found)
+    assert {r["option"] for r in found} == {0}  # the right one, whatever its letter
+    assert "secret" not in (tmp_path / "rank-0" / "gpqa_diamond.jsonl").read_text()
+
+
+def test_a_renamed_copy_of_gpqa_stays_at_home_too() -> None:
+    secret = Problem("gpqa_diamond/12ab", "A secret?\n\nA) yes\nB) no", "A", "choice", options=("yes", "no"))
+    for item in Benchmark("my_copy", [secret], "").items(samples=4, seed=0):
+        assert item.text_stays_here
+        right = item.problem.answer
+        assert item.option_of(right) == 0
+        assert item.option_of("B" if right == "A" else "A") == 1
+        assert item.option_of("F") is None
+        assert item.option_of(None) is None
+
+
+def test_names_with_odd_characters(tmp_path: Path) -> None:
+    files = CompletionFiles(tmp_path)
+    files.append(row("p0", 0) | {"benchmark": "my[1]*?"})
+    files.close()
+    assert len(files.merge("my[1]*?")) == 1
+    assert files.merge("my1") == []

@@ -207,8 +207,9 @@ def test_branches_fill_a_question_up(prompter: Prompter) -> None:
     overrides = ["dynamic.enabled=false", "branch.enabled=true", "branch.base=2"]
     made = generation(prompter, lambda number, place: place % 2 == 0, config(*overrides))
     rollouts, metrics = made.rollouts(0, lambda count: problems([7, 8]), clock, prefix=1.0)
-    assert (rollouts.group_size, len(rollouts.completions), rollouts.extra_tokens) == (N, 2 * N, 0)
+    assert (rollouts.group_size, len(rollouts.completions)) == (N, 2 * N)
     engine: Any = made.collector.engine
+    assert int(rollouts.lengths.sum()) + rollouts.extra_tokens == engine.tokens  # beginnings are generated once
     base, branches = engine.seen[:4], engine.seen[4:]
     assert len(branches) == 4  # two more of each question
     for q in range(2):
@@ -229,9 +230,15 @@ def test_the_filter_keeps_the_quota(prompter: Prompter) -> None:
     engine: Any = made.collector.engine
     assert len(engine.seen) == 6
     assert (rollouts.group_size, len(rollouts.rewards)) == (N, N)
-    # by the likelihood of the gold, which the test lets grow with the length
-    longest = sorted((len(c.token_ids) for c in rollouts.completions), reverse=True)
-    assert rollouts.extra_tokens <= 2 * longest[-1]
+    assert int(rollouts.lengths.sum()) + rollouts.extra_tokens == engine.tokens
+
+
+def test_dynamic_sampling_of_branches_counts_all_that_was_drawn(prompter: Prompter) -> None:
+    overrides = ["branch.enabled=true", "branch.base=2", "branch.total=6", "dynamic.on_exhausted=continue"]
+    made = generation(prompter, lambda number, place: place % 2 == 0, config("dynamic.max_tries=2", *overrides))
+    rollouts, _ = made.rollouts(0, Questions(), clock, prefix=1.0)
+    engine: Any = made.collector.engine
+    assert int(rollouts.lengths.sum()) + rollouts.extra_tokens == engine.tokens
 
 
 def test_questions_of_a_batch_and_joining() -> None:

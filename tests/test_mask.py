@@ -254,6 +254,14 @@ def test_micro_batch_scope_is_the_batch_of_one_call():
     assert torch.equal(alone, select(local, scores, lengths))
 
 
+@pytest.mark.parametrize("scope", ["sequence", "group", "micro_batch", "batch"])
+@pytest.mark.parametrize("options", [{"rule": "threshold"}, {"rule": "top_fraction"}, {"statistic": "iqr"}])
+def test_a_rank_without_rollouts(scope, options):
+    rule = MaskRule(scope=scope, group_size=4, **options)
+    mask = select(rule, torch.zeros(0, 1), torch.zeros(0, dtype=torch.long), gather=lambda mine: torch.ones(3))
+    assert mask.shape == (0, 1)
+
+
 def test_local_rules():
     assert MaskRule().local
     assert MaskRule(scope="micro_batch").local

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def test_a_missing_completion_is_no_wrong_one() -> None:
 
 def test_table_file_and_back(tmp_path: Path) -> None:
     results = {"two": summarize(TWO, ROWS, 4), "one": result([1, 1, 1, 0])}
-    gained = gains(results, {"two": result([0, 0, 0, 0])}, 12.5)
+    nothing = [row | {"correct": False, "verdict": "wrong"} for row in ROWS]
+    gained = gains(results, {"two": summarize(TWO, nothing, 4)}, 12.5)
     path = save_results(tmp_path, {"model": "m", "settings": {"seed": 0}}, results, gained)
     loaded = load_results(path)
     assert (loaded.model, loaded.settings, loaded.results) == ("m", {"seed": 0}, results)
@@ -126,7 +128,7 @@ def test_gains_of_the_papers_figures() -> None:
     assert gained["average"].mag == pytest.approx(12.0)
     assert gained["x"].tes == pytest.approx(12.0 / 0.22)
     assert gains({"x": better}, {"x": base}, None)["x"].tes is None
-    with pytest.raises(UserError, match="has none of x"):
+    with pytest.raises(UserError, match="no problem in common"):
         gains({"x": better}, {"z": base}, 22.0)
 
 
@@ -142,11 +144,11 @@ def test_otf_of_a_run_is_by_tokens(tmp_path: Path) -> None:
 
 
 def test_comparison_pairs_problems(tmp_path: Path) -> None:
-    a = {"x": result([0, 0], [1, 0], [0, 0], [0, 1]), "only a": result([1, 1])}
-    b = {"x": result([1, 1], [1, 1], [1, 0], [1, 1]), "only b": result([1, 1])}
+    a = {"x": result([0, 0], [1, 0], [0, 0], [0, 1], [0, 0], [0, 1]), "only a": result([1, 1])}
+    b = {"x": result([1, 1], [1, 1], [1, 0], [1, 1], [0, 1], [1, 1]), "only b": result([1, 1])}
     (difference,) = compare(a, b).values()
-    assert difference.problems == 4
-    assert difference.value == pytest.approx((1 + 0.5 + 0.5 + 0.5) / 4)
+    assert difference.problems == 6
+    assert difference.value == pytest.approx((1 + 5 * 0.5) / 6)
     assert difference.real
     _, ((*_, verdict),) = comparison_rows({"x": difference})
     assert verdict == "b is better"
@@ -156,6 +158,41 @@ def test_comparison_pairs_problems(tmp_path: Path) -> None:
     assert verdict == "no difference shown"
     with pytest.raises(UserError, match="no problem in common"):
         compare(a, {"z": a["x"]})
+    one = {"x": result([0])}, {"x": result([1])}
+    _, ((*_, verdict),) = comparison_rows(compare(*one))
+    assert verdict == "too few problems"
+    with pytest.raises(UserError, match="x has other questions"):
+        compare(a, {"x": replace(a["x"], fingerprint="other")})
+
+
+def test_an_option_is_one_vote_whatever_its_letter() -> None:
+    """Six of ten samples choose the right option, under other letters each time; four choose three others."""
+    benchmark = Benchmark("choice", [Problem("q", "?", "A", "choice")], "")
+    chosen = [0] * 6 + [1, 2, 3, 3]
+    rows = [
+        {
+            "id": "q",
+            "sample": s,
+            "answer": "ABCD"[(option + s) % 4],
+            "option": option,
+            "gold": "ABCD"[s % 4],
+            "correct": option == 0,
+            "verdict": "correct" if option == 0 else "wrong",
+            "tokens": 1,
+            "finish_reason": "stop",
+        }
+        for s, option in enumerate(chosen)
+    ]
+    assert summarize(benchmark, rows, 10).majority == 1.0
+
+
+def test_results_of_earlier_calls_stay(tmp_path: Path) -> None:
+    content = {"model": "m", "settings": {}}
+    save_results(tmp_path, content, {"x": result([1, 1], [0, 0]), "y": result([1, 0])})
+    save_results(tmp_path, content, {"x": result([1], [0]), "z": result([0, 0])})  # fewer samples, and another
+    loaded = load_results(tmp_path).results
+    assert sorted(loaded) == ["x", "y", "z"]
+    assert loaded["x"].samples == 2
 
 
 def test_comparison_pools_problems() -> None:
@@ -172,7 +209,7 @@ def test_comparison_as_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for folder, temperature in zip(folders, (0.6, 1.0)):
         folder.mkdir()
         settings = {"sampling": {"temperature": temperature}, "model": folder.name, "seed": 0}
-        save_results(folder, {"model": folder.name, "settings": settings}, {"x": result([0, 1], [1, 1])}, None)
+        save_results(folder, {"model": folder.name, "settings": settings}, {"x": result(*[[0, 1], [1, 1]] * 3)})
     print_comparison(*folders)
     printed = capsys.readouterr().out
     assert "note: not the same setting, sampling.temperature: 0.6 and 1.0" in printed

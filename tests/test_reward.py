@@ -117,7 +117,8 @@ def test_streaming_in_any_order_is_the_same_as_all_at_once(rewarder: Rewarder) -
 
 def test_a_hostile_answer_scores_0_and_is_counted() -> None:
     rewarder = Rewarder(max_tokens=100, overlong_buffer=20, workers=1, timeout=0.5)
-    rewards, correct, metrics = rewarder.score(["5", "5"], ["math"] * 2, [r"\boxed{9^{9^{9^9}}}", r"\boxed{5}"], [9, 9])
+    answers = [r"\boxed{\sum_{n=1}^{10^9} n!}", r"\boxed{5}"]
+    rewards, correct, metrics = rewarder.score(["5", "5"], ["math"] * 2, answers, [9, 9])
     rewarder.close()
     assert rewards.tolist() == [0.0, 1.0]
     assert correct.tolist() == [False, True]

@@ -35,11 +35,21 @@ def test_killed_resumed_and_shown_again(tmp_path: Path) -> None:
         )
     )
     out = tmp_path / "out"
-    arguments = ["--avg2", "--benchmarks", f"embedded,{choices}", "--limit", "12", "--out", str(out)]
+    arguments = [
+        "--config",
+        "smollm2_135m.yaml",
+        "--avg2",
+        "--benchmarks",
+        f"embedded,{choices}",
+        "--limit",
+        "12",
+        "--out",
+        str(out),
+    ]
     arguments += ["--temperature", "1.0", "--intervene", "both", "--tokens", "The,is"]
 
     killed = subprocess.Popen(evaluation(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    part = out / "embedded-rank0.jsonl"
+    part = out / "rank-0" / "embedded.jsonl"
     deadline = time.monotonic() + 300
     while not part.is_file() or part.read_bytes().count(b"\n") < 5:
         assert killed.poll() is None, killed.stdout.read()[-4000:].decode() if killed.stdout else ""
@@ -106,7 +116,7 @@ def test_two_ranks_draw_what_one_draws(tmp_path: Path) -> None:
     one, two = (rows(tmp_path / name / "digits.jsonl") for name in ("one", "two"))
     assert len(one) == 27
     assert one == two
-    assert not list((tmp_path / "two").glob("*-rank*"))
+    assert not list((tmp_path / "two").glob("rank-*"))
 
 
 @pytest.mark.parametrize(
@@ -115,6 +125,7 @@ def test_two_ranks_draw_what_one_draws(tmp_path: Path) -> None:
         (["--benchmarks", "mathh500"], "mathh500 is unknown: did you mean math500"),
         (["--model", "no/such/model", "--benchmarks", "embedded"], "neither an existing folder nor a hub id"),
         (["--benchmarks", "embedded", "--max-tokens", "9000"], "--max-tokens 9000"),
+        (["--benchmarks", "embedded", "--out", "README.md"], "README.md cannot be written"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
