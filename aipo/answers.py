@@ -176,7 +176,7 @@ _RULES = [
         (r"\.\.\.", r"\\dots "),
         (rf"\\text ?\{{ ?(?:({_FUNCTIONS}) ?\}}|(max|min) ?\}}(?= ?[(\\]))", r"\\\1\2 "),
         (r"(?<=\d)\.(?:\((\d+)\)|\\dot ?\{(\d)\})", r".\\overline{\1\2}"),
-        (r"\*\*", "^"),
+        (r"(?<=[\w)}\]]) ?\*\* ?(?=[\w({\[\\-])", "^"),
         (r"(?<=[\w)}\]]) ?\* ?(?=[\w({\[\\])", r"\\cdot "),
         (r"<=", r"\\leq "),
         (r">=", r"\\geq "),
@@ -195,9 +195,11 @@ _RULES = [
         (r"\^ ?(- ?\w|\d(?!\d))", r"^{\1}"),
         (r"_ ?\{ ?(\w) ?\}", r"_\1"),
         (r"\\mathbb ([A-Z])(?![A-Za-z])", r"\\mathbb{\1}"),
+        (r"\\pi ?(?=\()", r"\\pi \\cdot "),  # or the parser takes it for a function
         (r"\\text ?\{ ?\}", " "),
     ]
 ]  # fmt: skip
+_LEADING = re.compile(r"\A(?:\\approx(?![A-Za-z])|[=*]| )+")  # = 42, \approx 42, **42**
 
 
 @lru_cache(maxsize=4096)
@@ -211,7 +213,7 @@ def tidy(text: str) -> str:
     text = _COMMAND.sub(lambda command: _SYNONYMS.get(command.group(1), "\\" + command.group(1)), _one_space(text))
     for pattern, new in _RULES:
         text = pattern.sub(new, text)
-    return _one_space(text).rstrip(".,;: ")
+    return _LEADING.sub("", _one_space(text)).rstrip(".,;:*\\ ")
 
 
 def _one_space(text: str) -> str:

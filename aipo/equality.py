@@ -23,14 +23,22 @@ from aipo.notation import Based, Many, Matrix, Named, Node, Range, Relation, Unr
 from aipo.units import conversion
 from aipo.wording import plain_words
 
+_CHOICE = re.compile(
+    r"\\text ?\{ ?\(([A-E])\)[.:]? ?\} ?((?:(?!\\text|\\l?or|\bor\b|and|[,;]).)+)"
+)  # (B) 25 says B, and 25
+
 
 def equal(gold: str, answer: str) -> bool:
     """Whether two bare answers are equal. Raises whatever sympy raises on nonsense, MemoryError included."""
     settled = settle(gold, answer)
     if settled is not None:
         return settled
+    gold, answer = plain_words(tidy(gold)), plain_words(tidy(answer))
+    readings = [answer]
+    if (choice := _CHOICE.fullmatch(answer)) and not _CHOICE.fullmatch(gold):
+        readings = list(choice.groups())
     try:
-        return same(read(plain_words(tidy(gold))), read(plain_words(tidy(answer))))
+        return any(same(read(gold), read(reading)) for reading in readings)
     except Unreadable:
         return False
 

@@ -150,6 +150,7 @@ _UNIT_VECTOR = re.compile(
 _POINT = re.compile(r"([A-Z]'?) ?(?=\()")
 _BRACKET = re.compile(r"[(\[]|\\[{l]|, ")
 _POSITIVE = re.compile(r"\\mathbb\{R\} ?(?:\^ ?\{? ?\+ ?\}?|_ ?\{ ?> ?0 ?\})(?:\^\+)?")
+_ABSOLUTE, _LETTER = re.compile(r"\|([^|]*)\|"), re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 _NOUN = re.compile(r"\d+ ?\\text ?\{ ?([a-z ]+) ?\}")
 _RELATIONS = {"=", "<", ">", r"\leq", r"\geq", r"\neq", r"\in", r"\approx"}
 _SETS = {r"\mathbb{R}": "R", r"\mathbb{Z}": "Z", r"\mathbb{N}": "N", r"\emptyset": "empty", r"\{\}": "empty"}
@@ -251,6 +252,13 @@ def _relation(text: str) -> Node:
         return equation
     if operators == [r"\neq"] and named:
         return _name(first, Range("without", (Range("R"), read(last))), None)
+    if len(parts) == 2 and (inner := _ABSOLUTE.fullmatch(first)) and len(set(_LETTER.findall(first))) == 1:
+        below, inside = operators[0] in ("<", r"\leq"), inner.group(1)  # |x - 2| < 3, |x| > 1
+        if below:
+            return _relation(f"-({last}) {operators[0]} {inside} {operators[0]} {last}")
+        return Range(
+            "union", (_inequality(inside, operators[0], last), _inequality(f"-({last})", operators[0], inside))
+        )
     bounds = [_bound(left, op, right) for left, op, right in zip(parts, operators, parts[1:])]
     known = [bound for bound in bounds if bound is not None]
     if len(known) == len(bounds) and len({bound.name for bound in known}) == 1:
@@ -376,7 +384,17 @@ def _matrix(text: str) -> Node | None:
 # --- words, bases, values -----------------------------------------------------------------------------------------
 
 _BASED = re.compile(r"\(?([0-9A-F]*[0-9][0-9A-F]*)\)? ?(?:_ ?\{? ?\(?(?:base )?(\w+)\)? ?\}?|\(?(?:in )?base (\w+)\)?)")
-_COUNT = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9"}
+_COUNT = {
+    "ten": "10",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+}
 _WORDS = re.compile(r"\(?(?:(?:an?|the) )?([A-Za-z][A-Za-z0-9 '.,!?()-]*)", re.IGNORECASE)
 
 
@@ -386,6 +404,8 @@ def _single(text: str) -> Node:
     plain = " ".join(re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text).split())
     if match := _BASED.fullmatch(plain):
         base = match.group(2) or match.group(3)
+        if base.lower() in ("10", "ten"):
+            return Value(match.group(1))
         return Based(match.group(1).lstrip("0"), _COUNT.get(base.lower(), base))
     if (match := _WORDS.fullmatch(plain)) and (r"\text" in text or re.search("[A-Za-z]{2}", plain)):
         letters = meaning(re.sub("[^a-z0-9]", "", match.group(1).lower()))
