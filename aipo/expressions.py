@@ -110,10 +110,19 @@ def same_expression(a: Any, b: Any) -> bool:
         if left is None or right is None:
             if a.has(oo) or b.has(oo):
                 return bool(a.doit() == b.doit()) and not a.doit().has(sympy.nan)
-            return bool(verify(a, b, timeout_seconds=None, raise_on_error=True))
+            return _by_math_verify(a, b)
         if not _near(left, right):
             return False
     return True
+
+
+def _by_math_verify(a: Any, b: Any) -> bool:
+    try:
+        return bool(verify(a, b, timeout_seconds=None, raise_on_error=True))
+    except MemoryError:
+        raise
+    except Exception as error:  # "Can't evaluate nan or zoo" and the like are plain Exceptions too
+        raise Unreadable from error
 
 
 def proportional(a: Any, b: Any, *, equation: bool) -> bool:
