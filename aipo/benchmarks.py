@@ -64,8 +64,7 @@ class Benchmark:
                 sample,
                 request_seed(seed, f"evaluate {self.name}", problem.id, sample),
                 original=problem,
-                # by id too: a renamed copy is the same set
-                text_stays_here=self.name == "gpqa_diamond" or problem.id.startswith("gpqa_diamond/"),
+                text_stays_here=self.name == "gpqa_diamond" or problem.protected,
             )
             for problem in self.problems
             for sample in range(samples)

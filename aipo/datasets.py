@@ -33,6 +33,11 @@ class Problem:
     source: str = ""
     options: tuple[str, ...] = ()
 
+    @property
+    def protected(self) -> bool:
+        """Whether its text must not get into logs, tables and files: GPQA's authors ask so. By id, which copies keep."""
+        return self.id.startswith("gpqa_diamond/")
+
 
 @dataclass(frozen=True)
 class Loaded:

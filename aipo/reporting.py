@@ -71,7 +71,8 @@ def rollout_rows(
 ) -> list[dict[str, Any]]:
     """A sample of this rank's rollouts with the MI and mask of each token; those of the update first."""
     decode = tokenizer.convert_ids_to_tokens
-    order = sorted(range(len(rollouts.texts)), key=lambda i: (not rollouts.used[i], -abs(rollouts.advantages[i])))
+    shown = [i for i in range(len(rollouts.texts)) if not rollouts.problems[i // rollouts.group_size].protected]
+    order = sorted(shown, key=lambda i: (not rollouts.used[i], -abs(rollouts.advantages[i])))
     rows = []
     for i in order[:count]:
         problem, completion = rollouts.problems[i // rollouts.group_size], rollouts.completions[i]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from aipo.config import CONFIG_FOLDER
@@ -104,3 +105,27 @@ def test_two_ranks(model: Path, data: Path, tmp_path: Path) -> None:
         line = last(tmp_path, method)
         assert line["policy/grad_norm"] > 0 or method == "pppo"
         assert line["loss/skipped_steps"] == 0
+
+
+def test_branches_with_latents(model: Path, data: Path, tmp_path: Path) -> None:
+    """The CVAE is trained on rollouts of the policy itself, then changes the branches of runs."""
+    config, latents = tmp_path / "small.yaml", tmp_path / "latents.pt"
+    files = {
+        "data": {"train": str(data), "validation": str(data)},
+        "model": {"path": str(model)},
+        "runs": str(tmp_path),
+    }
+    config.write_text(yaml.safe_dump({"base": "tiny.yaml", **files, "rollout": {"engine": "hf"}}))
+    command = [sys.executable, "-m", "aipo.latent", "--config", str(config), "--out", str(latents)]
+    command += ["--questions", "12", "--samples", "4", "--steps", "20", "--batch", "16"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "held-out continuations" in done.stdout
+    for latent in ("norm_kv", "residual"):
+        keys = {"name": latent, "branch.latent": latent, "branch.latent_path": latents, "branch.base": 2}
+        keys |= {"branch.total": 6, "optim.steps": 1, "reward.correctness": 0.5, "reward.length": 0.5}
+        keys |= {"reward.overlong_buffer": 15}
+        train("--config", str(config), "--method", "iib_lpo", *(f"{k}={v}" for k, v in keys.items()))
+        line = last(tmp_path, latent)
+        assert line["policy/grad_norm"] > 0
+        assert line["mask/otf"] < 1  # the filter dropped some
