@@ -35,7 +35,7 @@ class Problem:
 
     @property
     def protected(self) -> bool:
-        """Whether its text must not get into logs, tables and files, as GPQA's authors ask. By id, which copies keep."""
+        """Whether its text must not get into logs, tables and files, as GPQA's authors ask."""
         return self.id.startswith("gpqa_diamond/")
 
 
