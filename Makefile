@@ -45,12 +45,15 @@ compare: setup  ## train every method on the embedded default, three seeds each,
 	python -m aipo.embedded
 	python bench/compare.py $(ARGS)
 
+# two workers of one thread each: small tensors gain nothing from threads
+UNITS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE pytest -m 'not e2e' -n 2
+
 test: lint  ## everything: lint and types, units, then end to end on the real stack
-	pytest -m 'not e2e'
+	$(UNITS)
 	pytest -m e2e
 
 test-fast: setup  ## the units alone
-	pytest -m 'not e2e'
+	$(UNITS)
 
 lint: setup  ## style, formatting and types
 	ruff check .
