@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +66,13 @@ def maj_at_k(answers: Sequence[Sequence[str | None]], correct: Correct) -> float
         return sum(winners) / len(winners) if winners else 0.0
 
     return sum(map(score, answers, rows)) / len(rows)
+
+
+def trained_share(log: Sequence[Mapping[str, Any]]) -> float | None:
+    """OTF in [0, 1] from the lines of a run's ``metrics.jsonl``: trained / generated tokens; None without a step."""
+    steps = [line for line in log if line.get("mask/otf") is not None]
+    tokens = sum(line["rollout/tokens"] for line in steps)
+    return sum(line["mask/otf"] * line["rollout/tokens"] for line in steps) / tokens if tokens else None
 
 
 def training_efficiency(mag: float, otf: float) -> float:

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aipo.checkpoint import write_atomically
-from aipo.metrics import Accuracy
+from aipo.metrics import Accuracy, trained_share
 from aipo.tracking import plain
 
 # Label, metric, format; a field without a value yet is not shown.
@@ -186,14 +186,14 @@ def summarize(
     ``rollout/length_mean`` and ``time/<phase>_s``. Phases of the step come in its order, others after them.
     """
     steps = [line for line in metrics if line.get("mask/otf") is not None]
-    tokens = sum(line["rollout/tokens"] for line in steps)
+    otf = trained_share(metrics)
     keys = {key for line in metrics for key in line if key.startswith("time/") and key.endswith("_s")}
     phases = {key.removeprefix("time/").removesuffix("_s") for key in keys}
     order = [*(phase for phase in PHASES if phase in phases), *sorted(phases.difference(PHASES))]
     return Summary(
         before=before,
         after=after,
-        otf=sum(line["mask/otf"] * line["rollout/tokens"] for line in steps) / tokens if tokens else math.nan,
+        otf=math.nan if otf is None else otf,
         length=_mean(metrics, "rollout/length_mean"),
         no_answer=_mean(steps, "reward/no_answer"),
         timed_out=_mean(steps, "reward/timed_out"),

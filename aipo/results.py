@@ -23,6 +23,7 @@ from aipo.metrics import (
     maj_at_k,
     paired_bootstrap,
     pass_at_k,
+    trained_share,
     training_efficiency,
 )
 from aipo.tracking import read_jsonl
@@ -120,11 +121,9 @@ def gains(results: Results, baseline: Results, otf: float | None) -> dict[str, G
 
 
 def otf_of_run(run: Path) -> float | None:
-    """OTF of a run in percent, Σ trained tokens / Σ completion tokens; None where it has no metrics yet."""
-    path = run / "metrics.jsonl"
-    steps = [line for line in read_jsonl(path) if line.get("mask/otf") is not None]
-    tokens = sum(line["rollout/tokens"] for line in steps)
-    return 100 * sum(line["mask/otf"] * line["rollout/tokens"] for line in steps) / tokens if tokens else None
+    """OTF of a run in percent; None where it has no metrics yet."""
+    share = trained_share(read_jsonl(run / "metrics.jsonl"))
+    return None if share is None else 100 * share
 
 
 def average(results: Results) -> float:

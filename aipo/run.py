@@ -359,8 +359,8 @@ def make_policy(config: Config, path: str, *, trained: bool = True) -> Policy:
         gradient_checkpointing=config.model.gradient_checkpointing,
     )
     if config.lora.rank and trained:
-        targets = "all-linear" if config.lora.targets == ("all-linear",) else config.lora.targets
-        add_adapters(model, rank=config.lora.rank, alpha=config.lora.alpha, targets=targets, seed=config.seed)
+        lora = config.lora
+        add_adapters(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
     return Policy(
         model,
         temperature=config.rollout.temperature,

@@ -206,7 +206,7 @@ class Trainer:
                         importance_weight=weight,
                         lengths=micro.lengths,
                         kl_weight=self.kl_weight(micro, signals),
-                        entropy=self.grid(micro, mask, out["entropy"]),
+                        entropy=self.grid(micro, mask, out["entropy"]) if config.loss.entropy_weight else None,
                         entropy_weight=config.loss.entropy_weight,
                     )
                 with clock("backward"):
@@ -282,11 +282,11 @@ class Trainer:
         """Micro-batches of each optimizer step, equally many on every rank."""
         questions, updates, n = len(rollouts.problems), self.config.optim.updates_per_batch, rollouts.group_size
         parts = []
-        for i in range(updates):
-            start, end = (n * (j * questions // updates) for j in (i, i + 1))
+        for part_number in range(updates):
+            start, end = (n * (bound * questions // updates) for bound in (part_number, part_number + 1))
             rows = torch.arange(start, end)[rollouts.used[start:end]]
-            prompts = [rollouts.prompts[i // rollouts.group_size] for i in rows.tolist()]
-            completions = [rollouts.completions[i].token_ids for i in rows.tolist()]
+            prompts = [rollouts.prompts[row // n] for row in rows.tolist()]
+            completions = [rollouts.completions[row].token_ids for row in rows.tolist()]
             part = self.batches(prompts, completions)
             for micro in part:
                 micro.rows = rows.to(micro.rows.device)[micro.rows]

@@ -19,6 +19,7 @@ from aipo.policy import Policy, load_model
 from aipo.rollout.base import Completion
 from aipo.rollouts import Rollouts, filler, micro_batches
 from aipo.signals import Signals, batch_mean_std, shape, token_signals
+from aipo.trainer import Trainer
 from tests.tiny import make_tiny
 
 PROMPTS = [[5, 6, 7], [8, 9]]
@@ -167,3 +168,34 @@ def test_shapes_are_the_formulas_over_the_batch(rollouts: Rollouts) -> None:
     assert torch.equal(shaped, weight_tokens(rollouts.advantages, values.nan_to_num(0.0), LENGTHS))
     assert shaped[0].mean() == pytest.approx(1.0)
     assert shape(rollouts, {}, config()) == (None, None)
+
+
+def stage(settings: Config) -> Any:
+    """What the trainer's small stages read of it."""
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=100))
+    here: Any = SimpleNamespace(config=settings, device=torch.device("cpu"), reference=object())
+    here.sharded = SimpleNamespace(policy=SimpleNamespace(model=model))
+    here.selector = SimpleNamespace(scores=torch.zeros(4, 4))
+    here.of = lambda micro, padded: Trainer.of(here, micro, padded)
+    return here
+
+
+def test_shaped_advantages_reach_the_loss(rollouts: Rollouts) -> None:
+    here = stage(config())
+    (micro,) = micro_batches([PROMPTS[1]] * 2, COMPLETIONS[2:], budget=100, packing=False)
+    micro.rows = torch.tensor([3, 2])
+    assert Trainer.token_advantages(here, micro, rollouts).tolist() == [-0.5, 0.5]
+    rollouts.token_advantages = torch.arange(16.0).reshape(4, 4)
+    assert Trainer.token_advantages(here, micro, rollouts).tolist() == [[12, 13, 14], [8, 9, 10]]
+
+
+def test_the_kl_is_weighted_by_certainty(rollouts: Rollouts) -> None:
+    (micro,) = micro_batches([PROMPTS[1]] * 2, COMPLETIONS[2:], budget=100, packing=False)
+    micro.rows = torch.tensor([3, 2])
+    found = {"entropy": torch.full((4, 4), float("nan"))}
+    found["entropy"][3, :3] = torch.tensor([0.0, math.log(10), math.log(100)])
+    found["entropy"][2, 0] = math.log(10)
+    weights = Trainer.kl_weight(stage(config("loss.kl_beta=0.1", "loss.kl_priority=2")), micro, found)
+    assert weights is not None
+    assert weights.flatten().tolist() == pytest.approx([1.0, 0.25, 0.0, 0.25, 0.0, 0.0], abs=1e-6)
+    assert Trainer.kl_weight(stage(config("loss.kl_beta=0.1")), micro, found) is None
