@@ -198,7 +198,7 @@ def make_optimizer(policy: Policy, config: Config, device: torch.device) -> torc
         betas=optim.betas,
         eps=optim.eps,
         weight_decay=optim.weight_decay,
-        fused=device.type == "cuda" and not config.sharding.offload_optimizer,
+        fused=True,
     )
 
 

@@ -30,12 +30,12 @@ from aipo.tracking import read_jsonl
 from bench.machine import machine, slug
 
 ROOT = Path(__file__).resolve().parents[1]
-# About three and a half minutes a run on two cores, so that 17 methods with three seeds each take three hours.
+# About three and a half minutes a run on two cores: 17 methods with three seeds each take three hours.
 FULL = {
     "rollout.questions_per_step": 8,
-    "optim.generated_tokens": 28_000,  # twenty steps of plain rollouts
-    "optim.steps": 20,
-    "validation.every": 10,
+    "optim.generated_tokens": 14_000,  # ten steps of plain rollouts
+    "optim.steps": 10,
+    "validation.every": 5,
     "checkpoint.every": 10,
     "checkpoint.keep_last": 1,
 }
