@@ -1,9 +1,16 @@
-"""Which rollouts a step trains on: one draw of questions, or as many as dynamic sampling takes, and their rewards."""
+"""Which rollouts a step trains on: one draw of questions, or as many as dynamic sampling takes, and their rewards.
+
+With ``rollout.async_depth: 1`` the next step's are drawn while this step's are trained on: one update off-policy, which
+the importance correction of the loss weighs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +35,9 @@ from aipo.rollout.base import Completion, Request, Sampling
 from aipo.rollout.collect import Collector
 from aipo.rollouts import Rollouts
 
-Draw = Callable[[int], Sequence[Problem]]
-"""number of questions over all ranks -> this rank's share; the same call on every rank"""
+Draw = Callable[[int, int], Sequence[Problem]]
+"""step, number of questions over all ranks -> this rank's share; the same call on every rank"""
+Judged = tuple[Rollouts, dict[str, float]]
 Clock = Callable[[str], AbstractContextManager[None]]
 
 
@@ -57,23 +65,64 @@ class Generation:
         self.entropies, self.log_probs, self.postfix, self.latents = entropies, log_probs, postfix, latents
         rollout = config.rollout
         self.sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+        self.ahead: tuple[int, Future[Judged]] | None = None  # step, its batch
+        self.thread = ThreadPoolExecutor(1, "generation", initializer=partial(_same_device, torch.get_num_threads()))
 
-    def rollouts(self, step: int, draw: Draw, clock: Clock, *, prefix: float) -> tuple[Rollouts, dict[str, float]]:
+    def rollouts(self, step: int, draw: Draw, clock: Clock, *, prefix: float) -> Judged:
         """The batch of a step on this rank, with rewards; and sums and means for the log.
+
+        Afterwards the engine sleeps or, with ``rollout.async_depth: 1``, draws the next batch until :meth:`wait`.
 
         Args:
             prefix: share of a completion that rewards by continuations start from.
         """
+        if self.ahead is not None and self.ahead[0] == step:
+            rollouts, metrics = self.ahead[1].result()
+        else:
+            rollouts, metrics = self._drawn(step, draw, clock, prefix)
+        self.ahead = None
+        if self.config.rollout.async_depth == 0:
+            self.collector.engine.sleep()
+        elif step + 1 < self.config.optim.steps:
+            problems = draw(step + 1, self.config.rollout.questions_per_step)
+            self.ahead = step + 1, self.thread.submit(self._once, problems, f"step {step + 1}", _unmeasured)
+        return rollouts, metrics
+
+    def wait(self) -> None:
+        """Until the engine is idle: before its weights change, and before anything else is asked of it."""
+        if self.ahead is not None:
+            self.ahead[1].result()
+
+    def close(self) -> None:
+        self.thread.shutdown()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The batch that waits for its step, if there is one."""
+        if self.ahead is None:
+            return {}
+        step, batch = self.ahead
+        rollouts, metrics = batch.result()
+        return {"step": step, "rollouts": rollouts.state_dict(), "metrics": metrics}
+
+    def load_state_dict(self, state: Mapping[str, Any], problems: Mapping[str, Problem]) -> None:
+        self.ahead = None
+        if state:
+            batch: Future[Judged] = Future()
+            batch.set_result((Rollouts.from_state(state["rollouts"], problems), state["metrics"]))
+            self.ahead = state["step"], batch
+
+    def _drawn(self, step: int, draw: Draw, clock: Clock, prefix: float) -> Judged:
         if self.config.dynamic.enabled:
             rollouts, metrics = self._until_full(step, draw, clock)
         else:
-            rollouts, metrics = self._once(draw(self.config.rollout.questions_per_step), f"step {step}", clock)
+            problems = draw(step, self.config.rollout.questions_per_step)
+            rollouts, metrics = self._once(problems, f"step {step}", clock)
         if self.config.reward.rule == "continuations":
             with clock("rollout"):
                 self._count_continuations(rollouts, step, prefix)
         return rollouts, metrics
 
-    def _once(self, problems: Sequence[Problem], stream: str, clock: Clock) -> tuple[Rollouts, dict[str, float]]:
+    def _once(self, problems: Sequence[Problem], stream: str, clock: Clock) -> Judged:
         with clock("rollout"):
             if self.config.branch.enabled:
                 rollouts = self._branched(problems, stream)
@@ -149,7 +198,7 @@ class Generation:
             beta=self.config.branch.beta,
         )
 
-    def _until_full(self, step: int, draw: Draw, clock: Clock) -> tuple[Rollouts, dict[str, float]]:
+    def _until_full(self, step: int, draw: Draw, clock: Clock) -> Judged:
         """Dynamic sampling (DAPO): keep groups that vary, draw again until there are enough over all ranks.
 
         The questions kept are the first that vary in the order of the draw, whatever the number of ranks; a rank may
@@ -161,7 +210,7 @@ class Generation:
         seen: list[dict[str, float]] = []
         have, extra = 0, 0
         for attempt in range(1, dynamic.max_tries + 1):
-            batch, metrics = self._once(draw(target * dynamic.factor), f"step {step} try {attempt}", clock)
+            batch, metrics = self._once(draw(step, target * dynamic.factor), f"step {step} try {attempt}", clock)
             seen.append(metrics)
             mine = [rank + world * i for i in varying_groups(batch, by=dynamic.by, tolerance=dynamic.tolerance)]
             everywhere = sorted(place for places in distributed.gather_objects(mine) for place in places)
@@ -193,6 +242,19 @@ class Generation:
         )
         rollouts.rewards = right + rollouts.correct.float()  # (B,)
         rollouts.extra_tokens += tokens
+
+
+def _unmeasured(phase: str) -> AbstractContextManager[None]:
+    """The clock of what runs beside the training: only waiting for it takes time."""
+    return nullcontext()
+
+
+def _same_device(threads: int) -> None:
+    """What a thread does not inherit: its number of CPU threads, and a CUDA stream beside the training's."""
+    torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_stream(torch.cuda.Stream())
 
 
 def varying_groups(rollouts: Rollouts, *, by: str, tolerance: float) -> list[int]:

@@ -8,12 +8,14 @@ Lengths, never ``ids != pad``, say what is a token: pad and end token may be the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from aipo import distributed
 from aipo.datasets import Problem
 from aipo.rollout.base import Completion
 
@@ -35,6 +37,24 @@ class Rollouts:
     token_advantages: Tensor | None = None  # (B, T) where they differ by token
     extra_tokens: int = 0  # generated for this batch beyond its completions: by questions dropped, by continuations
 
+    def state_dict(self) -> dict[str, Any]:
+        """Judged rollouts as plain values, for a checkpoint."""
+        plain = {
+            "problems": [problem.id for problem in self.problems],
+            "completions": [(c.token_ids, c.logprobs, c.finish_reason) for c in self.completions],
+        }
+        kept = ("prompts", "group_size", "ids", "rewards", "correct", "texts", "extra_tokens")
+        return plain | {name: getattr(self, name) for name in kept}
+
+    @staticmethod
+    def from_state(state: dict[str, Any], problems: Mapping[str, Problem]) -> Rollouts:
+        """What :meth:`state_dict` wrote; ``problems`` by their ids."""
+        built = {
+            "problems": [problems[name] for name in state["problems"]],
+            "completions": [Completion(*each) for each in state["completions"]],
+        }
+        return Rollouts(**(state | built))
+
     def questions(self, chosen: Sequence[int]) -> Rollouts:
         """The judged rollouts of some questions, in the order given."""
         rows = [q * self.group_size + i for q in chosen for i in range(self.group_size)]
@@ -47,11 +67,13 @@ class Rollouts:
             rewards=self.rewards[rows],
             correct=self.correct[rows],
             texts=[self.texts[row] for row in rows],
+            advantages=self.advantages[rows] if len(self.advantages) else self.advantages,
+            used=self.used[rows] if len(self.used) else self.used,
         )
 
     @staticmethod
     def joined(parts: Sequence[Rollouts]) -> Rollouts:
-        """Judged rollouts of several draws as one batch."""
+        """Judged rollouts of several draws, or of several ranks, as one batch."""
         return Rollouts(
             problems=[problem for part in parts for problem in part.problems],
             prompts=[prompt for part in parts for prompt in part.prompts],
@@ -61,8 +83,20 @@ class Rollouts:
             rewards=torch.cat([part.rewards for part in parts]),
             correct=torch.cat([part.correct for part in parts]),
             texts=[text for part in parts for text in part.texts],
+            advantages=torch.cat([part.advantages for part in parts]),
+            used=torch.cat([part.used for part in parts]),
             extra_tokens=sum(part.extra_tokens for part in parts),
         )
+
+    def loads(self, *, share_prompts: bool) -> list[int]:
+        """Tokens that the update reads for each question, Q numbers."""
+        lengths, n = self.lengths, self.group_size
+        found = []
+        for q, prompt in enumerate(self.prompts):
+            used = self.used[q * n : (q + 1) * n]  # (n,)
+            times = min(int(used.sum()), 1) if share_prompts else int(used.sum())
+            found.append(int(lengths[q * n : (q + 1) * n][used].sum()) + times * len(prompt))
+        return found
 
     @property
     def lengths(self) -> Tensor:
@@ -88,9 +122,42 @@ class MicroBatch:
     targets: Tensor  # (N,) completion token ids
     lengths: Tensor  # (b,) completion lengths
 
+    def with_empty(self, rows: Tensor) -> MicroBatch:
+        """The same with more rollouts (e,) of which no token is laid out."""
+        more = rows.to(self.rows)
+        return replace(
+            self, rows=torch.cat([self.rows, more]), lengths=torch.cat([self.lengths, torch.zeros_like(more)])
+        )
+
     def to(self, device: torch.device) -> MicroBatch:
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         return MicroBatch(**moved)
+
+
+def deal(loads: Sequence[int], ranks: int) -> list[list[int]]:
+    """Items dealt out so that all ranks carry about the same: the heaviest first, each to the rank with least.
+
+    No rank gets more than the mean and the heaviest item (Graham, 1969). Each rank's items are in ascending order.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    carried = [0] * ranks
+    for item in sorted(range(len(loads)), key=lambda i: -loads[i]):
+        rank = min(range(ranks), key=lambda r: (carried[r], len(shares[r])))
+        shares[rank].append(item)
+        carried[rank] += loads[item]
+    return [sorted(share) for share in shares]
+
+
+def balanced(rollouts: Rollouts, *, share_prompts: bool) -> Rollouts:
+    """This rank's share when the questions of all ranks are dealt out by their tokens; a collective.
+
+    Completions differ in length, and groups that do not vary may be left out: else the slowest rank sets the pace.
+    """
+    if distributed.world_size() == 1:
+        return rollouts
+    everywhere = Rollouts.joined(distributed.gather_objects(rollouts))
+    shares = deal(everywhere.loads(share_prompts=share_prompts), distributed.world_size())
+    return replace(everywhere.questions(shares[distributed.rank()]), extra_tokens=rollouts.extra_tokens)
 
 
 def pad(flat: Tensor, lengths: Tensor, value: float = 0) -> Tensor:

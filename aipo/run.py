@@ -184,6 +184,7 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
         try:
             finished = go(trainer, config, inputs, checkpoint)
         finally:
+            trainer.generation.close()
             trainer.tracker.close()
             trainer.collector.rewarder.close()
     if finished and trainer.before and trainer.accuracy:

@@ -85,6 +85,8 @@ class RolloutConfig(Section):
     """weight for the difference between vLLM's and our log-probabilities"""
     importance_cap: Annotated[float, Field(ge=1)] = 2.0
     """truncation of that weight"""
+    async_depth: Annotated[int, Field(ge=0, le=1)] = 0
+    """1 draws the next batch during the update, with weights one update old; 0 is strictly on-policy"""
     check_sync: bool = True
     """at start-up, perturb and restore vLLM's weights and compare log-probabilities with ours"""
 
@@ -446,6 +448,22 @@ class Config(Section):
                 "dynamic.enabled keeps questions whose rollouts differ; with rollout.samples_per_question: 1 none do: "
                 "raise it, or set dynamic.enabled: false"
             )
+        if self.rollout.async_depth:
+            asks = {
+                "dynamic.enabled": self.dynamic.enabled,
+                "branch.enabled": self.branch.enabled,
+                "reward.rule: continuations": self.reward.rule == "continuations",
+            }
+            for key in (key for key, active in asks.items() if active):
+                raise ValueError(
+                    f"rollout.async_depth: 1 draws a batch while the policy is busy with its update, and {key} draws "
+                    "with the policy's or other ranks' help: leave one of them out"
+                )
+            if self.rollout.importance_correction == "none":
+                raise ValueError(
+                    "rollout.async_depth: 1 trains on rollouts of older weights: set rollout.importance_correction: "
+                    "token_truncated or sequence_mask"
+                )
         branch, samples = self.branch, self.rollout.samples_per_question
         if branch.enabled and not branch.base < (branch.total or samples):
             raise ValueError(

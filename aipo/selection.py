@@ -1,7 +1,8 @@
 """Which tokens are trained on: scores, then the mask, of one optimizer batch.
 
 Rules that look at one sequence alone (the default) run *inside* the training forward, on the hidden states that are
-about to be back-propagated: no second forward. Rules that look further need the whole batch first: a probe.
+about to be back-propagated: no second forward. Rules that look further need the whole batch first: a probe. Rules that
+need no state at all decide before it; what is decided early need not be laid out behind the last selected token.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ class TokenSelector:
             or config.curriculum.refresh_every is not None
         )
         self.local = self.rule.local and (self.scorer.local or not self.scored)
+        # what needs no state of this forward, and would leave something out
+        self.stateless = not self.scored and mask.rule != "all" and mask.scope != "micro_batch"
         self.seconds = 0.0  # spent on scores and masks; the caller resets it
 
     def begin(
@@ -88,8 +91,8 @@ class TokenSelector:
         self.prefix, self.ranking = prefix, self.scores if ranking is None else ranking  # (B, T)
 
     def probe(self, batches: Sequence[MicroBatch], states: States) -> None:
-        """Score all micro-batches, then decide every mask. Collective; does nothing where no probe is needed."""
-        if self.local:
+        """Score all micro-batches, then decide every mask. Collective; does nothing where the training forward can."""
+        if self.local and not self.stateless:
             return
         if self.scored:
             self.score_all(batches, states)
@@ -104,6 +107,12 @@ class TokenSelector:
             gather=distributed.gather,
         )
         self.decided = True
+
+    @property
+    def ends(self) -> Tensor:
+        """Tokens of each rollout up to the last selected one; 0 where none is. (B,)"""
+        place = torch.arange(1, self.mask.shape[1] + 1)  # (T,)
+        return torch.where(self.mask, place, 0).amax(1)
 
     def score_all(self, batches: Sequence[MicroBatch], states: States) -> None:
         """Scores of all micro-batches, without a mask."""
@@ -132,7 +141,7 @@ class TokenSelector:
                 prefix=self.prefix,
             )
             self.seconds += time.perf_counter() - start
-        return unpad(self.mask[rows], self.lengths[rows]).to(states.device)
+        return unpad(self.mask[rows], micro.lengths.cpu()).to(states.device)
 
     def _score(self, micro: MicroBatch, states: Tensor) -> None:
         if states.is_cuda:  # or the forward still under way would be charged to the scores

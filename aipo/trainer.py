@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from aipo.metrics import Accuracy
 from aipo.progress import Progress
 from aipo.reporting import dump_batch, reduce_metrics, rollout_rows
 from aipo.rollout.collect import Collector
-from aipo.rollouts import MicroBatch, Rollouts, filler, micro_batches, pad, shared_prompt_batches, unpad
+from aipo.rollouts import MicroBatch, Rollouts, balanced, filler, micro_batches, pad, shared_prompt_batches, unpad
 from aipo.selection import TokenSelector
 from aipo.sharding import Sharded, learning_rate
 from aipo.signals import Signals, diagnostics, shape, token_signals
@@ -123,11 +122,12 @@ class Trainer:
             step, clock = self.step, Clock()
             kappa, prefix = self.curriculum.kappa(step), self.prefix_share()
 
-            draw = partial(self.sample_questions, step)
-            rollouts, metrics = self.generation.rollouts(step, draw, clock, prefix=prefix)
-            self.collector.engine.sleep()
+            rollouts, metrics = self.generation.rollouts(step, self.sample_questions, clock, prefix=prefix)
             metrics |= self.set_advantages(rollouts, clock)
+            rollouts = self.balance(rollouts)
             metrics |= self.update(rollouts, kappa, step, clock, prefix)
+            with clock("rollout"):
+                self.generation.wait()
             with clock("sync"):
                 self.collector.engine.sync(self.sharded.full_parameters())
 
@@ -175,6 +175,8 @@ class Trainer:
             selector.begin(rollouts, gold, kappa=kappa, prefix=prefix, step=step, ranking=ranking)
             selector.probe(every, self.states)
             old = self.old_log_probs(every, rollouts) if len(parts) > 1 else None  # (B, T)
+            if selector.decided:
+                parts = self.lay_out(rollouts, selector.ends)
         engine = rollouts.logp_engine  # (B, T)
         for part in parts:
             denominator = selected = 0.0
@@ -204,7 +206,7 @@ class Trainer:
                         ratio=config.loss.ratio,
                         max_length=config.rollout.max_tokens,
                         importance_weight=weight,
-                        lengths=micro.lengths,
+                        lengths=rollouts.lengths[micro.rows.cpu()],
                         kl_weight=self.kl_weight(micro, signals),
                         entropy=self.grid(micro, mask, out["entropy"]) if config.loss.entropy_weight else None,
                         entropy_weight=config.loss.entropy_weight,
@@ -278,18 +280,31 @@ class Trainer:
             rollouts.used = ~constant_groups(rewards.reshape(-1, n)).repeat_interleave(n)
         return {"trained_reward": float(rewards.sum())}
 
-    def lay_out(self, rollouts: Rollouts) -> list[list[MicroBatch]]:
-        """Micro-batches of each optimizer step, equally many on every rank."""
+    def balance(self, rollouts: Rollouts) -> Rollouts:
+        """As much to read on every rank. Several updates a batch take the questions as they were drawn."""
+        optim = self.config.optim
+        return rollouts if optim.updates_per_batch > 1 else balanced(rollouts, share_prompts=optim.share_prompts)
+
+    def lay_out(self, rollouts: Rollouts, ends: Tensor | None = None) -> list[list[MicroBatch]]:
+        """Micro-batches of each optimizer step, equally many on every rank.
+
+        Args:
+            ends: (B,) tokens of each rollout that are laid out; None is all. What lies behind the last selected token
+                reaches neither loss nor gradient. A rollout that ends at 0 keeps its row, since averages count it.
+        """
         questions, updates, n = len(rollouts.problems), self.config.optim.updates_per_batch, rollouts.group_size
+        ends = rollouts.lengths if ends is None else ends
         parts = []
         for part_number in range(updates):
             start, end = (n * (bound * questions // updates) for bound in (part_number, part_number + 1))
-            rows = torch.arange(start, end)[rollouts.used[start:end]]
+            used = torch.arange(start, end)[rollouts.used[start:end]]
+            rows, empty = used[ends[used] > 0], used[ends[used] == 0]
             prompts = [rollouts.prompts[row // n] for row in rows.tolist()]
-            completions = [rollouts.completions[row].token_ids for row in rows.tolist()]
+            completions = [rollouts.completions[row].token_ids[: ends[row]] for row in rows.tolist()]
             part = self.batches(prompts, completions)
             for micro in part:
                 micro.rows = rows.to(micro.rows.device)[micro.rows]
+            part[0] = part[0].with_empty(empty)
             parts.append(part)
         return parts
 
@@ -345,16 +360,15 @@ class Trainer:
     def token_advantages(self, micro: MicroBatch, rollouts: Rollouts) -> Tensor:
         """(b,), or (b, t) where they differ by token."""
         rows, advantage = micro.rows.cpu(), self.config.advantage
-        width = max(int(micro.lengths.max()), 1) if len(rows) else 1
         if rollouts.token_advantages is not None:
-            return rollouts.token_advantages[rows, :width].to(self.device)
-        return blend(
-            rollouts.advantages[rows],
-            self.selector.scores[rows, :width].nan_to_num(0.0),
-            rollouts.lengths[rows],
-            how=advantage.mi_blend,
-            weight=advantage.mi_weight,
-        ).to(self.device)
+            shaped = rollouts.token_advantages[rows]  # (b, T)
+        else:
+            scores, lengths = self.selector.scores[rows].nan_to_num(0.0), rollouts.lengths[rows]  # (b, T), (b,)
+            shaped = blend(
+                rollouts.advantages[rows], scores, lengths, how=advantage.mi_blend, weight=advantage.mi_weight
+            )  # (b,) or (b, T)
+        width = max(int(micro.lengths.max()), 1) if len(rows) else 1
+        return (shaped if shaped.dim() == 1 else shaped[:, :width]).to(self.device)
 
     def kl_weight(self, micro: MicroBatch, signals: dict[str, Tensor]) -> Tensor | None:
         """(b, t) weight of each token's KL; None where all weigh the same."""
@@ -482,6 +496,7 @@ class Trainer:
             "before": vars(self.before) if self.before else None,
             "accuracy": vars(self.accuracy) if self.accuracy else None,
             "newest_peaks": self.newest_peaks,
+            "generation": self.generation.state_dict(),
             "curriculum": self.curriculum.state_dict(),
             "selector": self.selector.state_dict(),
             "tracker": self.tracker.state_dict(),
@@ -493,6 +508,7 @@ class Trainer:
         self.before = Accuracy(**state["before"]) if state["before"] else None
         self.accuracy = Accuracy(**state["accuracy"]) if state["accuracy"] else None
         self.newest_peaks = state["newest_peaks"]
+        self.generation.load_state_dict(state["generation"], self.problems)
         self.curriculum.load_state_dict(state["curriculum"])
         self.selector.load_state_dict(state["selector"])
         self.tracker.load_state_dict(state["tracker"])

@@ -303,6 +303,13 @@ def test_every_bad_value_is_named() -> None:
         (["branch.enabled=true", "branch.base=8"], "leaves no branch among"),
         (["branch.enabled=true", "branch.total=6"], "branch.total must not be below"),
         (["branch.enabled=true", "branch.latent=norm_kv"], "needs rollout.engine: hf"),
+        (["rollout.async_depth=1", "dynamic.enabled=true"], "dynamic.enabled draws with"),
+        (["rollout.async_depth=1", "branch.enabled=true"], "branch.enabled draws with"),
+        (
+            ["rollout.async_depth=1", "reward.rule=continuations", "mask.rule=prefix"],
+            "reward.rule: continuations draws with",
+        ),
+        (["rollout.async_depth=1", "rollout.importance_correction=none"], "trains on rollouts of older weights"),
     ],
 )
 def test_values_that_contradict_each_other(overrides: list[str], expected: str) -> None:

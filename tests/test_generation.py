@@ -41,6 +41,12 @@ class Scripted:
         self.prompter, self.right = prompter, right
         self.seen: list[Request] = []
         self.tokens = 0
+        self.naps = 0
+        self.free = threading.Event()  # cleared: an answer has to wait
+        self.free.set()
+
+    def sleep(self) -> None:
+        self.naps += 1
 
     def generate(
         self,
@@ -49,6 +55,7 @@ class Scripted:
         *,
         on_done: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
+        assert self.free.wait(60)
         self.seen += requests
         done = []
         for i, request in enumerate(requests):
@@ -96,7 +103,7 @@ class Questions:
     def __init__(self, rank: int = 0, world: int = 1) -> None:
         self.rank, self.world, self.next = rank, world, 0
 
-    def __call__(self, count: int) -> list[Problem]:
+    def __call__(self, step: int, count: int) -> list[Problem]:
         drawn = range(self.next, self.next + count)
         self.next += count
         return problems(drawn[self.rank :: self.world])
@@ -189,7 +196,7 @@ def test_continuations_are_counted(prompter: Prompter) -> None:
 
     overrides = ["dynamic.enabled=false", "reward.rule=continuations", "mask.rule=prefix", "reward.continuations=4"]
     made = generation(prompter, right, config(*overrides))
-    rollouts, _ = made.rollouts(0, lambda count: problems([7, 8]), clock, prefix=0.35)
+    rollouts, _ = made.rollouts(0, lambda step, count: problems([7, 8]), clock, prefix=0.35)
     assert rollouts.correct.tolist() == [True, False, False, False] * 2
     assert rollouts.rewards.tolist() == [3.0, 2.0, 2.0, 2.0] * 2
     engine: Any = made.collector.engine
@@ -206,7 +213,7 @@ def test_continuations_are_counted(prompter: Prompter) -> None:
 def test_branches_fill_a_question_up(prompter: Prompter) -> None:
     overrides = ["dynamic.enabled=false", "branch.enabled=true", "branch.base=2"]
     made = generation(prompter, lambda number, place: place % 2 == 0, config(*overrides))
-    rollouts, metrics = made.rollouts(0, lambda count: problems([7, 8]), clock, prefix=1.0)
+    rollouts, metrics = made.rollouts(0, lambda step, count: problems([7, 8]), clock, prefix=1.0)
     assert (rollouts.group_size, len(rollouts.completions)) == (N, 2 * N)
     engine: Any = made.collector.engine
     assert int(rollouts.lengths.sum()) + rollouts.extra_tokens == engine.tokens  # beginnings are generated once
@@ -226,7 +233,7 @@ def test_branches_fill_a_question_up(prompter: Prompter) -> None:
 def test_the_filter_keeps_the_quota(prompter: Prompter) -> None:
     overrides = ["dynamic.enabled=false", "branch.enabled=true", "branch.base=2", "branch.total=6", "branch.beta=0"]
     made = generation(prompter, lambda number, place: place % 2 == 0, config(*overrides))
-    rollouts, _ = made.rollouts(0, lambda count: problems([7]), clock, prefix=1.0)
+    rollouts, _ = made.rollouts(0, lambda step, count: problems([7]), clock, prefix=1.0)
     engine: Any = made.collector.engine
     assert len(engine.seen) == 6
     assert (rollouts.group_size, len(rollouts.rewards)) == (N, N)
@@ -267,7 +274,88 @@ def test_questions_of_a_batch_and_joining() -> None:
 def test_empty_share(tmp_path: Path, prompter: Prompter) -> None:
     overrides = ["dynamic.enabled=false", "reward.rule=continuations", "mask.rule=prefix"]
     rollouts, metrics = generation(prompter, varies_from(0), config(*overrides)).rollouts(
-        0, lambda count: [], clock, prefix=0.2
+        0, lambda step, count: [], clock, prefix=0.2
     )
     assert len(rollouts.rewards) == 0
     assert metrics == {}
+
+
+# --- one batch ahead ----------------------------------------------------------------------------------------------
+
+AHEAD = ["dynamic.enabled=false", "rollout.async_depth=1", "optim.steps=3"]
+
+
+def test_the_next_batch_is_drawn_beside_the_update(prompter: Prompter) -> None:
+    questions = Questions()
+    made = generation(prompter, varies_from(0), config(*AHEAD))
+    plain = generation(prompter, varies_from(0), config("dynamic.enabled=false", "optim.steps=3"))
+    engine: Any = made.collector.engine
+    batches = []
+    for step in range(3):
+        batches.append(made.rollouts(step, questions, clock, prefix=1.0))
+        engine.free.clear()  # whatever is being drawn now does not keep this step from going on
+        assert len(engine.seen) <= 4 * N * (step + 2)
+        engine.free.set()
+        made.wait()
+    assert len(engine.seen) == 3 * 4 * N  # nothing after the last step
+    assert engine.naps == 0
+    made.close()
+    draw = Questions()
+    for step, (rollouts, metrics) in enumerate(batches):
+        expected, means = plain.rollouts(step, draw, clock, prefix=1.0)
+        assert rollouts.problems == expected.problems
+        assert rollouts.completions == expected.completions
+        assert torch.equal(rollouts.rewards, expected.rewards)
+        assert metrics.keys() == means.keys()
+    asleep: Any = plain.collector.engine
+    assert asleep.naps == 3
+    assert [request.seed for request in asleep.seen] == [request.seed for request in engine.seen]
+
+
+def test_an_update_does_not_wait_for_the_next_batch(prompter: Prompter) -> None:
+    made = generation(prompter, varies_from(0), config(*AHEAD))
+    engine: Any = made.collector.engine
+    questions = Questions()
+    made.rollouts(0, questions, clock, prefix=1.0)
+    made.wait()
+    engine.free.clear()
+    rollouts, _ = made.rollouts(1, questions, clock, prefix=1.0)  # returns although the engine is stuck
+    assert [problem.id for problem in rollouts.problems] == ["q4", "q5", "q6", "q7"]
+    assert len(engine.seen) == 2 * 4 * N
+    engine.free.set()
+    made.wait()
+    assert len(engine.seen) == 3 * 4 * N
+    made.close()
+
+
+def test_a_batch_that_waits_survives_a_checkpoint(prompter: Prompter, tmp_path: Path) -> None:
+    made = generation(prompter, varies_from(0), config(*AHEAD))
+    made.rollouts(0, Questions(), clock, prefix=1.0)
+    torch.save(made.state_dict(), tmp_path / "state.pt")
+    known = {problem.id: problem for problem in problems(range(20))}
+    again = generation(prompter, varies_from(0), config(*AHEAD))
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), known)
+    rollouts, metrics = again.rollouts(1, lambda step, count: problems(range(8, 12)), clock, prefix=1.0)
+    expected, means = made.rollouts(1, lambda step, count: problems(range(8, 12)), clock, prefix=1.0)
+    assert rollouts.state_dict().keys() == expected.state_dict().keys()
+    for key, value in expected.state_dict().items():
+        other = rollouts.state_dict()[key]
+        assert torch.equal(value, other) if isinstance(value, Tensor) else value == other, key
+    assert metrics == means
+    for each in (made, again):
+        each.wait()
+        each.close()
+    empty = generation(prompter, varies_from(0), config("dynamic.enabled=false"))
+    assert empty.state_dict() == {}
+
+
+def test_what_goes_wrong_beside_the_update_is_not_lost(prompter: Prompter) -> None:
+    made = generation(prompter, varies_from(0), config(*AHEAD))
+
+    def broken(step: int, count: int) -> list[Problem]:
+        return problems([0]) if step == 0 else [Problem("x", "no such question", "1")]
+
+    made.rollouts(0, broken, clock, prefix=1.0)
+    with pytest.raises(ValueError, match="invalid literal"):
+        made.wait()
+    made.close()

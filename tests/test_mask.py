@@ -75,7 +75,7 @@ ALL_RULES = [
 ]
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(rows=completions, filler=st.sampled_from([NAN, INF, -INF, -7.0, 0.0]))
 @pytest.mark.parametrize("options", ALL_RULES, ids=lambda o: "-".join(o.values()))
 def test_padding_never_matters(options, rows, filler):
@@ -86,7 +86,7 @@ def test_padding_never_matters(options, rows, filler):
     assert not (mask & (torch.arange(scores.shape[1]) >= lengths[:, None])).any()
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(rows=completions, data=st.data())
 @pytest.mark.parametrize("options", [o for o in ALL_RULES if o["scope"] != "group"], ids=lambda o: "-".join(o.values()))
 def test_order_of_rollouts_does_not_matter(options, rows, data):

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from aipo.datasets import Problem
 from aipo.rollout import Completion
-from aipo.rollouts import MicroBatch, Rollouts, filler, micro_batches, pad, shared_prompt_batches, token_grid, unpad
+from aipo.rollouts import (
+    MicroBatch,
+    Rollouts,
+    deal,
+    filler,
+    micro_batches,
+    pad,
+    shared_prompt_batches,
+    token_grid,
+    unpad,
+)
 
 lengths_lists = st.lists(st.integers(0, 6), max_size=6)
 sequences = st.lists(
@@ -144,6 +154,7 @@ ROWS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(ROWS, st.integers(1, 40))
 def test_shared_prompts(rows: list[tuple[list[int], list[int]]], budget: int) -> None:
     """Each token sees exactly the tokens before it in its own sequence, at their own positions."""
@@ -186,3 +197,66 @@ def test_filler_holds_nothing_to_learn() -> None:
     assert micro.input_ids.numel() == 1
     assert len(micro.rows) == len(micro.lengths) == len(micro.targets) == len(micro.predictors) == 0
     assert micro.predictors.dtype == micro.targets.dtype == torch.long  # they index
+
+
+def test_a_row_without_tokens_changes_no_token() -> None:
+    (micro,) = micro_batches([[5, 6]], [[7, 8, 9]], budget=10, packing=False)
+    more = micro.with_empty(torch.tensor([4, 2]))
+    assert more.rows.tolist() == [0, 4, 2]
+    assert more.lengths.tolist() == [3, 0, 0]
+    assert torch.equal(more.predictors, micro.predictors)
+    assert pad(more.targets, more.lengths).tolist() == [[7, 8, 9], [0, 0, 0], [0, 0, 0]]
+
+
+# --- shares of the ranks ------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 6))
+def test_deal(loads: list[int], ranks: int) -> None:
+    shares = deal(loads, ranks)
+    assert sorted(item for share in shares for item in share) == list(range(len(loads)))
+    assert all(share == sorted(share) for share in shares)
+    heaviest = max(loads, default=0)
+    assert all(sum(loads[item] for item in share) <= sum(loads) / ranks + heaviest for share in shares)
+    assert deal(loads, ranks) == shares  # every rank works it out for itself
+
+
+def test_deal_by_hand() -> None:
+    assert deal([9, 1, 1, 7, 2], 2) == [[0, 1], [2, 3, 4]]
+    assert deal([0, 0, 0], 2) == [[0, 2], [1]]  # what costs nothing is spread too
+
+
+def batch() -> Rollouts:
+    return Rollouts(
+        problems=[Problem(str(q), f"q{q}", "a") for q in range(3)],
+        prompts=[[1] * 10, [2] * 20, [3] * 30],
+        completions=[
+            Completion([row] * length, [-1.0] * length, "stop") for row, length in enumerate([1, 2, 3, 4, 5, 6])
+        ],
+        group_size=2,
+        ids=torch.arange(6),
+        rewards=torch.arange(6.0),
+        correct=torch.arange(6) > 2,
+        texts=list("abcdef"),
+        advantages=-torch.arange(6.0),
+        used=torch.tensor([True, True, True, False, False, False]),
+        extra_tokens=5,
+    )
+
+
+def test_questions_that_parted_come_together_again() -> None:
+    whole = batch()
+    again = Rollouts.joined([whole.questions([2]), whole.questions([]), whole.questions([0, 1])])
+    sorted_again = again.questions([1, 2, 0])
+    for name, value in vars(whole).items():
+        other = getattr(sorted_again, name)
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, other), name
+        elif name != "extra_tokens":  # of a draw, not of a question
+            assert value == other, name
+
+
+def test_loads() -> None:
+    assert batch().loads(share_prompts=False) == [10 + 1 + 10 + 2, 20 + 3, 0]
+    assert batch().loads(share_prompts=True) == [10 + 1 + 2, 20 + 3, 0]

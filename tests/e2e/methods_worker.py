@@ -1,4 +1,4 @@
-"""Two steps of every method in one process, on one vLLM engine: methods_worker.py MODEL DATA RUNS [METHOD ...]"""
+"""Two steps of every method on one vLLM engine: methods_worker.py MODEL DATA RUNS [METHOD[+key=value...] ...]"""
 
 import os
 import sys
@@ -29,8 +29,9 @@ runs.make_engine_itself, runs.make_engine = runs.make_engine, shared_engine  # t
 
 
 def main(model: str, data: str, folder: str, methods: list[str]) -> None:
-    for method in methods:
-        fixed = {"model.path": model, "data.train": data, "data.validation": data, "runs": folder, "name": method}
+    for name in methods:
+        method, *more = name.split("+")
+        fixed = {"model.path": model, "data.train": data, "data.validation": data, "runs": folder, "name": name}
         fixed |= {"optim.steps": "2", "validation.every": "2", "checkpoint.every": "2", "rollout.check_sync": "false"}
         # a random model is seldom right: lengths make rewards differ
         fixed |= {
@@ -39,8 +40,8 @@ def main(model: str, data: str, folder: str, methods: list[str]) -> None:
             "dynamic.by": "reward",
             "reward.overlong_buffer": "15",
         }
-        config = load_config("tiny.yaml", [f"{k}={v}" for k, v in fixed.items()], method=method)
-        print(f"== {method}", flush=True)
+        config = load_config("tiny.yaml", [*(f"{k}={v}" for k, v in fixed.items()), *more], method=method)
+        print(f"== {name}", flush=True)
         assert runs.run(config, device=device)
     ENGINE[0].shut()
     distributed.stop()

@@ -21,6 +21,7 @@ from tests.tiny import make_tiny
 pytestmark = pytest.mark.e2e
 
 METHODS = sorted(path.stem for path in (CONFIG_FOLDER / "methods").glob("*.yaml"))
+AHEAD, QUADRANT = "aipo+rollout.async_depth=1", "dapo_ft+mask.rule=quadrant"
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +47,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     environment = os.environ | {"AIPO_CACHE": str(tmp_path_factory.mktemp("cache"))}
-    command = [sys.executable, "tests/e2e/methods_worker.py", str(model), str(data), str(folder), *METHODS]
+    command = [sys.executable, "tests/e2e/methods_worker.py", str(model), str(data), str(folder)]
+    command += [*METHODS, AHEAD, QUADRANT]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, AHEAD, QUADRANT])
 def test_a_method_trains(method: str, runs: Path, model: Path) -> None:
     lines = metrics(runs / method)
     assert [line["step"] for line in lines] == [0, 1, 2]
@@ -68,6 +70,13 @@ def test_a_method_trains(method: str, runs: Path, model: Path) -> None:
     moved = [name for name, p in final.named_parameters() if not torch.equal(p, initial.get_parameter(name))]
     assert len(moved) > 5
     assert {name for name, _ in final.named_parameters()} == {name for name, _ in initial.named_parameters()}
+
+
+def test_a_batch_drawn_ahead_is_one_update_old(runs: Path) -> None:
+    on_policy, ahead = metrics(runs / "aipo"), metrics(runs / AHEAD)
+    same = [key for key in on_policy[1] if not key.startswith(("time/", "speed/", "curriculum/"))]
+    assert {key: ahead[1][key] for key in same} == {key: on_policy[1][key] for key in same}  # nothing was updated yet
+    assert ahead[2]["mismatch/gap"] > 2 * on_policy[2]["mismatch/gap"]
 
 
 def last(runs: Path, method: str) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         assert float((a[name] - tensor).abs().max()) <= TOLERANCE * largest, name
 
 
-LAYOUTS = ["one by one", "two by two", "four by four", "packed", "shared prompts", "checkpointed"]
+LAYOUTS = ["one by one", "two by two", "four by four", "packed", "shared prompts", "balanced", "checkpointed"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -80,7 +80,7 @@ def test_rules_differ(results: dict[int, dict[str, Any]]) -> None:
 
 
 def test_metrics_are_global(results: dict[int, dict[str, Any]]) -> None:
-    for variant, (_, one) in ((k, v) for k, v in results[1].items() if k != "full disk"):
+    for variant, (_, one) in ((k, v) for k, v in results[1].items() if isinstance(v, tuple)):
         two = results[2][variant][1]
         assert two["rollout/questions"] == one["rollout/questions"] == 6
         assert one["rollout/tokens"] > 50
@@ -88,6 +88,11 @@ def test_metrics_are_global(results: dict[int, dict[str, Any]]) -> None:
         for key in ("mask/otf", "rollout/tokens", "loss/total", "policy/entropy", "mi/mean", "mi/skew", "mismatch/kl"):
             assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), (variant, key)
         assert two["policy/grad_norm"] == pytest.approx(one["policy/grad_norm"], rel=1e-4), variant
+
+
+def test_questions_are_dealt_out_by_their_tokens(results: dict[int, dict[str, Any]]) -> None:
+    assert results[1]["questions of a rank"] == [6]
+    assert results[2]["questions of a rank"] == [3, 3]  # the batch came as five and one
 
 
 def test_full_disk_is_said(results: dict[int, dict[str, Any]]) -> None:

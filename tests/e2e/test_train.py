@@ -153,6 +153,23 @@ def test_killed_at_any_moment_and_resumed(
     assert "labelling" not in printed
 
 
+def test_killed_between_a_batch_and_its_step(model: Path, data: Path, tmp_path: Path) -> None:
+    """With a batch drawn ahead, a checkpoint holds it: the resumed run trains on the same rollouts."""
+    ahead = ["rollout.async_depth=1", "optim.steps=6", "curriculum.refresh_every=null"]
+    train(*arguments(model, data, tmp_path, "whole", *ahead))
+    started = [*command(*arguments(model, data, tmp_path, "killed", *ahead)), "--resume", "auto"]
+    process = subprocess.Popen(
+        started, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    wait_for(lambda: reached(tmp_path / "killed", 3), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert "resumed after step" in train(*started[3:])
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    for file in (tmp_path / "killed" / "final").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "whole" / "final" / file.name).read_bytes()
+
+
 def test_resuming_another_run_is_refused(undisturbed: tuple[Path, str], model: Path, data: Path) -> None:
     runs = undisturbed[0].parent
     printed = train(

@@ -41,6 +41,7 @@ VARIANTS = {
     "zero 3, four by four": ["optim.micro_tokens=200"],
     "zero 3, packed": ["optim.micro_tokens=150", "optim.packing=true"],
     "zero 3, shared prompts": ["optim.micro_tokens=100", "optim.share_prompts=true"],
+    "zero 3, balanced": ["optim.micro_tokens=100"],
     "zero 3, checkpointed": ["model.gradient_checkpointing=true"],
     "zero 2": ["sharding.zero_stage=2"],
     "zero 1": ["sharding.zero_stage=1"],
@@ -136,10 +137,13 @@ def main() -> None:
     for name, overrides in VARIANTS.items():
         trainer = make_trainer(config_of(overrides), prompter)
         rollouts = fixed_batch(prompter)
+        rollouts.rewards, rollouts.correct = torch.zeros(len(rollouts.ids)), torch.zeros(len(rollouts.ids))
+        if name == "zero 3, balanced":
+            rollouts = trainer.balance(rollouts)
+            result["questions of a rank"] = [len(part) for part in distributed.gather_objects(rollouts.problems)]
         clock = Clock()
         local = trainer.update(rollouts, kappa=0.3, step=0, clock=clock)
         trainer.step = 1
-        rollouts.rewards = torch.zeros(len(rollouts.ids))
         logged = reduce_metrics(rollouts, local, clock.seconds)
         result[name] = (
             gradient(trainer.sharded),

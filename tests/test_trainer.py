@@ -1,0 +1,150 @@
+"""One update of the trainer against the objective written out on whole sequences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+from aipo.config import Config, load_config
+from aipo.datasets import Problem
+from aipo.loss import policy_loss
+from aipo.prompts import Prompter
+from aipo.rollout.base import Completion
+from aipo.rollouts import Rollouts, pad
+from aipo.run import make_policy
+from aipo.selection import TokenSelector
+from aipo.sharding import shard
+from aipo.trainer import Clock, Trainer
+from tests.tiny import make_tiny
+
+LENGTHS = [9, 14, 1, 6, 11, 3, 8, 12]  # of 4 questions x 2 rollouts
+MAX_TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("model"), scale=0.1)
+
+
+def config_of(model: Path, *overrides: str) -> Config:
+    usual = [f"model.path={model}", "model.dtype=float32", "sharding.zero_stage=0", "rollout.samples_per_question=2"]
+    usual += ["rollout.questions_per_step=4", f"rollout.max_tokens={MAX_TOKENS}", "loss.kl_beta=0"]
+    usual += [
+        "optim.micro_tokens=60",
+        "optim.max_grad_norm=1e9",
+        "reward.overlong_buffer=1",
+        "curriculum.enabled=false",
+    ]
+    return load_config("tiny.yaml", [*usual, *overrides])
+
+
+def made(config: Config, model: Path) -> tuple[Trainer, Rollouts]:
+    draw = torch.Generator().manual_seed(1)
+    prompter = Prompter(
+        AutoTokenizer.from_pretrained(model),
+        system=None,
+        examples=[],
+        suffix=None,
+        thinking=False,
+        max_prompt_tokens=192,
+    )
+    problems = [Problem(str(q), f"{q} + {q} =", str(2 * q)) for q in range(4)]
+    completions = [
+        Completion(torch.randint(10, 300, (n,), generator=draw).tolist(), [-1.0] * n, "length") for n in LENGTHS
+    ]
+    rollouts = Rollouts(
+        problems=problems,
+        prompts=[prompter.encode(problem.question) for problem in problems],
+        completions=completions,
+        group_size=2,
+        ids=torch.arange(8),
+        texts=[""] * 8,
+        advantages=torch.randn(8, generator=draw),
+        used=torch.tensor([True] * 5 + [False] + [True] * 2),
+    )
+    trainer = Trainer(
+        config,
+        problems=[],
+        held_out=[],
+        collector=SimpleNamespace(prompter=prompter),  # type: ignore[arg-type]
+        sharded=shard(make_policy(config, str(model)), config, torch.device("cpu")),
+        reference=None,
+        selector=TokenSelector(config),
+        curriculum=None,  # type: ignore[arg-type]
+        store=None,  # type: ignore[arg-type]
+        tracker=None,  # type: ignore[arg-type]
+        progress=None,  # type: ignore[arg-type]
+        device=torch.device("cpu"),
+        identity={},
+    )
+    return trainer, rollouts
+
+
+def whole_sequences(config: Config, model: Path, rollouts: Rollouts, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradient of the loss on all tokens of all used rollouts, one forward pass each, all logits."""
+    reference = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32)
+    rows = torch.nonzero(rollouts.used)[:, 0].tolist()
+    flat = []
+    for row in rows:
+        prompt, completion = rollouts.prompts[row // 2], rollouts.completions[row].token_ids
+        logits = reference(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]  # (T, V)
+        logp = (logits / config.rollout.temperature).log_softmax(-1)  # (T, V)
+        flat.append(logp.gather(1, torch.tensor(completion)[:, None])[:, 0])
+    lengths = rollouts.lengths[rows]
+    logp = pad(torch.cat(flat), lengths)  # (b, T)
+    loss, _ = policy_loss(
+        logp,
+        logp.detach(),
+        rollouts.advantages[rows],
+        mask[rows][:, : logp.shape[1]],
+        aggregation=config.loss.aggregation,
+        max_length=MAX_TOKENS,
+        lengths=lengths,
+    )
+    loss.backward()
+    return {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
+
+
+RULES = {
+    "prefix": ["mask.rule=prefix", "mask.prefix_start=0.3"],
+    "prefix, shared prompts": ["mask.rule=prefix", "mask.prefix_start=0.3", "optim.share_prompts=true"],
+    "random": ["mask.rule=random", "mask.fraction=0.1"],
+    "probe": ["mask.scope=batch", "mask.kappa_start=2.0"],
+    "entropy": ["mask.rule=top_fraction", "mask.score=entropy", "mask.scope=batch", "mask.fraction=0.1"],
+}
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token", "constant", "all_tokens"])
+@pytest.mark.parametrize("rule", RULES)
+def test_what_lies_behind_the_last_selected_token_changes_nothing(model: Path, rule: str, aggregation: str) -> None:
+    overrides = [f"loss.aggregation={aggregation}", "rollout.importance_correction=none"]
+    config = config_of(model, *RULES[rule], *overrides)
+    trainer, rollouts = made(config, model)
+    read = []
+    forward = trainer.sharded.forward
+    trainer.sharded.forward = lambda micro, *a, **k: read.append((len(a), micro.lengths)) or forward(micro, *a, **k)  # type: ignore[func-returns-value, method-assign]
+    before = {name: p.detach().clone() for name, p in trainer.sharded.names()}
+    trainer.update(rollouts, kappa=2.0, step=0, clock=Clock(), prefix=0.3)
+
+    trained = torch.cat([lengths for selecting, lengths in read if selecting])
+    assert len(trained) == 7  # every used rollout, even if nothing of it is read
+    assert int(trained.sum()) < sum(LENGTHS) - LENGTHS[5]  # or nothing was left out
+    if rule == "probe":
+        assert 0 in trained.tolist()
+    expected = whole_sequences(config, model, rollouts, trainer.selector.mask)
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for name, parameter in trainer.sharded.names():
+        moment = trainer.sharded.optimizer.state[parameter]["exp_avg"]  # type: ignore[attr-defined]
+        found = moment / (1 - config.optim.betas[0])
+        assert float((found - expected[name]).abs().max()) < 2e-5 * largest, name
+        assert not torch.equal(parameter, before[name])
+
+
+def test_a_mask_that_needs_the_states_is_decided_in_the_forward_that_is_trained(model: Path) -> None:
+    trainer, rollouts = made(config_of(model), model)
+    trainer.update(rollouts, kappa=0.3, step=0, clock=Clock())
+    assert not trainer.selector.decided
