@@ -46,7 +46,16 @@ from aipo.tracking import Tracker, peak_memory_bytes, prepare_run_folder, read_j
 from aipo.trainer import Trainer
 
 # what may differ between a checkpoint and the run that goes on from it: nothing of it changes what is computed
-MAY_CHANGE = ("name", "runs", "tracking", "checkpoint", "guards", "reward.workers", "rollout.check_sync")
+MAY_CHANGE = (
+    "name",
+    "runs",
+    "tracking",
+    "checkpoint",
+    "guards",
+    "reward.workers",
+    "rollout.check_sync",
+    "rollout.server_url",
+)
 LABEL_BLOCK = 64  # questions a rank labels between two savings
 
 
@@ -251,15 +260,20 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
     """Engine first, as long as its GPU is empty, then policy, optimizer, reference and the stages around them."""
     rank = distributed.rank()
     rollout, reward = config.rollout, config.reward
-    options: dict[str, Any] = {"dtype": config.model.dtype, "seed": config.seed + rank, "load_weights": False}
-    if rollout.engine == "vllm":
-        options |= {
-            "gpu_memory_utilization": rollout.gpu_memory_utilization,
-            "kv_cache_gb": None if device.type == "cuda" else rollout.kv_cache_gb,
-        }
-    progress.say(f"building the rollout engine ({rollout.engine}) and the policy")
+    options: dict[str, Any] = {"dtype": config.model.dtype}
+    if rollout.mode == "server":
+        urls = [rollout.server_url] if isinstance(rollout.server_url, str) else rollout.server_url
+        options |= {"urls": urls, "name": config.model.path}
+    else:
+        options |= {"seed": config.seed + rank, "load_weights": False}
+        if rollout.engine == "vllm":
+            options |= {
+                "gpu_memory_utilization": rollout.gpu_memory_utilization,
+                "kv_cache_gb": None if device.type == "cuda" else rollout.kv_cache_gb,
+            }
+    progress.say(f"building the rollout engine ({rollout.engine}, {rollout.mode}) and the policy")
     engine = make_engine(
-        rollout.engine,
+        "server" if rollout.mode == "server" else rollout.engine,
         inputs.model_path,
         max_model_len=config.data.max_prompt_tokens + rollout.max_tokens,
         end_token_ids=sorted(inputs.prompter.end_ids),

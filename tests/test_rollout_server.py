@@ -1,0 +1,164 @@
+"""The parts of the server engine that need no vLLM server; tests/e2e/test_rollout_server.py has the rest."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aipo.config import load_config
+from aipo.errors import TrainingError, UserError
+from aipo.rollout.server import (
+    ask,
+    background,
+    buckets,
+    check_server,
+    finish,
+    own_address,
+    parse_completion,
+    serve_arguments,
+)
+
+NAME = "owner/model"
+
+
+@pytest.fixture
+def answers() -> dict[str, object]:
+    """What a server started for a context of 100 says, by path."""
+    settings = {
+        "model_config": {"max_model_len": 100, "logprobs_mode": "processed_logprobs"},
+        "weight_transfer_config": {"backend": "gloo"},
+    }
+    vllm = pytest.importorskip("vllm")
+    return {
+        "/version": {"version": vllm.__version__},
+        "/v1/models": {"data": [{"id": "alias", "root": NAME}]},
+        "/server_info?config_format=json": {"vllm_config": settings},
+        "/inference/v1/generate": 400,
+    }
+
+
+@pytest.fixture
+def url(answers) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer = answers.get(self.path, 404)
+            self.send_response(answer if isinstance(answer, int) else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_fit_server_is_accepted(url):
+    assert check_server(url, (NAME,), max_model_len=100) == "gloo"
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "words"),
+    [
+        ("/version", {"version": "0.1.0"}, r"runs vLLM 0\.1\.0, the trainer .*install the same"),
+        ("/v1/models", {"data": [{"id": "x/y", "root": "x/y"}]}, f"serves x/y, not {NAME}"),
+        ("/version", 404, "no vLLM server answers"),
+        ("/server_info?config_format=json", 404, "without VLLM_SERVER_DEV_MODE=1"),
+        ("max_model_len", 99, "reads 99 tokens, the run needs 100"),
+        ("logprobs_mode", "raw_logprobs", "raw_logprobs, not processed_logprobs"),
+        ("weight_transfer_config", None, "no --weight-transfer-config"),
+        ("weight_transfer_config", {"backend": "ipc"}, "no --weight-transfer-config of nccl or gloo"),
+        ("/inference/v1/generate", 403, "takes no token ids"),
+    ],
+)
+def test_an_unfit_server_is_refused_in_one_line(url, answers, path, answer, words):
+    settings = answers["/server_info?config_format=json"]["vllm_config"]
+    place = answers if path.startswith("/") else settings if path in settings else settings["model_config"]
+    place[path] = answer
+    with pytest.raises(UserError, match=words) as error:
+        check_server(url, (NAME,), max_model_len=100)
+    assert url in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_dead_server_and_a_refusal_say_what_to_do(url):
+    with pytest.raises(TrainingError, match=r"does not answer to pause .*--resume auto"):
+        ask("http://127.0.0.1:9", "pause")
+    with pytest.raises(TrainingError, match=r"answered 404 to nothing \(404\).*--resume auto"):
+        ask(url, "nothing")
+
+
+def test_own_address(url):
+    assert own_address([url, url]) == "127.0.0.1"
+
+
+def test_the_first_error_is_not_kept_waiting():
+    def fail() -> None:
+        raise RuntimeError("refused")
+
+    assert background(lambda x: x + 1, 2).result() == 3
+    never = threading.Event()
+    with pytest.raises(RuntimeError, match="refused"):
+        finish([background(never.wait), background(fail)])
+
+
+@given(st.lists(st.integers(0, 9)), st.integers(1, 12))
+def test_buckets_keep_order_and_size(sizes, limit):
+    stream = [(str(i), torch.empty(n, dtype=torch.uint8)) for i, n in enumerate(sizes)]
+    cut = list(buckets(iter(stream), limit))
+    assert [pair for bucket in cut for pair in bucket] == stream
+    assert all(len(bucket) == 1 or sum(t.nbytes for _, t in bucket) <= limit for bucket in cut)
+    for first, second in pairwise(cut):  # none that the next could have joined
+        assert sum(t.nbytes for _, t in first) + second[0][1].nbytes > limit
+
+
+def response(**choice: object) -> dict[str, object]:
+    content = [{"token_id": 7, "logprob": -0.5}, {"token_id": 2, "logprob": -1.25}]
+    usual = {"token_ids": [7, 2], "finish_reason": "stop", "logprobs": {"content": content}}
+    return {"choices": [usual | choice]}
+
+
+def test_parse_completion():
+    completion = parse_completion(response())
+    assert (completion.token_ids, completion.logprobs, completion.finish_reason) == ([7, 2], [-0.5, -1.25], "stop")
+    with pytest.raises(RuntimeError, match="abort"):
+        parse_completion(response(finish_reason="abort"))
+    with pytest.raises(RuntimeError, match="another number"):
+        parse_completion(response(token_ids=[7]))
+
+
+def test_serve_arguments():
+    config = load_config("tiny.yaml", ["model.path=owner/model"])
+    cpu = serve_arguments(config, "/folder", gpu=False)
+    gpu = serve_arguments(config, "/folder", gpu=True)
+    context = config.data.max_prompt_tokens + config.rollout.max_tokens
+    for arguments in (cpu, gpu):
+        assert "--model=/folder" in arguments
+        assert "--served-model-name=owner/model" in arguments
+        assert f"--max-model-len={context}" in arguments
+    assert '--weight-transfer-config={"backend": "gloo"}' in cpu
+    assert '--weight-transfer-config={"backend": "nccl"}' in gpu
+    assert not any("kv-cache" in argument or "eager" in argument for argument in gpu)
+
+
+def test_config_keys():
+    config = load_config(
+        "tiny.yaml", ["model.path=x/y", "rollout.mode=server", "rollout.server_url=[http://a, http://b]"]
+    )
+    assert config.rollout.server_url == ("http://a", "http://b")
+    with pytest.raises(UserError, match=r"rollout\.mode: server asks vLLM servers"):
+        load_config("tiny.yaml", ["model.path=x/y", "rollout.mode=server", "rollout.engine=hf"])
