@@ -19,6 +19,8 @@ samples (when centred), and NaN or infinite states.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
 from math import ceil, pi
 from typing import Literal
 
@@ -31,7 +33,11 @@ Estimator = Literal["coordinate", "pointwise", "position"]
 Normalize = Literal["none", "layernorm", "zscore"]
 
 CHUNK_ELEMENTS = 1 << 24  # size of the largest temporary: 64 MiB in fp32
+CACHE_ELEMENTS = 1 << 20  # the same where a CPU's cache should hold it
 RANK_TOLERANCE = 1e-14  # on eigenvalues, that is 1e-7 on singular values
+REACH = 3.0  # bandwidths within which a series stands for the cosines
+SERIES_TOLERANCE = 1e-8  # on its coefficients
+WEIGHT_TOLERANCE = 1e-10  # on a feature's share of the kernel
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,11 @@ class FourierFeatures:
             torch.cat([middle, pair, pair]),
         )
 
+    @cached_property
+    def expansion(self) -> Expansion:
+        """The same features, for p = 1, as sums over many scalars want them."""
+        return Expansion.of(self)
+
     def to(self, like: Tensor) -> FourierFeatures:
         """The same features on the device and in the dtype of ``like``."""
         return FourierFeatures(self.frequency.to(like), self.phase.to(like), self.amplitude.to(like))
@@ -95,6 +106,73 @@ class FourierFeatures:
     def __call__(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         """(..., p) -> (..., D)."""
         return self.amplitude * torch.cos((x / sigma) @ self.frequency + self.phase)
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """D features of scalars x, in bandwidths: phi(x) = series @ T(x / REACH), T being m Chebyshev polynomials.
+
+    Within REACH all cosines are smooth, and m of about 23 reproduces any D of them to the rounding of fp32: sums over
+    coordinates then cost m products each, not D cosines. The few coordinates of a model that lie beyond are taken as 0
+    by the series, and their phi(x) - phi(0) is added. Features of no weight (half of a quadrature rule) are left out.
+    """
+
+    frequency: Tensor  # (D,)
+    phase: Tensor  # (D,)
+    amplitude: Tensor  # (D,)
+    series: Tensor  # (D, m)
+
+    @classmethod
+    def of(cls, phi_of: FourierFeatures) -> Expansion:
+        weight = phi_of.amplitude.square()
+        kept = weight > WEIGHT_TOLERANCE * weight.sum()
+        frequency, phase, amplitude = phi_of.frequency[0, kept], phi_of.phase[kept], phi_of.amplitude[kept]
+        # A polynomial of degree K is fixed by its values at K Chebyshev nodes; the fastest cosine needs K > w REACH.
+        degrees = torch.arange(32.0 + 2 * ceil(float(frequency.abs().max()) * REACH)).to(frequency)  # (K,)
+        angle = (degrees + 0.5) * pi / len(degrees)  # (K,)
+        values = amplitude[:, None] * torch.cos(REACH * frequency[:, None] * angle.cos() + phase[:, None])  # (D, K)
+        series = values @ torch.cos(angle[:, None] * degrees) * (2 / len(degrees))  # (D, K)
+        series[:, 0] /= 2
+        size = series.norm(dim=0)
+        last = int((size > SERIES_TOLERANCE * size.max()).nonzero().max())
+        return cls(frequency, phase, amplitude, series[:, : last + 1] * alternating(last + 1).to(series))
+
+    def to(self, like: Tensor) -> Expansion:
+        return Expansion(*(part.to(like) for part in (self.frequency, self.phase, self.amplitude, self.series)))
+
+    def beyond(self, x: Tensor) -> Tensor:
+        """phi(x) - phi(0): (...) -> (D, ...)."""
+        frequency, phase, amplitude = (
+            part.view(-1, *[1] * x.dim()) for part in (self.frequency, self.phase, self.amplitude)
+        )
+        return torch.addcmul(phase, frequency, x).cos_().sub_(phase.cos()).mul_(amplitude)
+
+
+def alternating(count: int) -> Tensor:
+    """+ + - - + + ...: the signs with which :func:`chebyshev` returns the polynomials."""
+    return 1.0 - (torch.arange(count) // 2 % 2) * 2
+
+
+def chebyshev(x: Tensor, count: int) -> Tensor:
+    """T_0 ... T_{count-1} times their :func:`alternating` signs, for x in [-1, 1]: (...) -> (count, ...).
+
+    With these signs T_k = 2x T_{k-1} - T_{k-2} is one pass over the data: +-2x T_{k-1} + T_{k-2}.
+    """
+    basis = x.new_empty(count, *x.shape)
+    basis[0] = 1
+    basis[1:2] = x
+    for k in range(2, count):
+        torch.addcmul(basis[k - 2], x, basis[k - 1], value=2 if k % 2 else -2, out=basis[k])
+    return basis
+
+
+def near_and_far(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scalars in bandwidths (c, d) -> x / REACH where it is within [-1, 1], else 0 (c, d); the o coordinates that
+    some row has beyond (o,); and there x where it is beyond, else 0 (c, o). NaN is beyond."""
+    within = x.abs() <= REACH
+    columns = (~within).any(0).nonzero()[:, 0]
+    far = torch.where(within[:, columns], 0, x[:, columns])
+    return torch.where(within, x, 0) / REACH, columns, far
 
 
 def median_bandwidth(x: Tensor) -> Tensor:
@@ -170,43 +248,69 @@ def coordinate_scores(
 
     Equal to ``fast_hsic(hidden[t, :, None], gold[:, None], ...)`` for every t, except that "median" takes one
     bandwidth for all of ``hidden`` (a median for every token would cost more than the scores).
-    ``chunk`` tokens are held at a time; None takes as many as 64 MiB hold.
+    ``chunk`` tokens are held at a time; None takes as many as the cache of a CPU holds (4 MiB), or 64 MiB of a GPU.
+    Sums over coordinates go through an :class:`Expansion`: the time is linear in T and d, and hardly depends on D.
     """
     phi_of = FourierFeatures.draw(features, 1, num_features, seed)
-    return stream_coordinate_scores(hidden, gold, phi_of, sigma, center, chunk)
+    return factor_scores(hidden, gold_factor(gold, phi_of, sigma, center), phi_of, sigma, center, chunk)
 
 
-def stream_coordinate_scores(
-    hidden: Tensor, gold: Tensor, phi_of: FourierFeatures, sigma: Sigma, center: bool, chunk: int | None
+def gold_factor(gold: Tensor, phi_of: FourierFeatures, sigma: Sigma, center: bool) -> Tensor:
+    """F with F F^T = H Phi_y Phi_y^T H, that is || Phi_x^T H Phi_y || = || Phi_x^T F || for any x: (d,) -> fp32 (d, r).
+
+    r is the numerical rank, which is small (about 15) because the kernel is smooth. A gold state that cannot be
+    measured gives r = 0. In fp64, because the noise floor of fp32 cosines would hide how small the rank is.
+    """
+    if len(gold) < 2 or not gold.isfinite().all():
+        return gold.new_empty(len(gold), 0, dtype=torch.float32)
+    with torch.autocast(gold.device.type, enabled=False):
+        gold = gold.double()
+        phi = phi_of.expansion.to(gold)
+        near, columns, far = near_and_far((gold / _bandwidth(gold[:, None], sigma)).view(1, -1))
+        # Phi_y = A W^T, A (d, m + o) being the polynomials and an indicator of each coordinate beyond. W = Q R
+        # leaves A R^T, min(D, m + o) columns instead of D.
+        W = torch.cat([phi.series, phi.beyond(far[0])], 1)  # (D, m + o)
+        R = torch.linalg.qr(W, mode="r").R  # (min(D, m + o), m + o)
+        m = phi.series.shape[1]
+        factor = chebyshev(near[0], m).T @ R[:, :m].T  # (d, min(D, m + o))
+        factor[columns] += R[:, m:].T
+        factor = _centered(factor, center)
+        eigenvalue, vector = torch.linalg.eigh(factor.T @ factor)
+        return (factor @ vector[:, eigenvalue > RANK_TOLERANCE * eigenvalue[-1]]).float()
+
+
+def factor_scores(
+    hidden: Tensor, factor: Tensor, phi_of: FourierFeatures, sigma: Sigma, center: bool, chunk: int | None = None
 ) -> Tensor:
+    """|| Phi_x^T F ||_F^2 / (d - 1)^2 for every state x: hidden (T, d), F = gold_factor(...) (d, r) -> fp32 (T,)."""
     scores = hidden.new_zeros(len(hidden), dtype=torch.float32)
-    n = gold.shape[-1]
-    if n < 2 or not len(hidden):
+    d, r = factor.shape
+    if not r or not len(hidden):
         return scores
     with torch.autocast(hidden.device.type, enabled=False):
-        # Phi_y is the same for every token and of tiny numerical rank, the kernel being smooth. With H Phi_y = Q F^T
-        # truncated to its r directions, || Phi_x^T H Phi_y || = || Phi_x^T F ||: D r products a coordinate, not D^2.
-        # In fp64, because the noise floor of fp32 cosines would hide how small the rank is.
-        gold = gold.double()[:, None]
-        phi_y = _centered(phi_of.to(gold)(gold, _bandwidth(gold, sigma)), center)  # (d, D)
-        if not phi_y.isfinite().all():
-            return scores
-        eigenvalue, vector = torch.linalg.eigh(phi_y.T @ phi_y)
-        factor = (phi_y @ vector[:, eigenvalue > RANK_TOLERANCE * eigenvalue[-1]]).float()  # (d, r)
-
-        like = scores  # fp32 on the right device
-        frequency = (phi_of.frequency.to(like).T / _bandwidth(hidden.reshape(-1, 1), sigma)).float()  # (D, 1)
-        phase, amplitude = phi_of.phase.to(like)[:, None], phi_of.amplitude.to(like)  # (D, 1), (D,)
-        chunk = chunk or tokens_that_fit(len(amplitude) * n)
+        phi = phi_of.expansion.to(factor)
+        D, m = phi.series.shape
+        near, columns, far = near_and_far(hidden.float() / _bandwidth(hidden.reshape(-1, 1), sigma))
+        first = 1 if center else 0  # F sums to 0 then, and the constant T_0 counts for nothing
+        fused = hidden.is_cuda and find_spec("triton") is not None
+        per_token = D * (r + len(columns)) + (0 if fused else m * d)
+        chunk = chunk or tokens_that_fit(per_token, CHUNK_ELEMENTS if hidden.is_cuda else CACHE_ELEMENTS)
         for start in range(0, len(hidden), chunk):
-            tokens = hidden[start : start + chunk].float()  # (c, d)
-            phi_x = torch.addcmul(phase, tokens[:, None, :], frequency).cos_()  # (c, D, d)
-            if center:
-                # H makes any constant vanish; doing so before the product keeps its rounding error small.
-                phi_x -= phi_x[..., :1].clone()
-            product = phi_x.flatten(0, 1) @ factor  # (c D, r)
-            per_feature = product.square().sum(-1).view(len(tokens), -1)  # (c, D)
-            scores[start : start + chunk] = per_feature @ amplitude.square() / (n - 1) ** 2
+            part = slice(start, start + chunk)
+            if fused:
+                from aipo.mi_kernels import chebyshev_products
+
+                sums = chebyshev_products(near[part], first, m, factor)  # (m, c, r)
+            else:
+                sums = chebyshev(near[part], m)[first:] @ factor  # (m, c, r)
+            c = sums.shape[1]
+            product = phi.series[:, first:] @ sums.flatten(1)  # (D, c r)
+            if len(columns):
+                beyond = phi.beyond(far[part]).flatten(0, 1)  # (D c, o)
+                product.view(D * c, r).addmm_(beyond, factor[columns])
+            scores[part] = product.view(D, c, r).square().sum((0, 2)) / (d - 1) ** 2
+        if center:
+            scores[(hidden == hidden[:, :1]).all(1)] = 0  # constant samples, up to rounding in the factor
     return _measured(scores)
 
 
@@ -246,5 +350,5 @@ def _measured(score: Tensor) -> Tensor:
     return torch.nan_to_num(score, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def tokens_that_fit(elements: int) -> int:
-    return max(1, CHUNK_ELEMENTS // elements)
+def tokens_that_fit(elements: int, room: int = CHUNK_ELEMENTS) -> int:
+    return max(1, room // elements)

@@ -185,8 +185,6 @@ class MIConfig(Section):
     """text whose state is h*"""
     gold_pool: Literal["last", "mean"] = "last"
     """which token's state of that text"""
-    token_chunk: Positive = 64
-    """tokens whose features exist at one time"""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """pointwise: decay of the running cross-covariance"""
     warmup_steps: NonNegative = 10

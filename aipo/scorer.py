@@ -20,9 +20,10 @@ from aipo.mi import (
     FourierFeatures,
     Normalize,
     Sigma,
+    factor_scores,
+    gold_factor,
     median_bandwidth,
     positive,
-    stream_coordinate_scores,
     tokens_that_fit,
 )
 from aipo.schema import POSITION_ELEMENTS
@@ -137,7 +138,6 @@ class TokenScorer:
             every coordinate over the rollout's tokens (h* with the same shift and scale). "none" takes raw states.
         sigma: with "median", coordinate finds the bandwidths of every rollout anew; the others fix one for the run,
             the mean over ranks of the first micro-batch's, for both variables.
-        token_chunk: tokens held at a time by the coordinate estimator; None takes as many as 64 MiB hold.
         ema_decay, warmup_steps: pointwise averages the moments behind C over steps, plainly during ``warmup_steps``
             and then by a moving average. With 0 and 0 every step's C is its own.
         max_positions: the longest completion; only position needs it. It takes 8 T D^2 bytes, 1 GiB at most.
@@ -154,7 +154,6 @@ class TokenScorer:
         sigma: Sigma = 50.0,
         center: bool = True,
         normalize: Normalize = "none",
-        token_chunk: int | None = None,
         ema_decay: float = 0.9,
         warmup_steps: int = 10,
         max_positions: int | None = None,
@@ -176,7 +175,7 @@ class TokenScorer:
                     f"take at most {isqrt(POSITION_ELEMENTS // max_positions)} features"
                 )
         self.estimator, self.features, self.num_features, self.sigma = estimator, features, num_features, sigma
-        self.center, self.normalize, self.token_chunk, self.seed = center, normalize, token_chunk, seed
+        self.center, self.normalize, self.seed = center, normalize, seed
         self.ema_decay, self.warmup_steps, self.all_reduce = ema_decay, warmup_steps, all_reduce
         self.sets = max_positions if estimator == "position" and max_positions else 1
         self.bandwidth = None if sigma == "median" else torch.tensor(positive(sigma), dtype=torch.float64)
@@ -196,10 +195,13 @@ class TokenScorer:
         scores = [hidden.new_zeros(0, dtype=torch.float32)]
         if self.local:
             assert self.phi_of is not None
+            options = self.phi_of, self.sigma, self.center
+            factors: dict[bytes, Tensor] = {}  # the rollouts of a question share one
             for states, answer in self._rollouts(hidden, gold, lengths):
-                scores.append(
-                    stream_coordinate_scores(states, answer, self.phi_of, self.sigma, self.center, self.token_chunk)
-                )
+                key = answer.float().cpu().numpy().tobytes()
+                if key not in factors:
+                    factors[key] = gold_factor(answer, *options)
+                scores.append(factor_scores(states, factors[key], *options))
             return torch.cat(scores)
         if not len(lengths):
             return scores[0]

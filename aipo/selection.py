@@ -38,7 +38,6 @@ class TokenSelector:
             sigma=mi.sigma,
             center=mi.center,
             normalize=mi.normalize,
-            token_chunk=mi.token_chunk,
             ema_decay=mi.ema_decay,
             warmup_steps=mi.warmup_steps,
             max_positions=config.rollout.max_tokens,
