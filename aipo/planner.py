@@ -1,7 +1,6 @@
 """What a run will need of each GPU, worked out before any weight is loaded (``--dry-run``).
 
-Parameters are counted on the model itself, built on the meta device. Everything else is arithmetic: the formulas
-below, in bytes, P parameters on N ranks. They follow sharding.py, policy.py and DeepSpeed's defaults.
+Parameters are counted on the model itself, built on the meta device; the bytes are :mod:`aipo.memory`'s.
 """
 
 from __future__ import annotations
@@ -20,14 +19,8 @@ from rich.text import Text
 from aipo import embedded
 from aipo.config import Config
 from aipo.errors import UserError
+from aipo.memory import GIB, Bytes, Layout, Model, kv_token_bytes, phases
 
-GIB = 2**30
-RUNTIME = 2 * GIB  # CUDA context, NCCL and fragmentation; on CPU the process with its libraries
-ENGINE_EXTRA = 3 * GIB  # activations, sampler and CUDA graphs of vLLM on a GPU, out of its own share
-HF_BATCH = 64  # sequences that the hf engine generates together
-BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements
-LIVE = 1_000_000_000 + 50_000_000  # its stage3_max_live_parameters and prefetch bucket, in elements
-SUB_GROUP = 1_000_000_000  # elements that its ZeRO-3 optimizer updates at a time
 GPU_SCALE = 1_000_000_000  # parameters from which a machine without a GPU is taken to plan for another one
 
 _QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "max_position_embeddings": 40960}
@@ -43,26 +36,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-1.7B": _QWEN3 | _sizes(2048, 6144, 28, 16, 8, 128, tied=True),
     "Qwen/Qwen3-4B": _QWEN3 | _sizes(2560, 9728, 36, 32, 8, 128, tied=True),
     "Qwen/Qwen3-8B": _QWEN3 | _sizes(4096, 12288, 36, 32, 8, 128, tied=False),
+    "Qwen/Qwen3-32B": _QWEN3 | _sizes(5120, 25600, 64, 64, 8, 128, tied=False),
     embedded.MODEL: _LLAMA | _sizes(576, 1536, 30, 9, 3, 64, tied=True),
 }
 """Architectures as published, so that a plan needs neither the weights nor the hub."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """The sizes that memory depends on."""
-
-    source: str
-    parameters: int  # P, tied ones once
-    layers: int
-    width: int  # d
-    mlp: int  # f
-    queries: int  # q: heads x head size
-    keys: int  # k: key-value heads x head size
-    qk_norm: bool
-    vocabulary: int  # V
-    context: int  # tokens
-    tied: bool
 
 
 @dataclass(frozen=True)
@@ -73,7 +50,7 @@ class Plan:
     ranks: int
     device: str  # "GPU" or "CPU"
     capacity: int  # bytes a rank may use
-    phases: dict[str, dict[str, int]]  # start-up, rollout, update, optimizer step -> purpose -> bytes
+    phases: dict[str, Bytes]  # start-up, rollout, sync, update, optimizer step -> purpose -> bytes
     tokens: dict[str, str]
     problems: list[str]
     warnings: list[str]
@@ -103,6 +80,11 @@ def read_model(path: str) -> Model:
         vocabulary=config.vocab_size,
         context=config.max_position_embeddings,
         tied=config.tie_word_embeddings,
+        linears=tuple(
+            (name, module.in_features + module.out_features)
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+        ),
     )
 
 
@@ -122,37 +104,6 @@ def _architecture(path: str, auto: Any) -> tuple[Any, str]:
             f"model.path {path}: no architecture to plan with ({reason}): give a folder with a config.json, "
             f"or one of {', '.join(PUBLISHED)}, which need no network"
         ) from None
-
-
-def activation_bytes(
-    model: Model, tokens: int, row: int, *, residual: int, compute: int, checkpointing: bool, masked: bool = True
-) -> int:
-    """Peak of what the decoder's forward and backward pass keep, for ``tokens`` in rows of ``row``.
-
-    With r bytes in the residual stream and b in the products, autograd keeps of a layer, per token::
-
-        2 norms         2 d (4 + r + b)    float32 input, normalised, output
-        q and k norms   (q + k) (4 + b)    where there are such
-        attention       4 q b              q, output, and k and v repeated to all heads
-        mask            row b              sdpa converts it in every layer; not with flash attention
-        MLP             4 f b              gate, up, activation, their product
-
-    With checkpointing that is one layer, plus d r for the input of each. The backward pass adds 2 f b + 8 d.
-    """
-    d, f, q, b = model.width, model.mlp, model.queries, compute
-    layer = 2 * d * (4 + residual + b) + 4 * q * b + 4 * f * b
-    layer += (q + model.keys) * (4 + b) if model.qk_norm else 0
-    layer += row * b if masked else 0
-    kept = model.layers * d * residual + layer if checkpointing else model.layers * layer
-    states = 2 * d * residual  # hidden states picked out for the mutual information and for the head
-    return tokens * (kept + 2 * f * b + 8 * d + states)
-
-
-def head_bytes(model: Model, chunk: int, compute: int, weight: int) -> int:
-    """Peak of the chunked head: three float32 (chunk, V) in the forward pass; in the backward pass two, one in b
-    bytes, and the gradient of the weight (V, d) as a float32 sum, as a product and as returned."""
-    logits, matrix = chunk * model.vocabulary, model.vocabulary * model.width
-    return max(12 * logits, (8 + compute) * logits + (4 + compute + weight) * matrix)
 
 
 def plan(config: Config, gpus: int, *, gpu_memory_gb: float | None = None) -> Plan:
@@ -179,26 +130,10 @@ def plan(config: Config, gpus: int, *, gpu_memory_gb: float | None = None) -> Pl
     rows = config.rollout.questions_per_step * config.rollout.samples_per_question // gpus
     rows_update = rows // config.optim.updates_per_batch
     tokens = min(max(config.optim.micro_tokens, longest), rows_update * longest)
-    resident, passing = _training(config, model, device, gpus, tokens, longest)
-    engine, asleep, kv_tokens = _engine(config, model, device, capacity, rows, longest)
-    resident["context and libraries"] = RUNTIME
-    phases = {
-        "start-up": asleep | resident,
-        "rollout and sync": engine | resident,
-        "update": asleep | resident | passing,
-        "optimizer step": asleep | resident,
-    }
-    if config.sharding.zero_stage == 3:
-        size, share = _compute_bytes(config), math.ceil(model.parameters / gpus)
-        # DeepSpeed moves a whole model to the device before it cuts it up; the reference model is the last
-        whole = size * model.parameters
-        if config.loss.kl_beta == 0:  # nothing else of the policy is there yet
-            whole = max(whole + size * share + RUNTIME - sum(resident.values()), 0)
-        phases["start-up"]["weights before sharding"] = whole
-        # the largest matrix and its copy for the engine, when the new weights are handed over
-        phases["rollout and sync"]["gathered weights"] = 2 * size * model.vocabulary * model.width
-        if not config.sharding.offload_optimizer:
-            phases["optimizer step"]["gradients of a sub-group"] = 4 * min(share, SUB_GROUP)
+    one_row = config.optim.packing or config.optim.share_prompts
+    layout = Layout(device, capacity, gpus, rows, longest, tokens, row=tokens if one_row else longest)
+    made_phases = phases(config, model, layout)
+    kv_tokens = made_phases["rollout"].get("KV cache", 0) // kv_token_bytes(config, model)
     held = kv_tokens // longest
     per_micro = max(config.optim.micro_tokens // longest, 1)
     table = {
@@ -208,17 +143,14 @@ def plan(config: Config, gpus: int, *, gpu_memory_gb: float | None = None) -> Pl
         "longest sequence": f"{longest:,} of {model.context:,}; optim.micro_tokens {config.optim.micro_tokens:,}",
         "micro-batches an update": f"at most {math.ceil(rows_update / per_micro)} a rank, "
         f"{math.ceil(rows_update / max(2 * config.optim.micro_tokens // longest, 1))} at half the length",
-        "sequences at full length": f"{held:,} at once in the KV cache ({kv_tokens:,} tokens)",
     }
-    made = Plan(model, gpus, device, capacity, phases, table, [], [])
+    if config.rollout.mode == "colocate":
+        table["sequences at full length"] = f"{held:,} at once in the KV cache ({kv_tokens:,} tokens)"
+    made = Plan(model, gpus, device, capacity, made_phases, table, [], [])
     if assumed:
         made.warnings.append("no GPU here: planned for GPUs of 80 GiB (--gpu-memory-gb says otherwise)")
     _judge(made, config, held, rows, longest)
     return made
-
-
-def _compute_bytes(config: Config) -> int:
-    return 2 if config.model.dtype == "bfloat16" else 4
 
 
 def _capacity(parameters: int, ranks: int, gpu_memory_gb: float | None) -> tuple[str, int, bool]:
@@ -230,74 +162,6 @@ def _capacity(parameters: int, ranks: int, gpu_memory_gb: float | None) -> tuple
     if parameters >= GPU_SCALE:
         return "GPU", 80 * GIB, True
     return "CPU", psutil.virtual_memory().total // ranks, False
-
-
-def _training(
-    config: Config, model: Model, device: str, ranks: int, tokens: int, longest: int
-) -> tuple[dict[str, int], dict[str, int]]:
-    """(always there, in the forward and backward pass)."""
-    stage, parameters = config.sharding.zero_stage, model.parameters
-    share = math.ceil(parameters / ranks)  # of what is sharded
-    compute = _compute_bytes(config)
-    weight = compute if stage else 4
-    resident = {
-        "weights": weight * (share if stage == 3 else parameters),
-        "gradients": 4 * (share if stage >= 2 else parameters),  # accumulated in float32
-        # AdamW's two moments and, under DeepSpeed, float32 masters
-        "optimizer": 12 * share if stage else 8 * parameters,
-    }
-    if config.sharding.offload_optimizer and stage:
-        resident["optimizer"] = 0
-        resident["gradients"] *= stage == 1  # ZeRO-2 and 3 accumulate their shards on the host, too
-    if config.loss.kl_beta > 0:
-        resident["reference model"] = compute * (share if stage == 3 else parameters)
-    passing: dict[str, int] = {}
-    if stage:
-        # memory of a CPU is taken only where it is written
-        bucket = BUCKET if device == "GPU" else min(BUCKET, parameters)
-        resident["gradient bucket"] = (4 if stage == 1 else compute) * bucket
-    if stage == 1 and compute == 2:
-        passing["bfloat16 gradients"] = 2 * parameters  # before they are added to the float32 ones
-    if stage == 0 and compute == 2:
-        passing["bfloat16 copy (autocast)"] = 2 * parameters
-    if stage == 3:
-        models = 2 if config.loss.kl_beta > 0 else 1  # policy and reference
-        passing["gathered weights"] = models * compute * min(parameters, LIVE)
-    flash = config.model.attention == "flash_attention_2"
-    passing["activations"] = activation_bytes(
-        model,
-        tokens,
-        tokens if config.optim.packing else longest,
-        residual=weight,
-        compute=compute,
-        checkpointing=config.model.gradient_checkpointing,
-        masked=not flash,
-    )
-    passing["logits and head"] = head_bytes(model, min(config.model.head_chunk, tokens), compute, weight)
-    # cosines of a chunk of tokens: (chunk, D, d) float32
-    passing["MI features"] = 4 * min(config.mi.token_chunk, tokens) * config.mi.num_features * model.width
-    return resident, passing
-
-
-def _engine(
-    config: Config, model: Model, device: str, capacity: int, rows: int, longest: int
-) -> tuple[dict[str, int], dict[str, int], int]:
-    """(memory while it generates, while it sleeps, tokens that its KV cache holds)."""
-    size = _compute_bytes(config)
-    weights = size * model.parameters
-    per_token = 2 * model.layers * model.keys * size  # keys and values
-    if config.rollout.engine == "hf":
-        kv_tokens = min(HF_BATCH, rows) * longest
-        extra = 0
-    elif device == "GPU":
-        extra = ENGINE_EXTRA
-        kv_tokens = int(config.rollout.gpu_memory_utilization * capacity - weights - extra) // per_token
-    else:
-        kv_tokens = int(config.rollout.kv_cache_gb * GIB) // per_token
-        extra = size * model.vocabulary * model.width if model.tied else 0  # vLLM packs a copy of a tied head
-    kv_tokens = max(kv_tokens, 0)
-    engine = {"engine weights": weights + extra, "KV cache": kv_tokens * per_token}
-    return engine, {} if device == "GPU" else {"engine weights": weights + extra}, kv_tokens
 
 
 def _judge(made: Plan, config: Config, held: int, rows: int, longest: int) -> None:
@@ -314,7 +178,7 @@ def _judge(made: Plan, config: Config, held: int, rows: int, longest: int) -> No
             )
         elif peak > 0.9 * room:
             warnings.append(f"{phase} fills {peak / room:.0%} of the memory, and the plan is an estimate")
-    vllm = config.rollout.engine == "vllm"
+    vllm = config.rollout.engine == "vllm" and config.rollout.mode == "colocate"
     key = "rollout.gpu_memory_utilization" if made.device == "GPU" else "rollout.kv_cache_gb"
     if vllm and held < 1:
         problems.append(f"the KV cache does not hold one sequence of {longest:,} tokens. Try a larger {key}")
@@ -330,7 +194,7 @@ def _judge(made: Plan, config: Config, held: int, rows: int, longest: int) -> No
     if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         warnings.append("model.attention: flash_attention_2 needs the package flash-attn, which is not installed here")
     if made.device == "GPU" and config.sharding.offload_optimizer:
-        host = 12 * made.model.parameters + (4 * made.model.parameters if config.sharding.zero_stage >= 2 else 0)
+        host = (16 if config.sharding.zero_stage >= 2 else 12) * made.model.trained(config)
         warnings.append(f"offload_optimizer takes {host / GIB:.0f} GiB of host memory over all ranks")
 
 
@@ -350,7 +214,6 @@ def _remedies(made: Plan, config: Config, purposes: dict[str, int], longest: int
         "weights before sharding": "loss.kl_beta: 0 (no reference model)" if config.loss.kl_beta > 0 else None,
         "activations": checkpointing or f"a smaller {fewer}",
         "logits and head": "a smaller model.head_chunk",
-        "MI features": "a smaller mi.token_chunk",
         "KV cache": f"a smaller {smaller}" if config.rollout.engine == "vllm" else "a smaller rollout.max_tokens",
     }
     wanted = sorted((p for p in purposes if purposes[p] > made.capacity / 20), key=lambda p: -purposes[p])

@@ -16,9 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
+from aipo.adapters import add_adapters
 from aipo.config import CONFIG_FOLDER, Config, load_config
 from aipo.errors import UserError
-from aipo.planner import GIB, PUBLISHED, Model, Plan, activation_bytes, head_bytes, plan, read_model, render
+from aipo.memory import CPU_ENGINE_LIBRARIES, GIB, Model, activation_bytes, head_bytes
+from aipo.planner import PUBLISHED, Plan, plan, read_model, render
 from aipo.policy import SelectedLogProbs
 from tests.tiny import make_tiny
 
@@ -71,6 +73,7 @@ def test_counts_the_parameters_of_a_folder(tmp_path: Path, tied: bool) -> None:
         ("Qwen/Qwen3-1.7B", 1_720_574_976),
         ("Qwen/Qwen3-4B", 4_022_468_096),
         ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("Qwen/Qwen3-32B", 32_762_123_264),
         ("embedded:smollm2-135m", 134_515_008),
     ],
 )
@@ -102,7 +105,7 @@ def test_zero_3_arithmetic_of_qwen3_8b_on_8_gpus() -> None:
     assert "engine weights" not in update  # vLLM sleeps
     # KV cache: 2 x 36 layers x 8 heads x 128 x 2 bytes = 147,456 a token, in what 0.5 of 80 GiB leaves
     left = int(0.5 * 80 * GIB) - 2 * 8_190_735_360 - 3 * GIB
-    assert plan(qwen(), 8).phases["rollout and sync"]["KV cache"] == left // 147_456 * 147_456
+    assert plan(qwen(), 8).phases["rollout"]["KV cache"] == left // 147_456 * 147_456
 
 
 @pytest.mark.parametrize(
@@ -120,8 +123,60 @@ def test_offload_and_no_reference_model() -> None:
     made = plan(qwen("8b", "sharding.offload_optimizer=true", "loss.kl_beta=0"), 8)
     assert made.phases["update"]["optimizer"] == made.phases["update"]["gradients"] == 0
     assert "reference model" not in made.phases["update"]
-    assert "gradients of a sub-group" not in made.phases["optimizer step"]
+    assert "gradients as a copy" not in made.phases["optimizer step"]
     assert any("host memory" in line for line in made.warnings)
+
+
+def test_lora_trains_only_the_adapters(tmp_path: Path) -> None:
+    """p counted on a model that really got its adapters: 2 layers x rank 4 x (in + out) of each adapted layer."""
+    folder = make_tiny(tmp_path / "model")
+    for targets in (("all-linear",), ("q_proj", "mlp.up_proj")):
+        names = ", ".join(targets)
+        config = tiny_config(folder, "lora.rank=4", f"lora.targets=[{names}]", "loss.kl_beta=0")
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        add_adapters(model, rank=4, alpha=8.0, targets=targets, seed=0)
+        adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        made = plan(config, 2)
+        assert made.model.trained(config) == adapters
+        update = made.phases["update"]
+        assert update["gradients"] == 4 * adapters / 2
+        assert update["optimizer"] == 12 * adapters / 2
+        assert update["gradient bucket"] == 2 * adapters
+        assert update["weights"] == pytest.approx(2 * made.model.parameters / 2, abs=2)
+
+
+def test_a_frozen_head_needs_no_gradient() -> None:
+    model = read_model("Qwen/Qwen3-4B")
+    matrix, logits = model.vocabulary * model.width, 16 * model.vocabulary
+    assert head_bytes(model, 16, 2, 2) == 10 * logits + 8 * matrix
+    assert head_bytes(model, 16, 2, 2, trained=False) == 12 * logits
+
+
+def test_an_engine_on_cpu_and_one_that_draws_ahead_stay_awake(tmp_path: Path) -> None:
+    """8B: 147,456 bytes of keys and values a token; a CPU keeps the cache for good, a GPU while it generates."""
+    folder = make_tiny(tmp_path / "model")
+    cpu = plan(tiny_config(folder), 1)
+    token = 2 * 2 * 2 * 32 * 2  # keys and values, layers, heads, head size, bytes
+    for phase in cpu.phases.values():
+        assert phase["KV cache"] == GIB // 4 // token * token
+        assert phase["engine libraries"] == CPU_ENGINE_LIBRARIES
+    assert "KV cache" not in plan(qwen(), 8).phases["update"]
+    ahead = plan(qwen("8b", "rollout.async_depth=1"), 8).phases
+    assert ahead["update"]["KV cache"] == ahead["rollout"]["KV cache"] > 0
+
+
+def test_what_shares_a_row_pays_for_its_dense_mask(tmp_path: Path) -> None:
+    """Each of n layers keeps a mask of 2 bytes for every token and key: (row - longest) more of them."""
+    folder = make_tiny(tmp_path / "model")
+
+    def activations(*overrides: str) -> int:
+        fixed = ["data.max_prompt_tokens=64", "optim.micro_tokens=512", "model.gradient_checkpointing=false"]
+        made = plan(tiny_config(folder, "optim.share_prompts=false", *fixed, *overrides), 1)
+        return made.phases["update"]["activations"]
+
+    padded = activations()
+    assert activations("optim.packing=true") - padded == 2 * 2 * 512 * (512 - 128)
+    assert activations("optim.share_prompts=true") == activations("optim.packing=true")
 
 
 @given(st.sampled_from(["1.7b", "4b", "8b"]), st.integers(0, 5))
@@ -222,7 +277,7 @@ def test_the_shipped_configs_fit_on_8_gpus_of_80_gb(size: str) -> None:
     [
         (["sharding.zero_stage=1"], 8, "update", ["sharding.zero_stage: 3"]),
         ([], 1, "optimizer step", ["sharding.offload_optimizer: true"]),
-        (["rollout.gpu_memory_utilization=0.9"], 8, "rollout and sync", ["rollout.gpu_memory_utilization"]),
+        (["rollout.gpu_memory_utilization=0.9"], 8, "rollout", ["rollout.gpu_memory_utilization"]),
         (["model.gradient_checkpointing=false"], 8, "update", ["model.gradient_checkpointing: true"]),
         (["optim.micro_tokens=262144"], 8, "update", ["optim.micro_tokens"]),
     ],
