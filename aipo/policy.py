@@ -146,6 +146,8 @@ class SelectedLogProbs(torch.autograd.Function):
             entropy[part] = log_z - (logits.sub(log_z[:, None]).exp_() * logits).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.temperature, ctx.chunk, ctx.entropy_gradient = temperature, chunk, entropy_gradient
+        device = hidden.device.type
+        ctx.autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy)
         return logp, entropy
@@ -157,25 +159,27 @@ class SelectedLogProbs(torch.autograd.Function):
         # a frozen head needs none
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None  # (V, d)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for part in _parts(len(targets), ctx.chunk):
-            logits = F.linear(hidden[part], weight, bias).float().div_(ctx.temperature)  # (chunk, V)
-            log_p = logits.log_softmax(-1) if ctx.entropy_gradient else None  # (chunk, V)
-            # d logp / d logits = (onehot - softmax) / temperature
-            grad = logits.softmax(-1).neg_()  # (chunk, V)
-            by_entropy = None
-            if log_p is not None:  # d entropy / d logits = -p (log p + entropy) / temperature
-                entropy = (grad * log_p).sum(-1, keepdim=True)  # (chunk, 1)
-                by_entropy = grad * (log_p + entropy) * (grad_entropy[part, None] / ctx.temperature)  # (chunk, V)
-            grad.scatter_add_(-1, targets[part, None], torch.ones_like(grad[:, :1]))
-            grad.mul_(grad_logp[part, None] / ctx.temperature)
-            if by_entropy is not None:
-                grad.add_(by_entropy)
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
-            grad_hidden[part] = grad @ weight
-            if grad_weight is not None:
-                grad_weight += grad.T @ hidden[part]
+        with ctx.autocast:  # else what is recomputed would be of another precision, and slow
+            for part in _parts(len(targets), ctx.chunk):
+                product = F.linear(hidden[part], weight, bias)  # (chunk, V)
+                logits = product.float().div_(ctx.temperature)  # (chunk, V)
+                log_p = logits.log_softmax(-1) if ctx.entropy_gradient else None  # (chunk, V)
+                # d logp / d logits = (onehot - softmax) / temperature
+                grad = logits.softmax(-1).neg_()  # (chunk, V)
+                by_entropy = None
+                if log_p is not None:  # d entropy / d logits = -p (log p + entropy) / temperature
+                    entropy = (grad * log_p).sum(-1, keepdim=True)  # (chunk, 1)
+                    by_entropy = grad * (log_p + entropy) * (grad_entropy[part, None] / ctx.temperature)  # (chunk, V)
+                grad.scatter_add_(-1, targets[part, None], torch.ones_like(grad[:, :1]))
+                grad.mul_(grad_logp[part, None] / ctx.temperature)
+                if by_entropy is not None:
+                    grad.add_(by_entropy)
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+                grad = grad.to(product.dtype)
+                grad_hidden[part] = grad @ weight
+                if grad_weight is not None:
+                    grad_weight += grad.T @ hidden[part]
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None

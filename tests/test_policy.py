@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3ForCausalLM
 
@@ -310,6 +311,22 @@ def test_gradient_of_the_head_is_summed_in_float32() -> None:
     logp.sum().backward()
     assert weight.grad is not None
     assert weight.grad.tolist() == [[256.0] * 4, [-256.0] * 4]  # (1 - 1/2) * 512
+
+
+def test_the_backward_pass_recomputes_in_the_precision_of_the_forward_pass() -> None:
+    """Logits around 300, whose bfloat16 neighbours are 2 apart: in float32 the softmax would be another one."""
+    torch.manual_seed(0)
+    hidden, weight = 5 + 0.1 * torch.randn(9, 64), (1 + 0.05 * torch.randn(19, 64)).requires_grad_()
+    hidden.requires_grad_()
+    bias, targets = torch.zeros(19, requires_grad=True), torch.randint(19, (9,))
+    with torch.autocast("cpu", torch.bfloat16):
+        logp, _ = SelectedLogProbs.apply(hidden, weight, bias, targets, TEMPERATURE, 4, False)
+        exact = (F.linear(hidden, weight, bias).float() / TEMPERATURE).log_softmax(-1)[torch.arange(9), targets]
+    torch.testing.assert_close(logp, exact)
+    leaves = [hidden, weight, bias]
+    for actual, wanted in zip(torch.autograd.grad(logp.sum(), leaves), torch.autograd.grad(exact.sum(), leaves)):
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual, wanted, rtol=2e-2, atol=2e-2 * float(wanted.abs().max()))
 
 
 def test_logits_never_exceed_one_chunk() -> None:
