@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup train data compare test test-fast lint clean
+.PHONY: help setup train data compare bench test test-fast lint clean
 
 # a shim can exist without the version behind it, so each candidate is run
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
@@ -44,6 +44,10 @@ data: setup  ## fetch the data sets from the Hugging Face hub and check them; AR
 compare: setup  ## train every method on the embedded default, three seeds each, and compare; hours; ARGS=--quick: minutes
 	python -m aipo.embedded
 	python bench/compare.py $(ARGS)
+
+bench: setup  ## time and memory of a step, the head, MI, rollouts and the planner, in small: under 15 minutes on two cores
+	python -m aipo.embedded
+	for part in step head mi rollout memory; do python bench/$$part.py --quick; done
 
 # two workers of one thread each: small tensors gain nothing from threads
 UNITS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE pytest -m 'not e2e' -n 2

@@ -6,8 +6,7 @@ averaged over rollouts. About 90 seconds of one core:
 
     python bench/planted_tokens.py [--seed 0]
 
-With ``--model DIR`` it takes the states of a real model on its own answers instead, where nobody knows which tokens
-carry the answer, and prints how well Fourier features reproduce the exact coordinate scores.
+How well Fourier features reproduce exact scores on the states of a real model, and at what cost: bench/mi.py.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from aipo.mi import Features, coordinate_scores, exact_hsic
+from aipo.mi import exact_hsic
 from aipo.scorer import TokenScorer
 
 QUESTIONS, ROLLOUTS, TOKENS, SIZE = 24, 4, 64, 128  # rollouts are TOKENS / 2 to TOKENS tokens long
@@ -162,69 +161,12 @@ def planted_table(seed: int) -> None:
         print(f"| {name} | {' | '.join(cells)} | {time.process_time() - start:.1f} |", flush=True)
 
 
-def real_states(model_dir: str, seed: int, questions: int = 6) -> list[tuple[Tensor, Tensor]]:
-    """Raw last-layer states that predict the tokens of a sampled answer (T, d), and that of the gold answer (d,)."""
-    from reasoning_gym import create_dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    torch.manual_seed(seed)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_dir)
-    tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
-    seen: list[Tensor] = []
-    model.model.layers[-1].register_forward_hook(
-        lambda _module, _inputs, output: seen.append((output[0] if isinstance(output, tuple) else output)[0].float())
-    )
-    result = []
-    for problem in create_dataset("gsm_symbolic", size=questions, seed=seed):
-        chat = [{"role": "user", "content": problem["question"]}]
-        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        with torch.no_grad():
-            ids = model.generate(**prompt, max_new_tokens=120, do_sample=True, pad_token_id=0)
-            model(ids)
-            hidden = seen[-1][prompt["input_ids"].shape[1] - 1 : -1]
-            model(tokenizer(problem["answer"], return_tensors="pt").input_ids)
-        result.append((hidden, seen[-1][-1]))
-    return result
-
-
-def agreement_table(model_dir: str, seed: int) -> None:
-    from scipy.stats import spearmanr
-
-    rollouts = real_states(model_dir, seed)
-    exact = [exact_coordinate(*rollout) for rollout in rollouts]
-    size = torch.cat([hidden for hidden, _ in rollouts]).abs()
-    print(f"coordinates: median {size.median():.0f}, largest {size.max():.0f}, in absolute value\n")
-    print(
-        "| features | rank correlation, mean | worst rollout | same top 20 % | CPU seconds |\n|---|---:|---:|---:|---:|"
-    )
-    choices: list[tuple[Features, int]] = [("random", count) for count in (16, 64, 256, 1024)]
-    choices += [("quadrature", count) for count in (16, 64, 256)]
-    for features, count in choices:
-        start = time.process_time()
-        scores = [
-            coordinate_scores(*rollout, num_features=count, sigma=50.0, features=features, seed=seed)
-            for rollout in rollouts
-        ]
-        seconds = time.process_time() - start
-        rank = [spearmanr(a, b).statistic for a, b in zip(scores, exact)]
-        kept = []
-        for a, b in zip(scores, exact):
-            top = round(0.2 * len(a))
-            kept.append(len(set(a.topk(top).indices.tolist()) & set(b.topk(top).indices.tolist())) / top)
-        mean_rank, same = sum(rank) / len(rank), sum(kept) / len(kept)
-        print(f"| {features} {count} | {mean_rank:.4f} | {min(rank):.4f} | {100 * same:.0f} % | {seconds:.2f} |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", metavar="DIR", help="a Hugging Face checkpoint with a chat template")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the tensors are small: threads would wait for one another
-    if args.model:
-        agreement_table(args.model, args.seed)
-    else:
-        planted_table(args.seed)
+    planted_table(args.seed)
 
 
 if __name__ == "__main__":
