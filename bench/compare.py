@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import ttest_ind
+from scipy.stats import ttest_1samp
 
 from aipo.config import CONFIG_FOLDER
 from aipo.metrics import training_efficiency
@@ -79,7 +79,7 @@ def numbers(runs: Sequence[Path]) -> dict[str, Any]:
     steps = [line for log in logs for line in log if line["step"] > 0]
     seconds = [sum(v for k, v in line.items() if k.startswith("time/") and v is not None) for line in steps]
     return {
-        "seeds": len(runs),
+        "seeds": [int(run.name.rpartition("-seed")[2]) for run in runs],
         "steps": float(np.mean([s["steps"] for s in summaries])),
         "tokens": float(np.mean([sum(line["rollout/tokens"] for line in log if line["step"] > 0) for log in logs])),
         "after": after,
@@ -113,7 +113,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         cells.append(
             [
                 name,
-                str(n["seeds"]),
+                str(len(n["seeds"])),
                 f"{np.mean(after):.1f}",
                 f"{min(after):.1f} – {max(after):.1f}",
                 f"{100 * n['low']:.1f} – {100 * n['high']:.1f}",
@@ -150,22 +150,29 @@ def curves(found: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def distinguishable(found: dict[str, dict[str, Any]], control: str = "random_mask") -> str:
-    """Which methods differ from the control by more than seeds do: Welch's t-test, Holm's correction."""
-    others = {name: n["after"] for name, n in found.items() if name != control and len(n["after"]) > 1}
-    if control not in found or len(found[control]["after"]) < 2 or not others:
+    """Which methods differ from the control by more than chance: t-tests paired by seed, Holm's correction.
+
+    Runs of one seed share the initial samples, the order of questions and the held-out draws.
+    """
+    after = {name: dict(zip(n["seeds"], n["after"])) for name, n in found.items()}
+    base = after.pop(control, {})
+    differences = {
+        name: [100 * (values[seed] - base[seed]) for seed in values if seed in base] for name, values in after.items()
+    }
+    differences = {name: values for name, values in differences.items() if len(values) > 1}
+    if not differences:
         return "With one seed a method nothing can be told apart.\n"
-    base = found[control]["after"]
-    p = {name: float(ttest_ind(after, base, equal_var=False).pvalue) for name, after in others.items()}
+    p = {name: float(ttest_1samp(values, 0).pvalue) for name, values in differences.items()}
     lines = []
     for i, name in enumerate(sorted(p, key=lambda name: p[name])):
         if not p[name] * (len(p) - i) < 0.05:
             break
-        lines.append(f"{name} ({100 * (np.mean(others[name]) - np.mean(base)):+.1f} points, p {p[name]:.4f})")
-    spread = 100 * float(np.mean([np.std(after, ddof=1) for after in [*others.values(), base]]))
+        lines.append(f"{name} ({np.mean(differences[name]):+.1f} points, p {p[name]:.4f})")
+    spread = float(np.mean([np.std(values, ddof=1) for values in differences.values()]))
     told = f"differ from it: {', '.join(lines)}" if lines else "none differs from it"
     return (
-        f"Against {control} (Welch's t-test over seeds, Holm's correction for {len(p)} comparisons, 5 %): {told}. "
-        f"The standard deviation over seeds is {spread:.1f} points on average.\n"
+        f"Against {control} (t-tests paired by seed, Holm's correction for {len(p)} comparisons, 5 %): {told}. "
+        f"The standard deviation of a difference over seeds is {spread:.1f} points on average.\n"
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,7 +84,7 @@ class Ours:
             device=device,
             identity={},
         )
-        self.selected = 0.0
+        self.selected = self.norm = 0.0
 
     def __call__(self, batch: Batch, clock: Clock) -> None:
         from aipo.datasets import Problem
@@ -103,7 +102,8 @@ class Ours:
         )
         trainer.set_advantages(self.rollouts, clock)  # type: ignore[arg-type]
         kappa = trainer.config.mask.kappa_start
-        self.selected = trainer.update(self.rollouts, kappa, 0, clock)["selected"]  # type: ignore[arg-type]
+        sums = trainer.update(self.rollouts, kappa, 0, clock)  # type: ignore[arg-type]
+        self.selected, self.norm = sums["selected"], sums["grad_norm"]
         if trainer.selector.scored:
             with clock("mi"):
                 trainer.peaks(self.rollouts, kappa)
@@ -147,7 +147,7 @@ class Loop:
             with clock("backward"):
                 loss.backward()
         with clock("optimizer"):
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
             self.optimizer.step()
             self.optimizer.zero_grad()
 
@@ -170,9 +170,9 @@ def child(options: dict[str, Any]) -> dict[str, Any]:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         meta = build_model(options["model"], attention="sdpa", checkpointing=False, device=torch.device("cpu"))
         return {"matmul": matmul_peak(device), "sizes": sizes(meta)}
-    step: Callable[[Batch, Clock], None]
+    step: Ours | Loop
     step = Ours(options, OURS[name][1]) if name in OURS else Loop(options, completions=name == "plain-completions")
-    result = measured(step, batch, warm_up=load(**options["warm_up"]), repeats=options["repeats"])
+    result = measured(step, batch, warm_up=load(**options["warm_up"]), repeats=options["repeats"]) | {"norm": step.norm}
     if isinstance(step, Ours):
         return result | {"positions": step.selected, "tokens": step.read()}
     return result | {"positions": batch.tokens if name == "plain" else batch.generated, "tokens": batch.tokens}

@@ -103,7 +103,7 @@ def totals(runs: list[dict[str, Any]]) -> list[float]:
 
 def table(found: dict[str, list[dict[str, Any]]], batch: Batch, base: dict[str, Any]) -> str:
     columns = ["variant", "s", "min – max", *PHASES[:1], "MI + mask", *PHASES[2:], "peak GiB", "tokens/s"]
-    columns += ["logits at", "MFU, %", "own work, %"]
+    columns += ["logits at", "MFU, %", "own work, %", "gradient norm"]
     whole = step_flops(base["sizes"], batch.lengths, batch.tokens, batch.generated)
     cells = []
     for name, runs in found.items():
@@ -122,6 +122,7 @@ def table(found: dict[str, list[dict[str, Any]]], batch: Batch, base: dict[str, 
                 f"{last['positions']:,.0f}",
                 f"{100 * whole / rate:.1f}",
                 f"{100 * own / rate:.1f}",
+                f"{last['norm']:.3f}",
             ]
         )
     return markdown(columns, cells)
@@ -230,7 +231,7 @@ bfloat16 product of square matrices: {base["matmul"] / 1e12:.2f} TFLOP/s.
 Peak is above weights and optimizer, so gradients are in it. MFU counts for all variants what GRPO on all tokens needs
 (bench/measure.py: body at every token, head at every generated one, forward and backward) against that product; own
 work counts what the variant itself reads, and the head at the positions where it has logits. MI + mask has the peaks
-of the curriculum in it.
+of the curriculum in it. That the gradient norms of all GRPO variants agree says that they compute the same.
 
 {ratios(found, cuda=cuda)}"""
     print(text)

@@ -92,7 +92,7 @@ class Step:
             with clock("backward"):
                 trainer.accelerator.backward(loss)
         with clock("optimizer"):
-            trainer.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.norm = float(trainer.accelerator.clip_grad_norm_(self.model.parameters(), 1.0))
             self.optimizer.step()
             self.optimizer.zero_grad()
             synchronize()
@@ -105,8 +105,9 @@ def main() -> None:
     whole = load(**options["batch"])
     options["longest"] = max(map(len, whole.completions))
     with tempfile.TemporaryDirectory() as folder:
-        result = measured(Step(options, folder), whole, warm_up=load(**options["warm_up"]), repeats=options["repeats"])
-    print(json.dumps(result | {"positions": whole.generated, "tokens": whole.tokens}))
+        step = Step(options, folder)
+        result = measured(step, whole, warm_up=load(**options["warm_up"]), repeats=options["repeats"])
+    print(json.dumps(result | {"norm": step.norm, "positions": whole.generated, "tokens": whole.tokens}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""bench/gpu.sh without a GPU: it says so; what it would start exists and takes the arguments. Nothing is measured."""
+"""The parts of bench/ that decide something: what gpu.sh starts, what a comparison calls a difference."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import train
 from aipo.config import load_config
 from bench import step
+from bench.compare import distinguishable
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -55,3 +56,20 @@ def test_what_it_starts_takes_its_arguments(tmp_path: Path, monkeypatch: pytest.
     parsed = train.parse(started[4][1:])
     config = load_config(parsed.config, parsed.overrides)
     assert (config.rollout.engine, config.optim.steps) == ("hf", 10)
+
+
+def test_a_difference_is_one_that_every_seed_shows() -> None:
+    """Seeds start 20 points apart, which only pairing takes out; "noisy" is better on average, but not always."""
+    runs = {
+        "random_mask": ([0, 1, 2], [0.20, 0.30, 0.40]),
+        "better": ([2, 0, 1], [0.50, 0.31, 0.405]),
+        "noisy": ([0, 1, 2], [0.35, 0.28, 0.55]),
+        "once": ([0], [0.9]),
+    }
+    found = {name: {"seeds": seeds, "after": after} for name, (seeds, after) in runs.items()}
+    text = distinguishable(found)
+    assert "correction for 2 comparisons" in text
+    assert "differ from it: better (+10.5 points" in text
+    assert "noisy" not in text
+    assert "none differs" in distinguishable({k: v for k, v in found.items() if k != "better"})
+    assert "nothing can be told apart" in distinguishable({k: v for k, v in found.items() if k != "random_mask"})
