@@ -356,9 +356,9 @@ def serve_arguments(config: Config, model_path: str, *, gpu: bool) -> list[str]:
             "kv-cache-memory-bytes": int(rollout.kv_cache_gb * 2**30),
             "block-size": 32,  # only whole blocks are shared: the 128 of vLLM on CPU would share no short prompt
         }
-    flags = ["--tokens-only", "--enable-prefix-caching", "--disable-uvicorn-access-log"] + ["--enforce-eager"] * (
-        not gpu
-    )
+    flags = ["--tokens-only", "--enable-prefix-caching", "--disable-uvicorn-access-log"]
+    if not gpu:
+        flags += ["--enforce-eager", "--no-enable-chunked-prefill"]  # as VllmEngine
     return [*(f"--{key}={value}" for key, value in arguments.items()), *flags]
 
 

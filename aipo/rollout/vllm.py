@@ -145,6 +145,8 @@ class VllmEngine:
                 enable_prefix_caching=True,
                 # Only whole blocks are shared: vLLM's 128 on CPU would share nothing of a short prompt.
                 block_size=None if self._on_gpu else 32,
+                # A prompt read in parts draws a token after each, which a CPU's random generator cannot take back.
+                enable_chunked_prefill=self._on_gpu,
                 enforce_eager=not self._on_gpu,
                 enable_sleep_mode=self._on_gpu,
                 gpu_memory_utilization=gpu_memory_utilization,

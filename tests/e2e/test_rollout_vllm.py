@@ -76,6 +76,15 @@ def synced(engine, model) -> VllmEngine:
     return engine
 
 
+def test_more_prompts_than_one_pass_of_the_model_takes(engine: VllmEngine) -> None:
+    """vLLM would read a prompt in two parts, and on CPU cannot take back what it drew after the first."""
+    requests = [Request([5 + i, *[9] * 99], i) for i in range(60)]  # 6000 tokens, 4096 a pass
+    drawn = engine.generate(requests, Sampling(max_tokens=3))
+    assert [c.token_ids for c in drawn[:3]] == [
+        c.token_ids for c in engine.generate(requests[:3], Sampling(max_tokens=3))
+    ]
+
+
 def test_sync_brings_every_weight(engine, model):
     true = {name: p.detach().clone() for name, p in model.named_parameters()}
     for strength in (1.0, 0.3):
