@@ -145,6 +145,8 @@ def curves(found: dict[str, dict[str, Any]], path: Path) -> None:
         ax.tick_params(labelsize="x-small")
     for ax in axes[len(found) :]:
         ax.set_axis_off()
+    sheet.supxlabel("thousand generated tokens", fontsize="small")
+    sheet.supylabel("held-out accuracy; a line for each seed", fontsize="small")
     sheet.tight_layout()
     sheet.savefig(path, dpi=90)
 
