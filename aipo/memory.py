@@ -72,10 +72,19 @@ class Layout:
     longest: int  # tokens of the longest sequence
     tokens: int  # of the largest micro-batch
     row: int  # of its rows: keys that each token may attend to
+    reads: float | None = None  # where prompts are shared, keys that attention copies for each token
 
 
 def activation_bytes(
-    model: Model, tokens: int, row: int, *, residual: int, compute: int, checkpointing: bool, masked: bool = True
+    model: Model,
+    tokens: int,
+    row: int,
+    *,
+    residual: int,
+    compute: int,
+    checkpointing: bool,
+    masked: bool = True,
+    reads: float | None = None,
 ) -> int:
     """Peak of what the decoder's forward and backward pass keep, for ``tokens`` in rows of ``row``.
 
@@ -87,22 +96,38 @@ def activation_bytes(
         mask            row b              sdpa converts it in every layer; not with flash attention
         MLP             4 f b              gate, up, activation, their product
 
+    Where prompts are shared, k and v are copied to ``reads`` tokens each, and the masks are the same in all layers::
+
+        attention       3 q b + 2 k b reads    q, output, output in the order of the row
+        masks, once     row + q / k row b      of the row (bool), of its blocks (for the heads of a group)
+
     With checkpointing that is one layer, plus d r for the input of each. The backward pass adds 2 f b + 8 d.
     """
-    d, f, q, b = model.width, model.mlp, model.queries, compute
-    layer = 2 * d * (4 + residual + b) + 4 * q * b + 4 * f * b
-    layer += (q + model.keys) * (4 + b) if model.qk_norm else 0
-    layer += row * b if masked else 0
+    d, f, q, k, b = model.width, model.mlp, model.queries, model.keys, compute
+    layer = 2 * d * (4 + residual + b) + 4 * f * b
+    layer += (q + k) * (4 + b) if model.qk_norm else 0
+    once = 2 * d * residual  # hidden states picked out for the mutual information and for the head
+    if reads is None:
+        layer += 4 * q * b + (row * b if masked else 0)
+    else:
+        layer += 3 * q * b + int(2 * k * b * reads)
+        once += row + q // k * row * b
     kept = model.layers * d * residual + layer if checkpointing else model.layers * layer
-    states = 2 * d * residual  # hidden states picked out for the mutual information and for the head
-    return tokens * (kept + 2 * f * b + 8 * d + states)
+    return tokens * (kept + 2 * f * b + 8 * d + once)
 
 
-def head_bytes(model: Model, chunk: int, compute: int, weight: int, *, trained: bool = True) -> int:
-    """Peak of the chunked head: three float32 (chunk, V) in the forward pass; in the backward pass two, one in b
-    bytes, and the gradient of the weight (V, d), if trained, as a float32 sum, as a product and as returned."""
-    logits, matrix = chunk * model.vocabulary, model.vocabulary * model.width
-    return max(12 * logits, (8 + compute) * logits + (4 + compute + weight) * matrix * trained)
+def head_bytes(
+    model: Model, chunk: int, compute: int, weight: int, *, trained: bool = True, block: int | None = None
+) -> int:
+    """Peak of the chunked head, for float32 blocks of ``block`` rows (None is all) of (chunk, V) products in b bytes.
+
+    A block is there twice, in the backward pass beside the gradient of the weight (V, d), if trained: a float32 sum
+    there, the sum and its product in the end.
+    """
+    rows = min(block or chunk, chunk)
+    product, floats = compute * chunk * model.vocabulary, 8 * rows * model.vocabulary
+    matrix = model.vocabulary * model.width * trained
+    return max(product + floats + 4 * matrix, product + (4 + compute) * matrix, (4 + weight) * matrix)
 
 
 def compute_bytes(config: Config) -> int:
@@ -186,8 +211,16 @@ def forward_backward(config: Config, model: Model, layout: Layout) -> Bytes:
             compute=compute,
             checkpointing=config.model.gradient_checkpointing,
             masked=config.model.attention != "flash_attention_2",
+            reads=layout.reads,
         ),
-        "logits and head": head_bytes(model, chunk, compute, weight, trained=config.lora.rank == 0),
+        "logits and head": head_bytes(
+            model,
+            chunk,
+            compute,
+            weight,
+            trained=config.lora.rank == 0,
+            block=max(CACHE_ELEMENTS // model.vocabulary, 1) if layout.device == "CPU" else None,
+        ),
         # of a chunk of tokens, and the states of a rollout in float32 three times
         "MI features": 8 * (CACHE_ELEMENTS if cached else CHUNK_ELEMENTS) + 12 * layout.longest * model.width,
     }

@@ -130,8 +130,10 @@ def plan(config: Config, gpus: int, *, gpu_memory_gb: float | None = None) -> Pl
     rows = config.rollout.questions_per_step * config.rollout.samples_per_question // gpus
     rows_update = rows // config.optim.updates_per_batch
     tokens = min(max(config.optim.micro_tokens, longest), rows_update * longest)
-    one_row = config.optim.packing or config.optim.share_prompts
-    layout = Layout(device, capacity, gpus, rows, longest, tokens, row=tokens if one_row else longest)
+    shared = config.optim.share_prompts
+    row = tokens if shared or config.optim.packing else longest
+    reads = longest / config.rollout.max_tokens if shared else None
+    layout = Layout(device, capacity, gpus, rows, longest, tokens, row, reads)
     made_phases = phases(config, model, layout)
     kv_tokens = made_phases["rollout"].get("KV cache", 0) // kv_token_bytes(config, model)
     held = kv_tokens // longest

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from aipo.mi import CACHE_ELEMENTS
 from aipo.rollouts import MicroBatch
+from aipo.shared_attention import NAME as SHARED
 
 Select = Callable[[Tensor], Tensor]
 """(N, d) states that predict the N completion tokens -> (N,) bool, the tokens whose log-probability is needed"""
@@ -70,6 +72,7 @@ class Policy(nn.Module):
                 attention_mask=micro.attention_mask,
                 position_ids=micro.position_ids,
                 use_cache=False,
+                **({} if micro.tree is None else {"tree": micro.tree}),
             ).last_hidden_state  # (r, s, d)
         finally:
             hook.remove()
@@ -120,11 +123,14 @@ def vocabulary_statistics(
     """
     entropy = hidden.new_empty(len(hidden), dtype=torch.float32)  # (N,)
     certainty = torch.empty_like(entropy)  # (N,)
+    weight = _as_computed(weight)
     for part in _parts(len(hidden), chunk):
-        logits = F.linear(hidden[part], weight, bias).float().div_(temperature)  # (chunk, V)
-        log_z = logits.logsumexp(-1)  # (chunk,)
-        certainty[part] = log_z - logits.mean(-1) - math.log(logits.shape[-1])
-        entropy[part] = log_z - (logits.sub(log_z[:, None]).exp_() * logits).sum(-1)
+        product = F.linear(hidden[part], weight, bias)  # (chunk, V)
+        for rows in _blocks(product):
+            here = slice(part.start + rows.start, part.start + rows.stop)
+            log_p = product[rows].float().div_(temperature).log_softmax(-1)  # (rows, V)
+            certainty[here] = -log_p.mean(-1) - math.log(log_p.shape[-1])
+            entropy[here] = -log_p.exp().mul_(log_p).sum(-1)
     return entropy, certainty
 
 
@@ -132,18 +138,22 @@ class SelectedLogProbs(torch.autograd.Function):
     """log softmax(h W^T / temperature)[target] and its entropy, chunk by chunk, logits recomputed in backward.
 
     Shapes: hidden (K, d), weight (V, d), bias (V,) or None, targets (K,) -> logp (K,), entropy (K,), float32.
-    At most (chunk, V) float32 logits exist at a time. The entropy carries a gradient only if asked to.
+    At most (chunk, V) logits exist at a time, in the precision of the product, and float32 copies of a block of them.
+    The entropy carries a gradient only if asked to.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, chunk, entropy_gradient):
         logp = hidden.new_empty(len(targets), dtype=torch.float32)  # (K,)
         entropy = torch.empty_like(logp)  # (K,)
+        computed = _as_computed(weight)
         for part in _parts(len(targets), chunk):
-            logits = F.linear(hidden[part], weight, bias).float().div_(temperature)  # (chunk, V)
-            log_z = logits.logsumexp(-1)  # (chunk,)
-            logp[part] = logits.gather(-1, targets[part, None])[:, 0] - log_z
-            entropy[part] = log_z - (logits.sub(log_z[:, None]).exp_() * logits).sum(-1)
+            product = F.linear(hidden[part], computed, bias)  # (chunk, V)
+            for rows in _blocks(product):
+                here = slice(part.start + rows.start, part.start + rows.stop)
+                log_p = product[rows].float().div_(temperature).log_softmax(-1)  # (rows, V)
+                logp[here] = log_p.gather(-1, targets[here, None])[:, 0]
+                entropy[here] = -log_p.exp().mul_(log_p).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.temperature, ctx.chunk, ctx.entropy_gradient = temperature, chunk, entropy_gradient
         device = hidden.device.type
@@ -156,43 +166,69 @@ class SelectedLogProbs(torch.autograd.Function):
     def backward(ctx, grad_logp, grad_entropy):
         hidden, weight, bias, targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)  # (K, d)
-        # a frozen head needs none
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None  # (V, d)
+        grad_weight = None  # (V, d); a frozen head needs none
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         with ctx.autocast:  # else what is recomputed would be of another precision, and slow
+            computed = _as_computed(weight)
             for part in _parts(len(targets), ctx.chunk):
-                product = F.linear(hidden[part], weight, bias)  # (chunk, V)
-                logits = product.float().div_(ctx.temperature)  # (chunk, V)
-                log_p = logits.log_softmax(-1) if ctx.entropy_gradient else None  # (chunk, V)
-                # d logp / d logits = (onehot - softmax) / temperature
-                grad = logits.softmax(-1).neg_()  # (chunk, V)
-                by_entropy = None
-                if log_p is not None:  # d entropy / d logits = -p (log p + entropy) / temperature
-                    entropy = (grad * log_p).sum(-1, keepdim=True)  # (chunk, 1)
-                    by_entropy = grad * (log_p + entropy) * (grad_entropy[part, None] / ctx.temperature)  # (chunk, V)
-                grad.scatter_add_(-1, targets[part, None], torch.ones_like(grad[:, :1]))
-                grad.mul_(grad_logp[part, None] / ctx.temperature)
-                if by_entropy is not None:
-                    grad.add_(by_entropy)
-                if grad_bias is not None:
-                    grad_bias += grad.sum(0)
-                grad = grad.to(product.dtype)
-                grad_hidden[part] = grad @ weight
-                if grad_weight is not None:
-                    grad_weight += grad.T @ hidden[part]
+                product = F.linear(hidden[part], computed, bias)  # (chunk, V), which its gradient then takes over
+                for rows in _blocks(product):
+                    here = slice(part.start + rows.start, part.start + rows.stop)
+                    by_entropy = grad_entropy[here] if ctx.entropy_gradient else None
+                    grad = _logits_gradient(product[rows], targets[here], grad_logp[here], by_entropy, ctx.temperature)
+                    if grad_bias is not None:
+                        grad_bias += grad.sum(0)
+                    product[rows] = grad
+                    del grad  # before the next is made
+                grad_hidden[part] = product @ computed
+                if ctx.needs_input_grad[1]:
+                    of_part = product.T @ hidden[part]  # (V, d)
+                    grad_weight = of_part.float() if grad_weight is None else grad_weight.add_(of_part)
+                    del of_part
+                del product
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def _logits_gradient(
+    product: Tensor, targets: Tensor, grad_logp: Tensor, grad_entropy: Tensor | None, temperature: float
+) -> Tensor:
+    """Gradient of log-probabilities (n,) and, unless None, entropies (n,) by the logits (n, V), before temperature."""
+    logits = product.float().div_(temperature)  # (n, V)
+    # d logp / d logits = (onehot - softmax) / temperature
+    grad = logits.softmax(-1).neg_()  # (n, V)
+    by_entropy = None
+    if grad_entropy is not None:  # d entropy / d logits = -p (log p + entropy) / temperature
+        log_p = logits.log_softmax(-1)  # (n, V)
+        entropy = (grad * log_p).sum(-1, keepdim=True)  # (n, 1)
+        by_entropy = grad * (log_p + entropy) * (grad_entropy[:, None] / temperature)  # (n, V)
+    grad.scatter_add_(-1, targets[:, None], torch.ones_like(grad[:, :1]))
+    grad.mul_(grad_logp[:, None] / temperature)
+    return grad if by_entropy is None else grad.add_(by_entropy)
 
 
 def _parts(count: int, chunk: int) -> list[slice]:
     return [slice(i, min(i + chunk, count)) for i in range(0, count, chunk)]
 
 
+def _blocks(product: Tensor) -> list[slice]:
+    """Rows of (chunk, V) whose passes over the vocabulary stay in a CPU's cache; all of them on a GPU."""
+    return _parts(len(product), len(product) if product.is_cuda else max(CACHE_ELEMENTS // product.shape[1], 1))
+
+
+def _as_computed(weight: Tensor) -> Tensor:
+    """In the precision of products, so that autocast does not convert it for each of them."""
+    device = weight.device.type
+    return weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight
+
+
 def load_model(path: str, *, dtype: torch.dtype, attention: str, gradient_checkpointing: bool) -> nn.Module:
     """A causal LM ready for training, in ``dtype``, without dropout."""
     from transformers import AutoModelForCausalLM
 
+    attention = SHARED if attention == "sdpa" else attention
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -18,6 +18,7 @@ from torch import Tensor
 from aipo import distributed
 from aipo.datasets import Problem
 from aipo.rollout.base import Completion
+from aipo.shared_attention import Tree
 
 
 @dataclass
@@ -121,6 +122,7 @@ class MicroBatch:
     predictors: Tensor  # (N,) where in the flattened (r * s) states each completion token is predicted
     targets: Tensor  # (N,) completion token ids
     lengths: Tensor  # (b,) completion lengths
+    tree: Tree | None = None  # where prompts are shared, the mask again as attention wants it
 
     def with_empty(self, rows: Tensor) -> MicroBatch:
         """The same with more rollouts (e,) of which no token is laid out."""
@@ -130,7 +132,7 @@ class MicroBatch:
         )
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor | Tree) else v for k, v in vars(self).items()}
         return MicroBatch(**moved)
 
 
@@ -267,6 +269,7 @@ def _share(rows: list[int], prompts: Sequence[Sequence[int]], completions: Seque
         predictors=torch.tensor(predictors, dtype=torch.long),
         targets=torch.tensor([t for c in completions for t in c], dtype=torch.long),
         lengths=torch.tensor([len(c) for c in completions], dtype=torch.long),
+        tree=Tree.of(own.bincount(minlength=len(parents)).tolist(), parents),
     )
 
 

@@ -47,8 +47,10 @@ class Ours:
             "model.attention": options["attention"],
             "model.gradient_checkpointing": str(options["checkpointing"]).lower(),
             "optim.micro_tokens": options["micro_tokens"],
+            "optim.lr": 1e-6,  # as in the others, whose second step is measured, too
             "optim.share_prompts": "false",
             "rollout.samples_per_question": SAMPLES,
+            "rollout.importance_correction": "none",  # the others have none, and so the same gradient
             "rollout.max_tokens": max(map(len, batch.completions)),
             "reward.overlong_buffer": 1,
             "advantage.drop_constant_groups": "false",

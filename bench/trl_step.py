@@ -81,12 +81,14 @@ class Step:
             with clock("forward"):
                 prompts, prompt_mask = padded([batch.prompt_of[i] for i in rows], left=True)
                 completions, completion_mask = padded([batch.completions[i] for i in rows])
+                # its loss is the mean over micro-batches of their means; ours and the plain loop's over sequences
+                weight = len(rows) * len(groups) / len(batch.completions)
                 inputs = {
                     "prompt_ids": prompts,
                     "prompt_mask": prompt_mask,
                     "completion_ids": completions,
                     "completion_mask": completion_mask,
-                    "advantages": advantages[rows],
+                    "advantages": weight * advantages[rows],
                 }
                 loss = trainer._compute_loss(self.model, {k: v.to(self.device) for k, v in inputs.items()})
             with clock("backward"):

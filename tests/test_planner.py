@@ -22,6 +22,8 @@ from aipo.errors import UserError
 from aipo.memory import CPU_ENGINE_LIBRARIES, GIB, Model, activation_bytes, head_bytes
 from aipo.planner import PUBLISHED, Plan, plan, read_model, render
 from aipo.policy import SelectedLogProbs
+from aipo.rollouts import shared_prompt_batches
+from aipo.shared_attention import NAME
 from tests.tiny import make_tiny
 
 SHAPE: dict[str, Any] = {
@@ -147,9 +149,10 @@ def test_lora_trains_only_the_adapters(tmp_path: Path) -> None:
 
 def test_a_frozen_head_needs_no_gradient() -> None:
     model = read_model("Qwen/Qwen3-4B")
-    matrix, logits = model.vocabulary * model.width, 16 * model.vocabulary
-    assert head_bytes(model, 16, 2, 2) == 10 * logits + 8 * matrix
-    assert head_bytes(model, 16, 2, 2, trained=False) == 12 * logits
+    matrix, logits = model.vocabulary * model.width, 4096 * model.vocabulary
+    assert head_bytes(model, 4096, 2, 2) == 10 * logits + 4 * matrix
+    assert head_bytes(model, 4096, 2, 2, block=1024) == 4 * logits + 4 * matrix
+    assert head_bytes(model, 4096, 2, 2, trained=False) == 10 * logits
 
 
 def test_an_engine_on_cpu_and_one_that_draws_ahead_stay_awake(tmp_path: Path) -> None:
@@ -165,8 +168,9 @@ def test_an_engine_on_cpu_and_one_that_draws_ahead_stay_awake(tmp_path: Path) ->
     assert ahead["update"]["KV cache"] == ahead["rollout"]["KV cache"] > 0
 
 
-def test_what_shares_a_row_pays_for_its_dense_mask(tmp_path: Path) -> None:
-    """Each of n layers keeps a mask of 2 bytes for every token and key: (row - longest) more of them."""
+def test_what_shares_a_row_pays_for_its_masks_or_keys(tmp_path: Path) -> None:
+    """Each of two layers keeps, in 2 bytes, a packed row's mask: (row - longest) more for each token; or, for shared
+    prompts, 3 q + 2 k longest / max_tokens numbers instead of 4 q + longest, and both layers together two masks."""
     folder = make_tiny(tmp_path / "model")
 
     def activations(*overrides: str) -> int:
@@ -176,7 +180,9 @@ def test_what_shares_a_row_pays_for_its_dense_mask(tmp_path: Path) -> None:
 
     padded = activations()
     assert activations("optim.packing=true") - padded == 2 * 2 * 512 * (512 - 128)
-    assert activations("optim.share_prompts=true") == activations("optim.packing=true")
+    reads = 128 // 64
+    attention = 2 * 2 * (3 * 128 + 2 * 64 * reads - 4 * 128 - 128)
+    assert activations("optim.share_prompts=true") - padded == 512 * (attention + 512 + 2 * 2 * 512)
 
 
 @given(st.sampled_from(["1.7b", "4b", "8b"]), st.integers(0, 5))
@@ -218,10 +224,14 @@ def traced(config: PretrainedConfig, dtype: torch.dtype, checkpointing: bool, ro
     ids = torch.zeros(rows, row, dtype=torch.long)
     mask = torch.ones_like(ids)
     mask[0, -5:] = 0  # real padding, or transformers drops the mask
+    return pass_bytes(model, input_ids=ids, attention_mask=mask)
+
+
+def pass_bytes(model: Any, **inputs: Any) -> int:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with PeakBytes(*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)) as memory:
-        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.sum().backward()
+        model.base_model(**inputs, use_cache=False).last_hidden_state.sum().backward()
     return memory.peak
 
 
@@ -247,6 +257,25 @@ def test_activations_are_those_of_a_traced_pass(
         checkpointing=checkpointing,
     )
     assert estimate == pytest.approx(traced(config, dtype, checkpointing, rows, row), rel=0.15)
+
+
+def test_activations_where_prompts_are_shared() -> None:
+    """A prompt of 64 tokens and 8 completions, of which 32 are in the row: each reads 96 keys."""
+    config = LlamaConfig(vocab_size=32, num_hidden_layers=3, **SHAPE)
+    (micro,) = shared_prompt_batches([[1] * 64] * 8, [[2] * 33] * 8, budget=1000)
+    tokens = micro.input_ids.numel()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=NAME).train()
+    measured = pass_bytes(
+        model,
+        input_ids=micro.input_ids,
+        attention_mask=micro.attention_mask,
+        position_ids=micro.position_ids,
+        tree=micro.tree,
+    )
+    estimate = activation_bytes(
+        model_of(config), tokens, tokens, residual=2, compute=2, checkpointing=False, reads=(64 + 8 * 96) / tokens
+    )
+    assert estimate == pytest.approx(measured, rel=0.15)
 
 
 def test_head_is_that_of_a_traced_pass() -> None:

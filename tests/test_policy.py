@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3ForCausalLM
 
 from aipo.policy import Policy, SelectedLogProbs, load_model
 from aipo.rollouts import MicroBatch, filler, micro_batches, pad, shared_prompt_batches, unpad
+from aipo.shared_attention import NAME
 from tests.tiny import make_tiny
 
 VOCABULARY = 61
@@ -62,7 +63,7 @@ def llama(tied: bool, seed: int = 0) -> LlamaForCausalLM:
             max_position_embeddings=64,
             initializer_range=0.2,
             tie_word_embeddings=tied,
-            attn_implementation="sdpa",
+            attn_implementation=NAME,
         )
     ).train()
 
@@ -75,7 +76,7 @@ def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["llama tied", "llama untied", "qwen3"])
 def model(request: pytest.FixtureRequest, qwen_folder: Path) -> nn.Module:
     if request.param == "qwen3":
-        return Qwen3ForCausalLM.from_pretrained(qwen_folder, dtype=torch.float32).train()
+        return Qwen3ForCausalLM.from_pretrained(qwen_folder, dtype=torch.float32, attn_implementation=NAME).train()
     return llama(tied=request.param == "llama tied")
 
 
