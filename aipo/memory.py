@@ -71,7 +71,7 @@ class Layout:
     rollouts: int  # of the rank in a step
     longest: int  # tokens of the longest sequence
     tokens: int  # of the largest micro-batch
-    row: int  # of its rows: keys that each token may attend to
+    row: int  # keys that each token may attend to
     reads: float | None = None  # where prompts are shared, keys that attention copies for each token
 
 
@@ -86,7 +86,7 @@ def activation_bytes(
     masked: bool = True,
     reads: float | None = None,
 ) -> int:
-    """Peak of what the decoder's forward and backward pass keep, for ``tokens`` in rows of ``row``.
+    """Peak of what the decoder's forward and backward pass keep, for ``tokens`` that see up to ``row``.
 
     With r bytes in the residual stream and b in the products, autograd keeps of a layer, per token::
 
@@ -99,7 +99,7 @@ def activation_bytes(
     Where prompts are shared, k and v are copied to ``reads`` tokens each, and the masks are the same in all layers::
 
         attention       3 q b + 2 k b reads    q, output, output in the order of the row
-        masks, once     row + q / k row b      of the row (bool), of its blocks (for the heads of a group)
+        masks, once     tokens + q / k row b   of all (bool), of a sequence (for the heads of a group)
 
     With checkpointing that is one layer, plus d r for the input of each. The backward pass adds 2 f b + 8 d.
     """
@@ -111,7 +111,7 @@ def activation_bytes(
         layer += 4 * q * b + (row * b if masked else 0)
     else:
         layer += 3 * q * b + int(2 * k * b * reads)
-        once += row + q // k * row * b
+        once += tokens + q // k * row * b
     kept = model.layers * d * residual + layer if checkpointing else model.layers * layer
     return tokens * (kept + 2 * f * b + 8 * d + once)
 

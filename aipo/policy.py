@@ -46,6 +46,8 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        if model.config._attn_implementation == "sdpa":  # type: ignore[union-attr]
+            model.set_attn_implementation(SHARED)  # type: ignore[operator]  # the same but where prompts are shared
         self.temperature = temperature
         self.head_chunk = head_chunk
         self.entropy_gradient = entropy_gradient
@@ -228,7 +230,6 @@ def load_model(path: str, *, dtype: torch.dtype, attention: str, gradient_checkp
     """A causal LM ready for training, in ``dtype``, without dropout."""
     from transformers import AutoModelForCausalLM
 
-    attention = SHARED if attention == "sdpa" else attention
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -182,7 +182,7 @@ def test_what_shares_a_row_pays_for_its_masks_or_keys(tmp_path: Path) -> None:
     assert activations("optim.packing=true") - padded == 2 * 2 * 512 * (512 - 128)
     reads = 128 // 64
     attention = 2 * 2 * (3 * 128 + 2 * 64 * reads - 4 * 128 - 128)
-    assert activations("optim.share_prompts=true") - padded == 512 * (attention + 512 + 2 * 2 * 512)
+    assert activations("optim.share_prompts=true") - padded == 512 * (attention + 512 + 2 * 2 * 128)
 
 
 @given(st.sampled_from(["1.7b", "4b", "8b"]), st.integers(0, 5))
@@ -273,7 +273,7 @@ def test_activations_where_prompts_are_shared() -> None:
         tree=micro.tree,
     )
     estimate = activation_bytes(
-        model_of(config), tokens, tokens, residual=2, compute=2, checkpointing=False, reads=(64 + 8 * 96) / tokens
+        model_of(config), tokens, 96, residual=2, compute=2, checkpointing=False, reads=(64 + 8 * 96) / tokens
     )
     assert estimate == pytest.approx(measured, rel=0.15)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3ForCausalLM
 
 from aipo.policy import Policy, SelectedLogProbs, load_model
 from aipo.rollouts import MicroBatch, filler, micro_batches, pad, shared_prompt_batches, unpad
-from aipo.shared_attention import NAME
 from tests.tiny import make_tiny
 
 VOCABULARY = 61
@@ -63,7 +63,7 @@ def llama(tied: bool, seed: int = 0) -> LlamaForCausalLM:
             max_position_embeddings=64,
             initializer_range=0.2,
             tie_word_embeddings=tied,
-            attn_implementation=NAME,
+            attn_implementation="sdpa",
         )
     ).train()
 
@@ -76,7 +76,7 @@ def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["llama tied", "llama untied", "qwen3"])
 def model(request: pytest.FixtureRequest, qwen_folder: Path) -> nn.Module:
     if request.param == "qwen3":
-        return Qwen3ForCausalLM.from_pretrained(qwen_folder, dtype=torch.float32, attn_implementation=NAME).train()
+        return Qwen3ForCausalLM.from_pretrained(qwen_folder, dtype=torch.float32).train()
     return llama(tied=request.param == "llama tied")
 
 
@@ -160,6 +160,15 @@ def test_all_tokens_and_gradient_checkpointing(model: nn.Module) -> None:
     checkpoint(policy)
     for layout in ("padded", "packed"):
         assert_same(ours(policy, chosen, **LAYOUTS[layout]), expected, chosen)
+
+
+def test_attention_where_prompts_are_shared_goes_by_segments(model: nn.Module) -> None:
+    """A wrong mask changes nothing, since only a model whose attention knows no segments looks at it."""
+    policy = Policy(model, temperature=TEMPERATURE)
+    (micro,) = laid_out(**LAYOUTS["one shared row"])
+    assert micro.attention_mask is not None
+    wrong = replace(micro, attention_mask=torch.eye(micro.input_ids.numel(), dtype=torch.bool)[None, None])
+    torch.testing.assert_close(policy(wrong)["states"], policy(micro)["states"])
 
 
 @pytest.mark.parametrize("packing", [False, True])
