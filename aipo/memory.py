@@ -168,6 +168,10 @@ def phases(config: Config, model: Model, layout: Layout) -> dict[str, Bytes]:
         for purpose in ("activations", "gathered weights"):
             if purpose in passing:
                 made["optimizer step"][f"{purpose}, freed"] = passing[purpose]
+        # Padded or packed micro-batches differ in shape, and the heap finds no place for one where another was.
+        # (Measured; rows of shared prompts, which are cut at the same number of tokens, fit.)
+        if layout.reads is None and layout.rollouts * layout.longest > layout.tokens:
+            made["update"]["activations, freed"] = passing["activations"]
     return made
 
 

@@ -185,6 +185,18 @@ def test_what_shares_a_row_pays_for_its_masks_or_keys(tmp_path: Path) -> None:
     assert activations("optim.share_prompts=true") - padded == 512 * (attention + 512 + 2 * 2 * 128)
 
 
+def test_a_heap_keeps_room_for_several_padded_micro_batches(tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path / "model")
+
+    def update(*overrides: str) -> dict[str, int]:
+        return plan(tiny_config(folder, *overrides), 1).phases["update"]
+
+    padded = update("optim.share_prompts=false")
+    assert padded["activations, freed"] == padded["activations"]
+    assert "activations, freed" not in update("optim.share_prompts=false", "optim.micro_tokens=100000")
+    assert "activations, freed" not in update("optim.share_prompts=true")
+
+
 @given(st.sampled_from(["1.7b", "4b", "8b"]), st.integers(0, 5))
 @settings(max_examples=6, deadline=None)
 def test_more_gpus_never_need_more_each_under_zero_3(size: str, power: int) -> None:
