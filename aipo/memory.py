@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 
 from aipo.config import Config
-from aipo.mi import CACHE_ELEMENTS, CHUNK_ELEMENTS
+from aipo.mi import CACHE_ELEMENTS, CHUNK_ELEMENTS, tokens_that_fit
 
 MIB, GIB = 2**20, 2**30
 
@@ -223,7 +223,7 @@ def forward_backward(config: Config, model: Model, layout: Layout) -> Bytes:
             compute,
             weight,
             trained=config.lora.rank == 0,
-            block=max(CACHE_ELEMENTS // model.vocabulary, 1) if layout.device == "CPU" else None,
+            block=tokens_that_fit(model.vocabulary, CACHE_ELEMENTS) if layout.device == "CPU" else None,
         ),
         # of a chunk of tokens, and the states of a rollout in float32 three times
         "MI features": 8 * (CACHE_ELEMENTS if cached else CHUNK_ELEMENTS) + 12 * layout.longest * model.width,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aipo.mi import CACHE_ELEMENTS
+from aipo.mi import CACHE_ELEMENTS, tokens_that_fit
 from aipo.rollouts import MicroBatch
 from aipo.shared_attention import NAME as SHARED
 
@@ -217,7 +217,8 @@ def _parts(count: int, chunk: int) -> list[slice]:
 
 def _blocks(product: Tensor) -> list[slice]:
     """Rows of (chunk, V) whose passes over the vocabulary stay in a CPU's cache; all of them on a GPU."""
-    return _parts(len(product), len(product) if product.is_cuda else max(CACHE_ELEMENTS // product.shape[1], 1))
+    fitting = tokens_that_fit(product.shape[1], CACHE_ELEMENTS)
+    return _parts(len(product), len(product) if product.is_cuda else fitting)
 
 
 def _as_computed(weight: Tensor) -> Tensor:
