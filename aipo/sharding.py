@@ -7,7 +7,7 @@ inside the forward). So gradients are accumulated as sums and :meth:`step` divid
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from aipo import distributed
 from aipo.adapters import alpha_of, merge, originals
 from aipo.config import Config
 from aipo.policy import Policy
+
+GATHERED = 2**24
+"""Elements of weights that are gathered together for the rollout engine: a gathering costs up to a millisecond."""
 
 
 class Sharded(ABC):
@@ -49,9 +52,10 @@ class Sharded(ABC):
         Tied ones come once; adapters come merged into the weights that they belong to.
         """
         alpha = alpha_of(self.policy.model)
-        for name, parts in originals(dict(self.names())):
-            with self.gathered(parts):
-                yield name, merge(parts, alpha)
+        for together in bunches(originals(dict(self.names())), GATHERED):
+            with self.gathered([part for _, parts in together for part in parts]):
+                for name, parts in together:
+                    yield name, merge(parts, alpha)
 
     def gathered(self, parts: Sequence[Tensor]) -> AbstractContextManager[Any]:
         """Within it these parameters are whole on every rank."""
@@ -200,6 +204,21 @@ def make_optimizer(policy: Policy, config: Config, device: torch.device) -> torc
         weight_decay=optim.weight_decay,
         fused=True,
     )
+
+
+def bunches(weights: Iterable[tuple[str, list[Tensor]]], size: int) -> Iterator[list[tuple[str, list[Tensor]]]]:
+    """Consecutive weights, as many as have up to ``size`` elements when they are whole; a larger one comes alone."""
+    bunch: list[tuple[str, list[Tensor]]] = []
+    held = 0
+    for name, parts in weights:
+        elements = sum(getattr(part, "ds_numel", part.numel()) for part in parts)  # ZeRO-3 holds none of it
+        if bunch and held + elements > size:
+            yield bunch
+            bunch, held = [], 0
+        bunch.append((name, parts))
+        held += elements
+    if bunch:
+        yield bunch
 
 
 def learning_rate(step: int, config: Config) -> float:
