@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -115,6 +115,20 @@ def on_first(action: Callable[[], T]) -> T:
     if problem is not None:
         raise UserError(problem)
     return value
+
+
+def buckets(items: Iterable[T], size: int, size_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Consecutive items, as many as have up to ``size`` together; a larger one comes alone."""
+    bucket: list[T] = []
+    held = 0
+    for item in items:
+        if bucket and held + size_of(item) > size:
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(item)
+        held += size_of(item)
+    if bucket:
+        yield bucket
 
 
 _GLOO: Any = None

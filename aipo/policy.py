@@ -8,7 +8,7 @@ not depend on a rank's data: the head is called exactly once a forward, with how
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -128,8 +128,7 @@ def vocabulary_statistics(
     weight = _as_computed(weight)
     for part in _parts(len(hidden), chunk):
         product = F.linear(hidden[part], weight, bias)  # (chunk, V)
-        for rows in _blocks(product):
-            here = slice(part.start + rows.start, part.start + rows.stop)
+        for rows, here in _blocks(product, part.start):
             log_p = product[rows].float().div_(temperature).log_softmax(-1)  # (rows, V)
             certainty[here] = -log_p.mean(-1) - math.log(log_p.shape[-1])
             entropy[here] = -log_p.exp().mul_(log_p).sum(-1)
@@ -151,8 +150,7 @@ class SelectedLogProbs(torch.autograd.Function):
         computed = _as_computed(weight)
         for part in _parts(len(targets), chunk):
             product = F.linear(hidden[part], computed, bias)  # (chunk, V)
-            for rows in _blocks(product):
-                here = slice(part.start + rows.start, part.start + rows.stop)
+            for rows, here in _blocks(product, part.start):
                 log_p = product[rows].float().div_(temperature).log_softmax(-1)  # (rows, V)
                 logp[here] = log_p.gather(-1, targets[here, None])[:, 0]
                 entropy[here] = -log_p.exp().mul_(log_p).sum(-1)
@@ -174,8 +172,7 @@ class SelectedLogProbs(torch.autograd.Function):
             computed = _as_computed(weight)
             for part in _parts(len(targets), ctx.chunk):
                 product = F.linear(hidden[part], computed, bias)  # (chunk, V), which its gradient then takes over
-                for rows in _blocks(product):
-                    here = slice(part.start + rows.start, part.start + rows.stop)
+                for rows, here in _blocks(product, part.start):
                     by_entropy = grad_entropy[here] if ctx.entropy_gradient else None
                     grad = _logits_gradient(product[rows], targets[here], grad_logp[here], by_entropy, ctx.temperature)
                     if grad_bias is not None:
@@ -215,10 +212,12 @@ def _parts(count: int, chunk: int) -> list[slice]:
     return [slice(i, min(i + chunk, count)) for i in range(0, count, chunk)]
 
 
-def _blocks(product: Tensor) -> list[slice]:
-    """Rows of (chunk, V) whose passes over the vocabulary stay in a CPU's cache; all of them on a GPU."""
-    fitting = tokens_that_fit(product.shape[1], CACHE_ELEMENTS)
-    return _parts(len(product), len(product) if product.is_cuda else fitting)
+def _blocks(product: Tensor, start: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of (chunk, V) whose passes over the vocabulary stay in a CPU's cache, all of them on a GPU; and where they
+    are among all positions, the chunk beginning at ``start``."""
+    fitting = len(product) if product.is_cuda else tokens_that_fit(product.shape[1], CACHE_ELEMENTS)
+    for rows in _parts(len(product), fitting):
+        yield rows, slice(start + rows.start, start + rows.stop)
 
 
 def _as_computed(weight: Tensor) -> Tensor:

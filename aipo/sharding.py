@@ -7,7 +7,7 @@ inside the forward). So gradients are accumulated as sums and :meth:`step` divid
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ class Sharded(ABC):
         Tied ones come once; adapters come merged into the weights that they belong to.
         """
         alpha = alpha_of(self.policy.model)
-        for together in bunches(originals(dict(self.names())), GATHERED):
+        weights = originals(dict(self.names()))
+        for together in distributed.buckets(weights, GATHERED, lambda weight: whole_size(weight[1])):
             with self.gathered([part for _, parts in together for part in parts]):
                 for name, parts in together:
                     yield name, merge(parts, alpha)
@@ -206,19 +207,9 @@ def make_optimizer(policy: Policy, config: Config, device: torch.device) -> torc
     )
 
 
-def bunches(weights: Iterable[tuple[str, list[Tensor]]], size: int) -> Iterator[list[tuple[str, list[Tensor]]]]:
-    """Consecutive weights, as many as have up to ``size`` elements when they are whole; a larger one comes alone."""
-    bunch: list[tuple[str, list[Tensor]]] = []
-    held = 0
-    for name, parts in weights:
-        elements = sum(getattr(part, "ds_numel", part.numel()) for part in parts)  # ZeRO-3 holds none of it
-        if bunch and held + elements > size:
-            yield bunch
-            bunch, held = [], 0
-        bunch.append((name, parts))
-        held += elements
-    if bunch:
-        yield bunch
+def whole_size(parts: Sequence[Tensor]) -> int:
+    """Elements of parameters when they are gathered; of a shard ZeRO-3 knows the whole."""
+    return sum(getattr(part, "ds_numel", part.numel()) for part in parts)
 
 
 def learning_rate(step: int, config: Config) -> float:

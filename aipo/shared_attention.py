@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ class Block:
         k, v = (
             each.index_select(0, self.keys.flatten()).view(g, -1, groups, size).transpose(1, 2) for each in (key, value)
         )  # (g, groups, k, h)
-        bias = self.bias(query.dtype, heads)  # (g, 1, heads * q, k)
+        # of the value's type: under autocast, rotation has made query and key float32 until sdpa converts them
+        bias = self.bias(value.dtype, heads)  # (g, 1, heads * q, k)
         out = F.scaled_dot_product_attention(asked, k, v, bias, dropout_p=dropout, scale=scaling)
         return out.view(g, groups, heads, q, size).permute(0, 3, 1, 2, 4).reshape(g * q, groups * heads, size)
 
@@ -79,8 +81,7 @@ class Tree:
         """Segments that stand one after the other in the row, each behind the parent that it continues."""
         before: list[list[int]] = []  # of each segment, where the sequence before it stands
         own: list[list[int]] = []
-        for length, parent in zip(lengths, parents):
-            start = sum(map(len, own))
+        for start, length, parent in zip(accumulate(lengths, initial=0), lengths, parents):
             before.append([] if parent is None else before[parent] + own[parent])
             own.append(list(range(start, start + length)))
         blocks: list[list[int]] = []

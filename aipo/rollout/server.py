@@ -175,7 +175,7 @@ class ServerEngine:
         if self._group is None:
             self._group = self._connect()
         self._ask("start_weight_update")
-        for bucket in buckets(stream, BUCKET_BYTES):
+        for bucket in distributed.buckets(stream, BUCKET_BYTES, lambda weight: weight[1].nbytes):
             info = {
                 "names": [name for name, _ in bucket],
                 "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
@@ -237,18 +237,6 @@ def parse_completion(response: dict[str, Any]) -> Completion:
     if len(logprobs) != len(choice["token_ids"]):
         raise RuntimeError("vLLM sent another number of log-probabilities than of tokens")
     return Completion(choice["token_ids"], logprobs, choice["finish_reason"])
-
-
-def buckets(stream: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Consecutive (name, tensor) pairs, as many as stay below ``size`` bytes; a larger tensor comes alone."""
-    bucket: list[tuple[str, torch.Tensor]] = []
-    for name, tensor in stream:
-        if bucket and sum(t.nbytes for _, t in bucket) + tensor.nbytes > size:
-            yield bucket
-            bucket = []
-        bucket.append((name, tensor))
-    if bucket:
-        yield bucket
 
 
 def background(action: Callable[..., Any], *arguments: Any) -> Future[Any]:
