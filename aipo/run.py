@@ -428,7 +428,7 @@ def save_final_model(sharded: Sharded, inputs: Inputs, folder: Path) -> None:
     state = {}
     for name, tensor in sharded.full_parameters():
         if first:
-            state[name] = tensor.detach().to("cpu", copy=True)
+            state[name] = tensor.detach().cpu()
     if first:
         temporary = folder.with_name(".tmp-final")
         try:

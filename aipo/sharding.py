@@ -47,7 +47,7 @@ class Sharded(ABC):
         """
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, full tensor) one at a time; valid until the next. Consume it fully on every rank.
+        """(Hugging Face name, full tensor), the same until the next optimizer step. Consume it fully on every rank.
 
         Tied ones come once; adapters come merged into the weights that they belong to.
         """

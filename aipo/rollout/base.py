@@ -80,8 +80,8 @@ class RolloutEngine(Protocol):
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace all weights by ``(Hugging Face name, full tensor)`` pairs and forget cached prefixes.
 
-        The iterable is consumed once, to its end (under ZeRO-3 each item is a collective). Raises ``ValueError``
-        if a weight is missing.
+        The iterable is consumed once, to its end (under ZeRO-3 each item is a collective); no tensor may change
+        before that (vLLM holds some back until their layer is complete). Raises ``ValueError`` if a weight is missing.
         """
         ...
 

@@ -254,7 +254,7 @@ class VllmEngine:
 def checkpoint_stream(
     weights: Iterable[tuple[str, torch.Tensor]], *, dtype: torch.dtype, tied: bool, expected: Collection[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights as vLLM's reload wants them: own copies in its dtype, and the head by name even where it is tied.
+    """Weights as vLLM's reload wants them: in its dtype, and the head by name even where it is tied.
 
     Raises ``ValueError`` at its end if one of the ``expected`` was missing.
     """
@@ -263,8 +263,7 @@ def checkpoint_stream(
         names.add(name)
         if tied and name == HEAD:
             continue  # an alias of the embedding, sent below
-        # A copy even where nothing is cast: vLLM holds tensors back until their layer is complete.
-        tensor = tensor.detach().to(dtype, copy=True)
+        tensor = tensor.detach().to(dtype)
         if tied and name.endswith(EMBEDDING):
             embedding = tensor
         yield name, tensor

@@ -114,7 +114,8 @@ def gradient(sharded: Sharded) -> dict[str, torch.Tensor]:
 
 
 def weights(sharded: Sharded) -> torch.Tensor:
-    return torch.cat([tensor.float().flatten().clone() for _, tensor in sharded.full_parameters()])
+    held = list(sharded.full_parameters())  # as vLLM holds some until their layer is complete
+    return torch.cat([tensor.float().flatten() for _, tensor in held])
 
 
 def config_of(overrides: list[str]) -> Config:
