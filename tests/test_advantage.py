@@ -249,7 +249,7 @@ def test_reallocation_by_hand() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.floats(-1e3, 1e3, width=32),
+    st.floats(-1e3, 1e3, width=32, allow_subnormal=False),  # of the least ones a share is 0
     st.lists(st.one_of(st.floats(0, 20, width=32), st.sampled_from([NAN, INF])), min_size=1, max_size=6),
     st.floats(0, 10),
     st.one_of(st.floats(0, 5), st.just(NAN)),

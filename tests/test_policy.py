@@ -145,16 +145,14 @@ def assert_same(actual: Any, expected: Any, chosen: Tensor) -> None:
 # --- parity with full logits --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["a block", "blocks of two"])
-def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A vocabulary as small as this would never be cut by what a cache holds."""
-    if request.param == "blocks of two":
-        monkeypatch.setattr("aipo.policy.CACHE_ELEMENTS", 2 * VOCABULARY + 1)
+@pytest.fixture(params=[(1, 1000), (5, 1000), (5, 2), (1000, 2)], ids="positions {0[0]}, a cache holds {0[1]}".format)
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Positions of a chunk; what a cache holds would never cut a vocabulary as small as this."""
+    monkeypatch.setattr("aipo.policy.CACHE_ELEMENTS", request.param[1] * VOCABULARY + 1)
+    return request.param[0]
 
 
-@pytest.mark.usefixtures("_blocks")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("chunk", [1, 5, 1000])
 def test_logp_entropy_and_every_gradient(model: nn.Module, layout: str, chunk: int) -> None:
     expected = reference(model, CHOSEN)
     policy = Policy(copy.deepcopy(model), temperature=TEMPERATURE, head_chunk=chunk)
@@ -301,8 +299,6 @@ def test_selected_logprobs_against_float64(bias: bool, entropy_gradient: bool, c
         torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("_blocks")
-@pytest.mark.parametrize("chunk", [1, 5, 1000])
 def test_what_the_whole_vocabulary_says(model: nn.Module, chunk: int) -> None:
     """Entropy, and KL(uniform || p) as INTUITOR's eq. has it, at every token and without a gradient."""
     policy = Policy(copy.deepcopy(model), temperature=TEMPERATURE, head_chunk=chunk)

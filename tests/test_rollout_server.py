@@ -61,7 +61,7 @@ def url(answers) -> Iterator[str]:
         def log_message(self, *_: object) -> None: ...
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # else it ends half a second late
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
