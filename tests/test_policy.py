@@ -145,7 +145,9 @@ def assert_same(actual: Any, expected: Any, chosen: Tensor) -> None:
 # --- parity with full logits --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[(1, 1000), (5, 1000), (5, 2), (1000, 2)], ids="positions {0[0]}, a cache holds {0[1]}".format)
+@pytest.fixture(
+    params=[(1, 1000), (5, 1000), (1000, 1000), (5, 2), (1000, 2)], ids="positions {0[0]}, a cache holds {0[1]}".format
+)
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Positions of a chunk; what a cache holds would never cut a vocabulary as small as this."""
     monkeypatch.setattr("aipo.policy.CACHE_ELEMENTS", request.param[1] * VOCABULARY + 1)

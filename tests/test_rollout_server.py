@@ -6,14 +6,9 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import pairwise
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from aipo import distributed
 from aipo.config import load_config
 from aipo.errors import TrainingError, UserError
 from aipo.rollout.server import (
@@ -114,16 +109,6 @@ def test_the_first_error_is_not_kept_waiting():
     never = threading.Event()
     with pytest.raises(RuntimeError, match="refused"):
         finish([background(never.wait), background(fail)])
-
-
-@given(st.lists(st.integers(0, 9)), st.integers(1, 12))
-def test_buckets_keep_order_and_size(sizes, limit):
-    stream = [(str(i), torch.empty(n, dtype=torch.uint8)) for i, n in enumerate(sizes)]
-    cut = list(distributed.buckets(iter(stream), limit, lambda pair: pair[1].nbytes))
-    assert [pair for bucket in cut for pair in bucket] == stream
-    assert all(len(bucket) == 1 or sum(t.nbytes for _, t in bucket) <= limit for bucket in cut)
-    for first, second in pairwise(cut):  # none that the next could have joined
-        assert sum(t.nbytes for _, t in first) + second[0][1].nbytes > limit
 
 
 def response(**choice: object) -> dict[str, object]:

@@ -110,6 +110,19 @@ def test_a_stale_tied_head_is_noticed(engine, model, monkeypatch):
         check_weight_sync(engine, model.named_parameters, lambda *a: hf_logprobs(model, *a), PROMPTS)
 
 
+@torch.no_grad()
+def test_what_was_synced_is_the_engines_own(engine, model):
+    """The optimizer changes weights in place while the engine draws; those of its dtype it got without a copy."""
+    weights = dict(model.bfloat16().named_parameters())
+    engine.sync(weights.items())
+    before = engine.generate(REQUESTS, SAMPLING)
+    for weight in weights.values():
+        weight.zero_()
+    assert engine.generate(REQUESTS, SAMPLING) == before
+    engine.sync(weights.items())
+    assert engine.generate(REQUESTS, SAMPLING) != before
+
+
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 0.0])
 def test_logprobs_are_after_temperature(synced, model, temperature):
     assert gap(synced, model, Sampling(max_tokens=24, temperature=temperature)) < TOLERANCE

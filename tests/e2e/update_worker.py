@@ -18,6 +18,7 @@ from aipo import distributed
 
 device = distributed.start()
 
+from aipo import sharding  # noqa: E402
 from aipo.checkpoint import CheckpointError, CheckpointStore, latest  # noqa: E402
 from aipo.config import Config, load_config  # noqa: E402
 from aipo.datasets import Problem  # noqa: E402
@@ -34,6 +35,7 @@ from aipo.trainer import Clock, Trainer  # noqa: E402
 MODEL, OUT = sys.argv[1], Path(sys.argv[2])
 RANK, WORLD = distributed.rank(), distributed.world_size()
 BETA1 = 0.9
+sharding.GATHERED = 10_000  # else all weights of so small a model are gathered at once
 VARIANTS = {
     "plain, one by one": ["sharding.zero_stage=0", "optim.micro_tokens=1"],
     "zero 3, one by one": ["optim.micro_tokens=1"],
