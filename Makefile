@@ -35,18 +35,18 @@ endif
 	@touch $@
 
 train: setup  ## train the embedded model end to end, or go on with it; ARGS="name=other optim.lr=1e-5" is passed on
-	python -m aipo.embedded
+	python -m aipo.problems.embedded
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} accelerate launch train.py --config smollm2_135m.yaml --resume auto $(ARGS)
 
 data: setup  ## fetch the data sets from the Hugging Face hub and check them; ARGS="--from FOLDER" reads copies instead
 	python data/prepare.py all $(ARGS)
 
 compare: setup  ## train every method on the embedded default, three seeds each, and compare; hours; ARGS=--quick: minutes
-	python -m aipo.embedded
+	python -m aipo.problems.embedded
 	python bench/compare.py $(ARGS)
 
 bench: setup  ## time and memory of a step, the head, MI, rollouts and the planner, in small: under 15 minutes on two cores
-	python -m aipo.embedded
+	python -m aipo.problems.embedded
 	for part in step head mi rollout memory; do python bench/$$part.py --quick; done
 
 # two workers of one thread each: small tensors gain nothing from threads

@@ -104,7 +104,7 @@ def main() -> int:
     options = parse()
     try:
         if options.compare:
-            from aipo.results import print_comparison
+            from aipo.evaluation.results import print_comparison
 
             print_comparison(*options.compare)
             return 0
@@ -113,7 +113,7 @@ def main() -> int:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
         warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.dist", category=FutureWarning)
         from aipo import distributed
-        from aipo.benchmarking import run
+        from aipo.evaluation.benchmarking import run
 
         distributed.start()
         run(options)

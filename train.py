@@ -45,7 +45,7 @@ def dry_run(config: Config, arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from aipo.planner import plan, render
+    from aipo.plan.planner import plan, render
     from aipo.run import describe_data
 
     print(dump_config(config))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aipo import distributed
 from aipo.advantage import constant_groups
-from aipo.branching import (
+from aipo.branching.branches import (
     bottleneck_scores,
     filter_rollouts,
     join_branches,
@@ -26,11 +26,11 @@ from aipo.branching import (
     mean_log_prob,
     plan_branches,
 )
+from aipo.branching.latent import Latents
 from aipo.config import Config
-from aipo.datasets import Problem
 from aipo.errors import TrainingError
-from aipo.latent import Latents
 from aipo.mask import prefix_lengths
+from aipo.problems.datasets import Problem
 from aipo.rollout.base import Completion, Request, Sampling
 from aipo.rollout.collect import Collector
 from aipo.rollouts import Rollouts
@@ -176,7 +176,7 @@ class Generation:
         return engine.generate(requests, self.sampling, injection=injection)
 
     def _bottleneck(self, rollouts: Rollouts) -> Tensor:
-        """:func:`~aipo.branching.bottleneck_scores` of every rollout, from four passes of the policy. (B,)"""
+        """:func:`~aipo.branching.branches.bottleneck_scores` of every rollout, from four passes of the policy. (B,)"""
         prompter, ends = self.collector.prompter, self.collector.prompter.end_ids
         blank = prompter.encode("")  # the prompt without its question
         questions = [rollouts.prompts[i // rollouts.group_size] for i in range(len(rollouts.completions))]

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from aipo import distributed
-from aipo.datasets import Problem
-from aipo.progress import Progress
+from aipo.problems.datasets import Problem
+from aipo.record.progress import Progress
 
 Label = Callable[[Sequence[Problem]], dict[str, float]]
 """N_peak of each of this rank's questions of a block, which may be none; a collective"""

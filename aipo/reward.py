@@ -58,7 +58,7 @@ class Rewarder:
         signed: a wrong answer counts -1, not 0.
         overlong: weight of the soft overlong punishment that is added.
         thinking: whether a thinking block is expected, for the format reward.
-        workers, timeout, memory_mb: of the :class:`~aipo.verify.Verifier` that judges correctness.
+        workers, timeout, memory_mb: of the :class:`~aipo.verify.pool.Verifier` that judges correctness.
     """
 
     def __init__(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from aipo import distributed
-from aipo.datasets import Problem
+from aipo.model.shared_attention import Tree
+from aipo.problems.datasets import Problem
 from aipo.rollout.base import Completion
-from aipo.shared_attention import Tree
 
 
 @dataclass

@@ -22,19 +22,20 @@ from rich.console import Console
 from torch import Tensor
 
 from aipo import distributed
-from aipo.adapters import add_adapters
-from aipo.checkpoint import CheckpointStore, compare_identity, resolve, run_identity
+from aipo.branching.latent import Latents, load_latents
 from aipo.config import Config, dump_config
 from aipo.curriculum import Curriculum
-from aipo.datasets import Problem, fingerprint, load_problems
-from aipo.embedded import cache_folder, resolve_model
 from aipo.errors import TrainingError, UserError
-from aipo.export import model_stamp
 from aipo.labelling import label_folder, label_questions
-from aipo.latent import Latents, load_latents
+from aipo.model.adapters import add_adapters
+from aipo.model.export import model_stamp
 from aipo.policy import Policy, load_model
-from aipo.progress import Progress, final_table, summarize
-from aipo.prompts import Prompter
+from aipo.problems.datasets import Problem, fingerprint, load_problems
+from aipo.problems.embedded import cache_folder, resolve_model
+from aipo.problems.prompts import Prompter
+from aipo.record.checkpoints import CheckpointStore, compare_identity, resolve, run_identity
+from aipo.record.progress import Progress, final_table, summarize
+from aipo.record.tracker import Tracker, peak_memory_bytes, prepare_run_folder, read_jsonl
 from aipo.reward import Rewarder
 from aipo.rollout import make_engine, require_engine
 from aipo.rollout.check import check_weight_sync
@@ -42,7 +43,6 @@ from aipo.rollout.collect import Collector
 from aipo.rollouts import MicroBatch, micro_batches
 from aipo.selection import TokenSelector
 from aipo.sharding import Sharded, deepspeed_config, shard
-from aipo.tracking import Tracker, peak_memory_bytes, prepare_run_folder, read_jsonl
 from aipo.trainer import Trainer
 
 # what may differ between a checkpoint and the run that goes on from it: nothing of it changes what is computed

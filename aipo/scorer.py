@@ -14,6 +14,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from aipo.config.schema import POSITION_ELEMENTS
 from aipo.mi import (
     Estimator,
     Features,
@@ -26,7 +27,6 @@ from aipo.mi import (
     positive,
     tokens_that_fit,
 )
-from aipo.schema import POSITION_ELEMENTS
 
 
 def pointwise_scores(

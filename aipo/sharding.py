@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aipo import distributed
-from aipo.adapters import alpha_of, merge, originals
 from aipo.config import Config
+from aipo.model.adapters import alpha_of, merge, originals
 from aipo.policy import Policy
 
 GATHERED = 2**24

@@ -22,26 +22,26 @@ from torch import Tensor
 
 from aipo import distributed
 from aipo.advantage import blend, constant_groups, group_advantages
-from aipo.checkpoint import CheckpointStore, rng_state, set_rng_state
+from aipo.branching.latent import Latents
 from aipo.config import Config
 from aipo.curriculum import Curriculum, peak_label
-from aipo.datasets import Problem
-from aipo.early_exit import postfix_ids
 from aipo.errors import TrainingError
-from aipo.evaluation import validate
+from aipo.evaluation.scoring import validate
 from aipo.generation import Generation
-from aipo.latent import Latents
 from aipo.loss import importance_weights, kl_priority, loss_terms
 from aipo.mask import prefix_share
 from aipo.metrics import Accuracy
-from aipo.progress import Progress
-from aipo.reporting import dump_batch, reduce_metrics, rollout_rows
+from aipo.problems.datasets import Problem
+from aipo.record.checkpoints import CheckpointStore, rng_state, set_rng_state
+from aipo.record.progress import Progress
+from aipo.record.reporting import dump_batch, reduce_metrics, rollout_rows
+from aipo.record.tracker import Tracker
 from aipo.rollout.collect import Collector
 from aipo.rollouts import MicroBatch, Rollouts, balanced, filler, micro_batches, pad, shared_prompt_batches, unpad
 from aipo.selection import TokenSelector
 from aipo.sharding import Sharded, learning_rate
-from aipo.signals import Signals, diagnostics, shape, token_signals
-from aipo.tracking import Tracker
+from aipo.tokens.early_exit import postfix_ids
+from aipo.tokens.signals import Signals, diagnostics, shape, token_signals
 
 
 class Clock:

@@ -125,9 +125,9 @@ def record(candidates: int = 12) -> None:
     import reasoning_gym
     from transformers import AutoTokenizer, GenerationConfig
 
-    from aipo.datasets import Problem
-    from aipo.embedded import embedded_model
-    from aipo.prompts import Prompter
+    from aipo.problems.datasets import Problem
+    from aipo.problems.embedded import embedded_model
+    from aipo.problems.prompts import Prompter
     from aipo.rollout.base import Request, Sampling
     from aipo.rollout.hf import HfEngine
     from aipo.verify import is_correct

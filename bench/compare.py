@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 from scipy.stats import ttest_1samp
 
 from aipo.config import CONFIG_FOLDER
+from aipo.evaluation.results import markdown
 from aipo.metrics import training_efficiency
-from aipo.results import markdown
-from aipo.tracking import read_jsonl
+from aipo.record.tracker import read_jsonl
 from bench.machine import machine, slug
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 
-from aipo.planner import PUBLISHED
+from aipo.evaluation.results import markdown
+from aipo.plan.planner import PUBLISHED
 from aipo.policy import _head_forward
-from aipo.results import markdown
 from bench.machine import machine, slug
 from bench.measure import Clock, measured, median
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from aipo.config import load_config  # noqa: E402
-from aipo.planner import plan  # noqa: E402
+from aipo.plan.planner import plan  # noqa: E402
 from bench.machine import machine, slug  # noqa: E402
 from tests.tiny import make_tiny  # noqa: E402
 

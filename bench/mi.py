@@ -26,9 +26,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from aipo.embedded import MODEL, embedded_model  # noqa: E402
+from aipo.evaluation.results import markdown  # noqa: E402
 from aipo.mi import Features, exact_hsic, fast_hsic  # noqa: E402
-from aipo.results import markdown  # noqa: E402
+from aipo.problems.embedded import MODEL, embedded_model  # noqa: E402
 from aipo.scorer import TokenScorer  # noqa: E402
 from bench.machine import machine, slug  # noqa: E402
 from bench.measure import Memory, synchronize  # noqa: E402

@@ -89,7 +89,7 @@ class Ours:
         self.selected = self.norm = 0.0
 
     def __call__(self, batch: Batch, clock: Clock) -> None:
-        from aipo.datasets import Problem
+        from aipo.problems.datasets import Problem
         from aipo.rollout.base import Completion
         from aipo.rollouts import Rollouts
 

@@ -29,7 +29,7 @@ import torch
 
 from aipo import distributed
 from aipo.config import load_config
-from aipo.results import markdown
+from aipo.evaluation.results import markdown
 from aipo.reward import Rewarder
 from aipo.rollout import Completion, Request, Sampling, make_engine
 from aipo.rollout.collect import Collector, request_seed

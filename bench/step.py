@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from aipo.planner import PUBLISHED
-from aipo.results import markdown
+from aipo.evaluation.results import markdown
+from aipo.plan.planner import PUBLISHED
 from bench.batches import QUESTIONS, Batch, load
 from bench.machine import machine, slug
 from bench.measure import PHASES, median, step_flops
@@ -183,7 +183,7 @@ def main() -> None:
         shape = PUBLISHED[arguments.model]
         spec, changed = json.dumps(shape), {"scale": arguments.scale, "vocabulary": shape["vocab_size"]}
     else:
-        from aipo.embedded import resolve_model
+        from aipo.problems.embedded import resolve_model
 
         spec, changed = resolve_model(arguments.model), {}
     questions = 1 if arguments.quick else QUESTIONS if cuda else 2

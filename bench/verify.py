@@ -1,6 +1,6 @@
 """How many answers does the verifier judge in a second, and how often is it right?
 
-Prints Markdown: agreement with the labelled pairs of tests/verifier, throughput on those pairs that cannot be judged
+Prints Markdown: agreement with the labelled pairs of tests/verify, throughput on those pairs that cannot be judged
 on their text, once each and as the rollouts of a question (where equal answers are judged once), and what a bomb
 costs. A minute on two cores:
 
@@ -22,10 +22,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from aipo.answers import bare_gold, settle
 from aipo.verify import Verdict, Verifier
+from aipo.verify.answers import bare_gold, settle
 
-PAIRS = Path(__file__).resolve().parents[1] / "tests" / "verifier" / "pairs.jsonl"
+PAIRS = Path(__file__).resolve().parents[1] / "tests" / "verify" / "pairs.jsonl"
 ROLLOUTS = 8
 BOMBS = {
     "power tower": "9^{9^{9^{9}}}",

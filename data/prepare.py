@@ -10,10 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, its own folder is there instead
 
-from aipo.contamination import find_overlaps
-from aipo.datasets import Problem, stem
 from aipo.errors import UserError
-from aipo.sources import GROUPS, SOURCES, prepare, prepared
+from aipo.problems.contamination import find_overlaps
+from aipo.problems.datasets import Problem, stem
+from aipo.problems.sources import GROUPS, SOURCES, prepare, prepared
 
 EXAMPLES = """\
 names: {names}

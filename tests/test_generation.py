@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from aipo.config import Config, load_config
-from aipo.datasets import Problem
 from aipo.errors import TrainingError
 from aipo.generation import Generation, varying_groups
-from aipo.prompts import Prompter
+from aipo.problems.datasets import Problem
+from aipo.problems.prompts import Prompter
 from aipo.reward import Rewarder
 from aipo.rollout.base import Completion, Request, Sampling
 from aipo.rollout.collect import Collector

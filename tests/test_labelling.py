@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from aipo.datasets import Problem
 from aipo.labelling import label_folder, label_questions, read_labels
-from aipo.progress import Progress
+from aipo.problems.datasets import Problem
+from aipo.record.progress import Progress
 
 PROBLEMS = [Problem(f"q{i}", f"{i} + 1", str(i + 1)) for i in range(10)]
 EXPECTED = {f"q{i}": float(i) for i in range(10)}

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aipo.datasets import Problem
+from aipo.problems.datasets import Problem
 from aipo.rollout import Completion
 from aipo.rollouts import (
     MicroBatch,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aipo import distributed
-from aipo.adapters import add_adapters
 from aipo.config import Config, load_config
+from aipo.model.adapters import add_adapters
 from aipo.policy import Policy
 from aipo.rollouts import filler, micro_batches
 from aipo.sharding import Plain, deepspeed_config, learning_rate, shard, whole_size
@@ -277,7 +277,7 @@ def test_full_parameters_have_adapters_merged(tied: bool) -> None:
 
 def test_adapters_save_and_load(tmp_path: Path) -> None:
     """With the frozen weights, which the loading model need not share; the exported ones are merged."""
-    from aipo.export import weights
+    from aipo.model.export import weights
 
     first, second = plain(adapters=True), plain(adapters=True)
     with torch.no_grad():

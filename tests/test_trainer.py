@@ -10,9 +10,9 @@ import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from aipo.config import Config, load_config
-from aipo.datasets import Problem
 from aipo.loss import policy_loss
-from aipo.prompts import Prompter
+from aipo.problems.datasets import Problem
+from aipo.problems.prompts import Prompter
 from aipo.rollout.base import Completion
 from aipo.rollouts import Rollouts, pad
 from aipo.run import make_policy

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from aipo.interventions import Intervention
+from aipo.rollout.interventions import Intervention
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from aipo.datasets import Problem
-from aipo.prompts import Prompter
+from aipo.problems.datasets import Problem
+from aipo.problems.prompts import Prompter
 from aipo.reward import Rewarder
 from aipo.rollout.base import Completion, Request, RolloutEngine, Sampling
 from aipo.rollouts import Rollouts

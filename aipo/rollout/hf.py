@@ -21,9 +21,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from aipo.injection import Injection
-from aipo.interventions import intervene
 from aipo.rollout.base import Completion, Request, Sampling, check_complete, check_requests, keep_rng
+from aipo.rollout.injection import Injection
+from aipo.rollout.interventions import intervene
 
 
 class HfEngine:

@@ -353,7 +353,7 @@ def serve_arguments(config: Config, model_path: str, *, gpu: bool) -> list[str]:
 def main() -> None:
     """Become the rollout server of a config."""
     from aipo.config import load_config
-    from aipo.embedded import resolve_model
+    from aipo.problems.embedded import resolve_model
 
     parser = argparse.ArgumentParser(prog="python -m aipo.rollout.server", description=main.__doc__)
     parser.add_argument("--config", required=True, help="that train.py is started with")

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from aipo.errors import UserError
-from aipo.interventions import Intervention, intervene
 from aipo.rollout.base import Completion, Request, Sampling, check_complete, check_requests, keep_rng, parameter_names
+from aipo.rollout.interventions import Intervention, intervene
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 INTERVENTION = "aipo_intervention"  # its key among a request's extra arguments

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from aipo import distributed
-from aipo.adapters import adapters_off, add_adapters, residual
 from aipo.config import load_config
-from aipo.export import weights
+from aipo.model.adapters import adapters_off, add_adapters, residual
+from aipo.model.export import weights
 from aipo.policy import Policy, load_model
 from aipo.rollout import make_engine
 from aipo.rollout.base import Request, Sampling

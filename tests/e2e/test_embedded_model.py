@@ -11,8 +11,8 @@ import torch
 from gguf import GGUFReader, dequantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aipo.embedded import GGUF, _download, embedded_model, embedded_problems
-from aipo.prompts import Prompter
+from aipo.problems.embedded import GGUF, _download, embedded_model, embedded_problems
+from aipo.problems.prompts import Prompter
 
 pytestmark = pytest.mark.e2e
 
@@ -25,7 +25,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that two processes filled at the same time."""
     cache = tmp_path_factory.mktemp("cache")
     env = os.environ | {"AIPO_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "aipo.embedded"]
+    command = [sys.executable, "-m", "aipo.problems.embedded"]
     both = [subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = [process.communicate()[0].splitlines()[-3:] for process in both]
     assert [process.returncode for process in both] == [0, 0]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from aipo.embedded import embedded_model
-from aipo.interventions import DEFAULT_WORDS, Intervention, intervene, variant_ids
+from aipo.problems.embedded import embedded_model
 from aipo.rollout import Request, RolloutEngine, Sampling, make_engine
+from aipo.rollout.interventions import DEFAULT_WORDS, Intervention, intervene, variant_ids
 from aipo.rollout.vllm import VllmEngine, intervention_processor
 
 pytestmark = pytest.mark.e2e

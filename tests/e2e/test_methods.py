@@ -125,7 +125,7 @@ def test_branches_with_latents(model: Path, data: Path, tmp_path: Path) -> None:
         "runs": str(tmp_path),
     }
     config.write_text(yaml.safe_dump({"base": "tiny.yaml", **files, "rollout": {"engine": "hf"}}))
-    command = [sys.executable, "-m", "aipo.latent", "--config", str(config), "--out", str(latents)]
+    command = [sys.executable, "-m", "aipo.branching.latent", "--config", str(config), "--out", str(latents)]
     command += ["--questions", "12", "--samples", "4", "--steps", "20", "--batch", "16"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -18,9 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from aipo.errors import TrainingError, UserError
-from aipo.interventions import Intervention
 from aipo.rollout import Completion, Request, Sampling, make_engine
 from aipo.rollout.check import TOLERANCE, check_weight_sync, logprob_gap, perturbed
+from aipo.rollout.interventions import Intervention
 from aipo.rollout.server import ServerEngine
 from tests.e2e.launch import ROOT, train
 from tests.e2e.test_rollout_vllm import EOS, PROMPTS, REQUESTS, SAMPLING, gap, hf_logprobs

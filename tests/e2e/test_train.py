@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aipo.export import find_model
+from aipo.model.export import find_model
 from tests.e2e.launch import ROOT, command, metrics, train
 from tests.tiny import make_tiny
 

@@ -19,12 +19,12 @@ from aipo import distributed
 device = distributed.start()
 
 from aipo import sharding  # noqa: E402
-from aipo.checkpoint import CheckpointError, CheckpointStore, latest  # noqa: E402
 from aipo.config import Config, load_config  # noqa: E402
-from aipo.datasets import Problem  # noqa: E402
 from aipo.errors import TrainingError  # noqa: E402
-from aipo.prompts import Prompter  # noqa: E402
-from aipo.reporting import reduce_metrics  # noqa: E402
+from aipo.problems.datasets import Problem  # noqa: E402
+from aipo.problems.prompts import Prompter  # noqa: E402
+from aipo.record.checkpoints import CheckpointError, CheckpointStore, latest  # noqa: E402
+from aipo.record.reporting import reduce_metrics  # noqa: E402
 from aipo.rollout.base import Completion  # noqa: E402
 from aipo.rollouts import Rollouts  # noqa: E402
 from aipo.run import frozen_reference, make_policy  # noqa: E402

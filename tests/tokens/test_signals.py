@@ -1,0 +1,201 @@
+"""Signals of a real tiny policy against plain forwards, and what the rules make of them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from aipo.advantage import entropy_quadrants, reallocate_by_entropy, weight_tokens
+from aipo.config import Config, load_config
+from aipo.model.adapters import add_adapters
+from aipo.policy import Policy, load_model
+from aipo.problems.datasets import Problem
+from aipo.rollout.base import Completion
+from aipo.rollouts import Rollouts, filler, micro_batches
+from aipo.tokens.signals import Signals, batch_mean_std, shape, token_signals
+from aipo.trainer import Trainer
+from tests.tiny import make_tiny
+
+PROMPTS = [[5, 6, 7], [8, 9]]
+COMPLETIONS = [[10, 11, 12, 13], [14, 15], [16], [17, 18, 19]]
+LENGTHS = torch.tensor([4, 2, 1, 3])
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def rollouts() -> Rollouts:
+    return Rollouts(
+        problems=[Problem("a", "?", "1"), Problem("b", "?", "2")],
+        prompts=PROMPTS,
+        completions=[Completion(ids, [-0.5 * (i + 1) for i in range(len(ids))], "stop") for ids in COMPLETIONS],
+        group_size=2,
+        ids=torch.arange(4),
+        correct=torch.tensor([True, False, True, False]),
+        advantages=torch.tensor([1.0, -1.0, 0.5, -0.5]),
+        used=torch.ones(4, dtype=torch.bool),
+    )
+
+
+def config(*overrides: str) -> Config:
+    return load_config("tiny.yaml", ["curriculum.enabled=false", *overrides])
+
+
+def signals(policy: Policy, settings: Config, postfix: tuple[int, ...] = (20, 21)) -> Signals:
+    sharded: Any = SimpleNamespace(forward=policy, policy=policy)
+    return Signals(settings, sharded, torch.device("cpu"), postfix=postfix)
+
+
+def policy_of(path: Path) -> Policy:
+    model = load_model(str(path), dtype=torch.float32, attention="sdpa", gradient_checkpointing=False)
+    return Policy(model, temperature=1.0)
+
+
+def batches() -> list[Any]:
+    return [*micro_batches([PROMPTS[i // 2] for i in range(4)], COMPLETIONS, budget=12, packing=False), filler()]
+
+
+def plain_logits(path: Path, ids: list[int]) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].double()  # (T, V)
+
+
+def entropy(logits: torch.Tensor) -> float:
+    p = logits.softmax(-1)
+    return -float((p * p.log()).sum())
+
+
+def test_entropy_and_certainty(path: Path, rollouts: Rollouts) -> None:
+    measured = signals(policy_of(path), config())
+    found = {name: measured.measure(name, batches(), rollouts) for name in ("entropy", "certainty")}
+    for row, ids in enumerate(COMPLETIONS):
+        prompt = PROMPTS[row // 2]
+        logits = plain_logits(path, prompt + ids)
+        for t in range(len(ids)):
+            before = logits[len(prompt) - 1 + t]  # the position that predicts token t
+            p = before.softmax(-1)
+            certainty = float((-(p * len(p)).log()).mean())
+            assert found["entropy"][row, t] == pytest.approx(entropy(before), abs=1e-4)
+            assert found["certainty"][row, t] == pytest.approx(certainty, abs=1e-4)
+        assert found["entropy"][row, len(ids) :].isnan().all()
+
+
+def test_information(path: Path, rollouts: Rollouts) -> None:
+    """s_t = H(y | q, o_<t) - H(y | q, o_<=t), the answer's first token behind the postfix."""
+    policy = policy_of(path)
+    measured = signals(policy, config("advantage.tokens=information", "advantage.stride=1"))
+    rollouts.used[1] = False
+    every = batches()
+    for micro in every:  # as a rollout that takes no part in the update stands in no micro-batch
+        assert micro.rows.numel() <= 4
+    found = measured.measure("information", every, rollouts)
+    assert measured.exit_tokens > sum(map(len, COMPLETIONS))
+    for row, ids in enumerate(COMPLETIONS):
+        for t in range(len(ids)):
+            after = [entropy(plain_logits(path, [*PROMPTS[row // 2], *ids[: t + more], 20, 21])[-1]) for more in (0, 1)]
+            assert found[row, t] == pytest.approx(after[0] - after[1], abs=2e-4)
+
+
+def test_residual_and_attention(path: Path, rollouts: Rollouts) -> None:
+    policy = policy_of(path)
+    add_adapters(policy.model, rank=2, alpha=4.0, targets=("all-linear",), seed=0)
+    measured = signals(policy, config("lora.rank=2", "advantage.tokens=residual"))
+    before = measured.measure("residual", batches(), rollouts)
+    assert before[0].tolist() == [0.0] * 4  # B is 0 at the start
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    after = measured.measure("residual", batches(), rollouts)
+    assert (after[0] > 0).all()
+    assert after[2, 1:].isnan().all()
+    attention = measured.measure("attention", batches(), rollouts)
+    inside = torch.arange(4) < LENGTHS[:, None]
+    assert ((attention >= 0) & (attention <= 1))[inside].all()
+    assert attention[~inside].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        ([], set()),
+        (["mask.rule=all"], set()),
+        (["mask.rule=top_fraction", "mask.score=entropy"], {"entropy"}),
+        (["mask.rule=all", "mask.score=entropy"], set()),
+        (["mask.rule=quadrant", "mask.score=entropy"], {"entropy"}),
+        (["loss.kl_beta=0.1", "loss.kl_priority=2"], {"entropy"}),
+        (["advantage.tokens=entropy"], {"entropy"}),
+        (["advantage.tokens=attention"], {"attention"}),
+    ],
+)
+def test_what_a_config_needs(overrides: list[str], needed: set[str]) -> None:
+    assert token_signals(config(*overrides)) == needed
+
+
+def test_mean_and_deviation_skip_what_was_not_measured() -> None:
+    nan = float("nan")
+    assert batch_mean_std(torch.tensor([[1.0, nan], [2.0, 3.0]])) == pytest.approx((2.0, math.sqrt(2 / 3)))
+    assert batch_mean_std(torch.full((2, 2), nan)) == (0.0, 0.0)
+
+
+def test_shapes_are_the_formulas_over_the_batch(rollouts: Rollouts) -> None:
+    values = torch.tensor([[1.0, 2, 3, 4], [2, 2, 0, 0], [5, 0, 0, 0], [1, 1, 2, 0]])
+    values[torch.arange(4) >= LENGTHS[:, None]] = float("nan")
+    mean, std = batch_mean_std(values)
+    ranking, shaped = shape(rollouts, {"entropy": values}, config("advantage.tokens=entropy", "mask.rule=all"))
+    assert ranking is values
+    expected = reallocate_by_entropy(rollouts.advantages, values, LENGTHS, mean=mean, std=std)
+    assert shaped is not None
+    assert torch.equal(shaped, expected)
+    ranking, shaped = shape(rollouts, {"entropy": values}, config("mask.rule=quadrant", "mask.score=entropy"))
+    assert shaped is None
+    assert ranking is not None
+    quadrants = entropy_quadrants(rollouts.advantages, values, LENGTHS, threshold=mean)
+    assert ranking.tolist() == quadrants.float().tolist()
+    settings = config("advantage.tokens=residual", "lora.rank=2")
+    _, shaped = shape(rollouts, {"residual": values}, settings)
+    assert shaped is not None
+    assert torch.equal(shaped, weight_tokens(rollouts.advantages, values.nan_to_num(0.0), LENGTHS))
+    assert shaped[0].mean() == pytest.approx(1.0)
+    assert shape(rollouts, {}, config()) == (None, None)
+
+
+def stage(settings: Config) -> Any:
+    """What the trainer's small stages read of it."""
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=100))
+    here: Any = SimpleNamespace(config=settings, device=torch.device("cpu"), reference=object())
+    here.sharded = SimpleNamespace(policy=SimpleNamespace(model=model))
+    here.selector = SimpleNamespace(scores=torch.zeros(4, 4))
+    here.of = lambda micro, padded: Trainer.of(here, micro, padded)
+    return here
+
+
+def test_shaped_advantages_reach_the_loss(rollouts: Rollouts) -> None:
+    here = stage(config())
+    (micro,) = micro_batches([PROMPTS[1]] * 2, COMPLETIONS[2:], budget=100, packing=False)
+    micro.rows = torch.tensor([3, 2])
+    assert Trainer.token_advantages(here, micro, rollouts).tolist() == [-0.5, 0.5]
+    rollouts.token_advantages = torch.arange(16.0).reshape(4, 4)
+    assert Trainer.token_advantages(here, micro, rollouts).tolist() == [[12, 13, 14], [8, 9, 10]]
+
+
+def test_the_kl_is_weighted_by_certainty(rollouts: Rollouts) -> None:
+    (micro,) = micro_batches([PROMPTS[1]] * 2, COMPLETIONS[2:], budget=100, packing=False)
+    micro.rows = torch.tensor([3, 2])
+    found = {"entropy": torch.full((4, 4), float("nan"))}
+    found["entropy"][3, :3] = torch.tensor([0.0, math.log(10), math.log(100)])
+    found["entropy"][2, 0] = math.log(10)
+    weights = Trainer.kl_weight(stage(config("loss.kl_beta=0.1", "loss.kl_priority=2")), micro, found)
+    assert weights is not None
+    assert weights.flatten().tolist() == pytest.approx([1.0, 0.25, 0.0, 0.25, 0.0, 0.0], abs=1e-6)
+    assert Trainer.kl_weight(stage(config("loss.kl_beta=0.1")), micro, found) is None

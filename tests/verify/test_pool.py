@@ -1,0 +1,317 @@
+"""The verifier: what counts as the answer, what counts as equal, and what hostile answers cannot do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aipo.verify import Verdict, Verifier, is_correct
+from aipo.verify.answers import MAX_CHARS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[Verifier]:
+    with Verifier(workers=2, timeout=20.0, memory_mb=512) as pool:
+        yield pool
+
+
+def boxed(answer: str) -> str:
+    return rf"The answer is \boxed{{{answer}}}."
+
+
+# --- what is correct (what is an answer: test_answers.py; what is equal: test_equality.py)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "equal"),
+    [
+        (r"\frac{1}{2}", "0.5", True),
+        ("105263157894736848", "105263157894736849", False),  # equal as floats
+        ("2\\sqrt{3}", r"\sqrt{12}", True),
+        ("(1, 2)", r"\{1, 2\}", False),
+        ("2516_8", "2516_{8}", True),
+        ("2516_8", "2516_7", False),
+        ("x=5", "5", True),
+        ("18", r"18\%", False),
+    ],
+)
+def test_a_boxed_answer_is_correct_if_it_equals_the_gold_answer(
+    verifier: Verifier, gold: str, answer: str, equal: bool
+) -> None:
+    assert verifier.submit(gold, boxed(answer)).result() is (Verdict.CORRECT if equal else Verdict.WRONG)
+    assert verifier.submit(rf"\boxed{{{gold}}}", f"Answer: ${answer}$").result().correct is equal
+
+
+def test_lenient_accepts_an_answer_that_is_not_marked(verifier: Verifier) -> None:
+    response = r"So we get $\sqrt{12}$."
+    assert verifier.submit(r"2\sqrt{3}", response).result() is Verdict.NO_ANSWER
+    assert verifier.submit(r"2\sqrt{3}", response, lenient=True).result() is Verdict.CORRECT
+    assert is_correct("12", "it is 12", lenient=True)
+    assert not is_correct("12", "it is 12")
+
+
+def test_choices_are_letters() -> None:
+    assert is_correct("B", "Answer: (B)", kind="choice")
+    assert is_correct("(B)", r"\boxed{\text{B}}", kind="choice")
+    assert not is_correct("C", "Answer: (B)", kind="choice")
+    with pytest.raises(ValueError, match="kind must be 'math' or 'choice', not 'maths'"):
+        is_correct("5", boxed("5"), kind="maths")
+
+
+def test_no_gold_is_matched_by_nothing() -> None:
+    assert not is_correct("", "")
+    assert not is_correct("", boxed(""))
+    assert not is_correct("", boxed("5"))
+
+
+def test_verdicts_do_not_depend_on_order_or_company(verifier: Verifier) -> None:
+    items = [
+        (gold, boxed(answer), "math")
+        for gold in ("0.5", "x^2", r"\sqrt{8}", "(1,3)")
+        for answer in (r"\frac12", "x x", r"2\sqrt{2}", "(3/3,3)", r"\frac{", "((((")
+    ]
+    verdicts = verifier.verify_all(items)
+    assert sum(verdict.correct for verdict in verdicts) == 4
+    with Verifier(2, timeout=20.0) as other:
+        assert other.verify_all(items[::-1]) == verdicts[::-1]
+        assert [other.submit(*item).result() for item in items] == verdicts
+        assert other.verify_all(items * 3) == verdicts * 3
+
+
+def test_one_answer_is_judged_once_while_it_is_under_way_and_then_remembered() -> None:
+    with Verifier(1, timeout=20.0) as pool:
+        futures = [pool.submit(r"\sqrt{8}", boxed(r"2\sqrt{2}")) for _ in range(50)]
+        assert pool._jobs.qsize() <= 1
+        assert [future.result() for future in futures] == [Verdict.CORRECT] * 50
+        assert pool.submit(r"\sqrt{8}", boxed(r"2\sqrt{2}")).done()
+        assert not pool.submit(r"\sqrt{8}", boxed(r"2\sqrt{3}")).result().correct
+        victims = [pool.submit("5", BOMB, timeout=0.3) for _ in range(3)]
+        assert [victim.result() for victim in victims] == [Verdict.TIMED_OUT] * 3
+        assert not pool.submit("5", BOMB, timeout=0.3).done()  # that says something of the machine, not of the answer
+        assert pool.stats[Verdict.CORRECT] == 51
+
+
+def test_stats_count_every_verdict() -> None:
+    with Verifier(1) as pool:
+        pool.verify_all([("x", boxed("x+0"), "math"), ("5", boxed("6"), "math"), ("5", "5", "math")])
+        assert pool.stats == {Verdict.CORRECT: 1, Verdict.WRONG: 1, Verdict.NO_ANSWER: 1}
+
+
+# --- what hostile answers cannot do
+
+BOMB = boxed(r"\sum_{n=1}^{10^9} n!")  # would never end, and nothing about its text gives it away
+
+
+def test_an_answer_that_takes_too_long_is_refused_and_the_next_one_is_not() -> None:
+    with Verifier(1, timeout=20.0) as pool:
+        for answer in (r"\sum_{n=1}^{10^9} n!", r"\prod_{n=1}^{10^9} (n!)!"):
+            assert pool.submit("x", boxed("x + 0")).result() is Verdict.CORRECT
+            worker = pool._workers[0]
+            assert worker is not None
+            assert pool.submit("5", boxed(answer), timeout=0.3).result() is Verdict.TIMED_OUT
+            assert worker.process.poll() == -signal.SIGKILL
+        assert pool.submit("x", boxed("0 + x")).result() is Verdict.CORRECT
+        assert pool.stats == {Verdict.CORRECT: 3, Verdict.TIMED_OUT: 2}
+
+
+def test_a_worker_that_dies_costs_one_answer_if_busy_and_none_if_idle() -> None:
+    with Verifier(1, timeout=20.0) as pool:
+        assert pool.submit("x", boxed("x + 0")).result().correct
+        busy = pool._workers[0]
+        assert busy is not None
+        victim = pool.submit("5", BOMB)
+        bystander = pool.submit("x", boxed("0 + x"))
+        while not victim.running():
+            time.sleep(0.01)
+        os.kill(busy.process.pid, signal.SIGKILL)
+        assert victim.result() is Verdict.KILLED
+        assert bystander.result() is Verdict.CORRECT
+        idle = pool._workers[0]
+        assert idle is not None
+        assert idle is not busy
+        os.kill(idle.process.pid, signal.SIGKILL)
+        idle.process.wait()
+        assert pool.submit("x", boxed("2x - x")).result() is Verdict.CORRECT
+        assert pool.stats == {Verdict.CORRECT: 3, Verdict.KILLED: 1}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_a_worker_is_capped() -> None:
+    def peak(pool: Verifier) -> float:
+        worker = pool._workers[0]
+        assert worker is not None
+        status = Path(f"/proc/{worker.process.pid}/status").read_text()
+        return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmPeak"))
+
+    with Verifier(1, timeout=20.0) as pool:
+        assert pool.submit("x", boxed("x + 0")).result().correct
+        usual = peak(pool)
+    with Verifier(1, timeout=60.0, memory_mb=int(usual) + 8) as pool:
+        assert pool.submit("x", boxed("x + 0")).result().correct
+        assert peak(pool) <= int(usual) + 8
+        hog = pool.submit("5", boxed(r"\sum_{n=1}^{10^{8}} x^{n^2}"))  # a list of so many terms
+        assert hog.result() is Verdict.KILLED
+        assert pool.submit("x", boxed("0 + x")).result() is Verdict.CORRECT
+
+
+def test_nothing_is_executed(verifier: Verifier, tmp_path: Path) -> None:
+    mark = tmp_path / "executed"
+    code = f"open({str(mark)!r}, 'w')"
+    shell = f"__import__('os').system('touch {mark}')"
+    for attack in (code, shell, f"exec({code!r})", rf"\text{{{code}}}", f"1+{code}"):
+        assert not verifier.submit("5", boxed(attack)).result().correct
+        assert not verifier.submit(attack, boxed("5")).result().correct
+        assert not verifier.submit("5", f"Answer: {attack}").result().correct
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "7" * 200_000,
+        "(" * 5000,
+        "(" * 15 + "6" + ")" * 15,
+        r"\sqrt{" * 300 + "5" + "}" * 300,
+        "\x00\x07\ud800",
+        "1/0",
+        r"\infty",
+        r"\begin{pmatrix}" + "&".join("x" * 400) + r"\end{pmatrix}",
+        "{" * 20,
+        "}" * 20,
+        "5" + " " * (2 * MAX_CHARS) + "6",
+    ],
+    ids=lambda answer: ascii(answer[:10]),
+)
+def test_nonsense_is_wrong(verifier: Verifier, answer: str) -> None:
+    assert not verifier.submit("5", boxed(answer)).result().correct
+    assert not verifier.submit(answer, boxed("5")).result().correct
+
+
+SNIPPETS = [*"0123456789+-^!_{}()[]\\,.=%$ix", r"\frac", r"\sqrt"]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.text(max_size=30) | st.lists(st.sampled_from(SNIPPETS), max_size=12).map("".join))
+def test_no_exception_leaves_the_verifier(verifier: Verifier, answer: str) -> None:
+    for response in (answer, boxed(answer), "Answer: " + answer):
+        assert isinstance(verifier.submit("5", response, timeout=2.0).result(), Verdict)
+        assert isinstance(verifier.submit(answer, boxed("5"), timeout=2.0).result(), Verdict)
+
+
+# --- the pool as a guest in somebody's process
+
+
+def test_closing_is_quick_with_work_in_flight_and_final() -> None:
+    pool = Verifier(1, timeout=600.0)
+    running, queued = pool.submit("5", BOMB), pool.submit("5", boxed(r"\sum_{n=1}^{10^8} n!"))
+    while not running.running():
+        time.sleep(0.01)
+    closing = threading.Thread(target=pool.close)
+    closing.start()
+    closing.join(timeout=30)
+    assert not closing.is_alive()
+    assert queued.cancelled() or queued.exception() is not None
+    assert running.done()
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit("x", boxed("x + 0"))
+    pool.close()
+
+
+def test_workers_hold_neither_torch_nor_the_callers_main_module() -> None:
+    # What a worker has imported when it is ready, asked of a process that did the same.
+    code = "import sys, aipo.verify.pool, aipo.verify.equality; print(*sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert "sympy" in done.stdout.split()
+    assert not {"torch", "transformers", "vllm", "numpy", "multiprocessing.spawn"} & set(done.stdout.split())
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code.replace(", aipo.verify.equality", "")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=env,
+    )
+    assert not {"torch", "sympy", "math_verify"} & set(done.stdout.split())
+
+
+SCRIPT = r"""
+from aipo.verify import is_correct
+print("imported", __name__)
+print(is_correct("x", r"\boxed{x + 0}"), is_correct("x", r"\boxed{x + 1}"))
+"""
+
+
+@pytest.mark.parametrize("how", ["script", "stdin", "-c"])
+def test_works_without_a_main_guard_silently_and_exits(how: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    arguments = {"script": [str(script)], "stdin": [], "-c": ["-c", SCRIPT]}[how]
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        input=SCRIPT if how == "stdin" else "",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "imported __main__\nTrue False\n", "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="parent-death signal")
+def test_a_busy_worker_dies_with_its_trainer_but_not_of_ctrl_c() -> None:
+    code = (
+        "from aipo.verify import Verifier; pool = Verifier(1, 600.0); pool.submit('x', r'\\boxed{x+0}').result();"
+        "print(pool._workers[0].process.pid, flush=True); pool.submit('5', r'\\boxed{\\sum_{n=1}^{10^9} n!}').result()"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
+    assert trainer.stdout is not None
+    worker = Path("/proc") / trainer.stdout.readline().strip()
+    for polite in (signal.SIGINT, signal.SIGTERM):
+        os.kill(int(worker.name), polite)
+    time.sleep(0.2)
+    assert running(worker)
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    for _ in range(200):
+        if not running(worker):
+            break
+        time.sleep(0.05)
+    assert not running(worker)
+
+
+def running(process: Path) -> bool:
+    """Whether it exists and is no zombie (nobody may be there to reap an orphan)."""
+    try:
+        return "State:\tZ" not in (process / "status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_forked_child_gets_workers_of_its_own() -> None:
+    assert is_correct("x", boxed("x + 0"))
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # a hang is a failure, not a stuck suite
+        os._exit(0 if is_correct("x", boxed("0 + x")) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_broken_installation_is_an_error_and_not_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aipo.verify.pool.sys.executable", "/bin/false")
+    with Verifier(1) as pool, pytest.raises(RuntimeError, match="did not start"):
+        pool.submit("x", boxed("x + 0")).result()
