@@ -8,8 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aipo import distributed
+from aipo.config.schema import AdvantageConfig
+from aipo.layout import token_grid
 from aipo.mask import NOISE
-from aipo.rollouts import token_grid
+from aipo.rollouts import Rollouts
 
 QUADRANTS = ("positive_high", "positive_low", "negative_high", "negative_low")
 """{sign of the advantage} x {entropy high, low}, numbered as :func:`entropy_quadrants` returns them"""
@@ -44,6 +47,21 @@ def group_advantages(rewards: Tensor, group_size: int, *, baseline: str = "group
         std = groups.std(1, keepdim=True) if n > 1 else torch.zeros_like(groups)  # (Q, 1)
         centred = centred / (std + 1e-6)
     return centred.reshape(-1)
+
+
+def assign(rollouts: Rollouts, config: AdvantageConfig) -> None:
+    """Advantages (B,) from the rewards of judged rollouts, and which of them take part in the update (B,).
+
+    A collective with the baseline ``batch``, which is the mean over all ranks.
+    """
+    rewards, n = rollouts.rewards, rollouts.group_size
+    everyone = config.baseline == "batch"
+    parts = distributed.gather_objects(rewards) if everyone else [rewards]  # ranks may have unequal shares
+    advantages = group_advantages(torch.cat(parts), n, baseline=config.baseline, normalize=config.normalize)
+    rollouts.advantages = advantages.split([len(part) for part in parts])[distributed.rank() if everyone else 0]
+    rollouts.used = torch.ones(len(rewards), dtype=torch.bool)
+    if config.drop_constant_groups:
+        rollouts.used = ~constant_groups(rewards.reshape(-1, n)).repeat_interleave(n)
 
 
 def constant_groups(groups: Tensor, tolerance: float = 1e-6) -> Tensor:

@@ -197,14 +197,15 @@ class Curriculum:
             schedule=self.kappa_schedule,
         )
 
-    def observe_validation(self, accuracy: float) -> None:
-        """Count a stall whenever ``stall_patience`` validations in a row brought no new best accuracy."""
+    def observe_validation(self, accuracy: float) -> bool:
+        """Whether it is the best so far. ``stall_patience`` validations in a row without a new best are a stall."""
         if self.best is None or accuracy > self.best:
             self.best, self.since_best = accuracy, 0
-            return
+            return True
         self.since_best += 1
         if self.since_best == self.stall_patience:
             self.stalls, self.since_best = self.stalls + 1, 0
+        return False
 
     def metrics(self) -> dict[str, float]:
         """Where the curriculum stands at the step last sampled for."""

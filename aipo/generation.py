@@ -20,7 +20,6 @@ from aipo import distributed
 from aipo.advantage import constant_groups
 from aipo.branching.branches import (
     bottleneck_scores,
-    filter_rollouts,
     join_branches,
     keep_best,
     mean_log_prob,
@@ -30,10 +29,13 @@ from aipo.branching.latent import Latents
 from aipo.config import Config
 from aipo.errors import TrainingError
 from aipo.mask import prefix_lengths
+from aipo.passes import Passes
 from aipo.problems.datasets import Problem
 from aipo.rollout.base import Completion, Request, Sampling
 from aipo.rollout.collect import Collector
 from aipo.rollouts import Rollouts
+from aipo.tokens.early_exit import postfix_ids
+from aipo.tokens.table import measure
 
 Draw = Callable[[int, int], Sequence[Problem]]
 """step, number of questions over all ranks -> this rank's share; the same call on every rank"""
@@ -45,26 +47,13 @@ class Generation:
     """From questions to judged rollouts.
 
     Args:
-        entropies: rollouts -> (B, T), of the policy; a collective. For branching.
-        log_probs: prompts and completions -> (B, T), of the policy; a collective. For the bottleneck filter.
-        postfix: token ids that end the reasoning and open the answer, for the filter.
+        passes: of the policy, which branching and its filter ask.
         latents: what branches are drawn with, where the config wants it.
     """
 
-    def __init__(
-        self,
-        collector: Collector,
-        config: Config,
-        *,
-        entropies: Callable[[Rollouts], Tensor],
-        log_probs: Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], Tensor],
-        postfix: Sequence[int],
-        latents: Latents | None = None,
-    ) -> None:
-        self.collector, self.config = collector, config
-        self.entropies, self.log_probs, self.postfix, self.latents = entropies, log_probs, postfix, latents
-        rollout = config.rollout
-        self.sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+    def __init__(self, collector: Collector, config: Config, passes: Passes, *, latents: Latents | None = None) -> None:
+        self.collector, self.config, self.passes, self.latents = collector, config, passes, latents
+        self.sampling = Sampling.of(config.rollout)
         self.ahead: tuple[int, Future[Judged]] | None = None  # step, its batch
         self.thread = ThreadPoolExecutor(1, "generation", initializer=partial(_same_device, torch.get_num_threads()))
 
@@ -137,7 +126,10 @@ class Generation:
         """Base rollouts, branches from where the policy was unsure, and the filter (IIB-LPO)."""
         branch, collector, keep = self.config.branch, self.collector, self.config.rollout.samples_per_question
         base = collector.collect(problems, self.sampling, samples=branch.base, stream=stream, submit=False)
-        signal = self.entropies(base) if branch.signal == "entropy" else -base.logp_engine  # (B, T)
+        if branch.signal == "entropy":
+            signal = measure({"entropy"}, self.passes, self.passes.batches_of(base), base)[0]["entropy"]  # (B, T)
+        else:
+            signal = -base.logp_engine  # (B, T)
         plan = plan_branches(
             base,
             signal,
@@ -152,9 +144,8 @@ class Generation:
         rollouts = join_branches(base, plan, self._draw(requests), collector.prompter.decode)
         rollouts.extra_tokens -= sum(each.cut for each in plan)  # beginnings that were not generated again
         if branch.total is not None and branch.total > keep:
-            whole = int(rollouts.lengths.sum())
-            rollouts = filter_rollouts(rollouts, keep_best(self._bottleneck(rollouts), branch.total, keep))
-            rollouts.extra_tokens += whole - int(rollouts.lengths.sum())
+            best = keep_best(self._bottleneck(rollouts), branch.total, keep)  # (B,)
+            rollouts = rollouts.keep(best.nonzero()[:, 0].tolist())
         collector.submit(rollouts)
         return rollouts
 
@@ -179,20 +170,18 @@ class Generation:
         """:func:`~aipo.branching.branches.bottleneck_scores` of every rollout, from four passes of the policy. (B,)"""
         prompter, ends = self.collector.prompter, self.collector.prompter.end_ids
         blank = prompter.encode("")  # the prompt without its question
-        questions = [rollouts.prompts[i // rollouts.group_size] for i in range(len(rollouts.completions))]
-        golds = [
-            prompter.encode_gold(rollouts.problems[i // rollouts.group_size]) for i in range(len(rollouts.completions))
-        ]
-        drawn = [completion.token_ids for completion in rollouts.completions]
+        questions, drawn = rollouts.each_prompt, rollouts.each_completion
+        golds = [prompter.encode_gold(rollouts.question_of(i)) for i in range(len(drawn))]
+        postfix = postfix_ids(prompter.tokenizer, thinking=self.config.data.thinking)
         reasoned = [ids[:-1] if ids and ids[-1] in ends else ids for ids in drawn]
 
         def mean(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
             lengths = torch.tensor([len(completion) for completion in completions], dtype=torch.long)
-            return mean_log_prob(self.log_probs(prompts, completions), lengths)  # (B,)
+            return mean_log_prob(self.passes.log_probs(prompts, completions), lengths)  # (B,)
 
         return bottleneck_scores(
-            mean([[*q, *r, *self.postfix] for q, r in zip(questions, reasoned)], golds),
-            mean([[*q, *self.postfix] for q in questions], golds),
+            mean([[*q, *r, *postfix] for q, r in zip(questions, reasoned)], golds),
+            mean([[*q, *postfix] for q in questions], golds),
             mean(questions, drawn),
             mean([blank] * len(drawn), drawn),
             beta=self.config.branch.beta,
@@ -208,7 +197,7 @@ class Generation:
         rank, world = distributed.rank(), distributed.world_size()
         parts: list[Rollouts] = []
         seen: list[dict[str, float]] = []
-        have, extra = 0, 0
+        have = 0
         for attempt in range(1, dynamic.max_tries + 1):
             batch, metrics = self._once(draw(step, target * dynamic.factor), f"step {step} try {attempt}", clock)
             seen.append(metrics)
@@ -216,9 +205,7 @@ class Generation:
             everywhere = sorted(place for places in distributed.gather_objects(mine) for place in places)
             kept = set(everywhere[: target - have])
             have += len(kept)
-            part = batch.questions([place // world for place in mine if place in kept])
-            extra += batch.extra_tokens + int(batch.lengths.sum() - part.lengths.sum())
-            parts.append(part)
+            parts.append(batch.keep(batch.rows_of([place // world for place in mine if place in kept])))
             if have == target:
                 break
         if have < target and dynamic.on_exhausted == "error":
@@ -228,7 +215,6 @@ class Generation:
                 "dynamic.max_tries or dynamic.factor, or set dynamic.on_exhausted: continue"
             )
         rollouts = Rollouts.joined(parts)
-        rollouts.extra_tokens += extra
         keys = {key for metrics in seen for key in metrics}
         means = {key: sum(metrics.get(key, 0.0) for metrics in seen) / len(seen) for key in keys}
         return rollouts, means | {"dynamic_tries": float(attempt), "dynamic_kept": float(have)}

@@ -9,15 +9,56 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from aipo import distributed
+from aipo.config import Config
+from aipo.config.schema import CurriculumConfig
+from aipo.curriculum import peak_label
+from aipo.passes import Passes
 from aipo.problems.datasets import Problem
 from aipo.record.progress import Progress
+from aipo.rollout.base import Sampling
+from aipo.rollout.collect import Collector
+from aipo.rollouts import Rollouts
+from aipo.selection import TokenSelector
 
 Label = Callable[[Sequence[Problem]], dict[str, float]]
 """N_peak of each of this rank's questions of a block, which may be none; a collective"""
+
+
+def peaks(rollouts: Rollouts, scores: Tensor, kappa: float, config: CurriculumConfig) -> dict[str, float]:
+    """Mean N_peak of each question's rollouts from their scores (B, T), of those that were scored."""
+    found = defaultdict(list)
+    for row, length in enumerate(rollouts.lengths.tolist()):
+        own = scores[row, :length]  # (t,)
+        if own.isfinite().all():
+            label = peak_label(own, kappa, config.bucket_by, config.probe_tokens)
+            found[rollouts.question_of(row).id].append(label)
+    return {question: sum(labels) / len(labels) for question, labels in found.items()}
+
+
+def label(
+    problems: Sequence[Problem], config: Config, collector: Collector, passes: Passes, selector: TokenSelector
+) -> dict[str, float]:
+    """N_peak of some questions under the present policy at kappa_start; a collective.
+
+    Completions are cut where no peak is counted any more, and running statistics stay as they were: a run that
+    labels trains exactly as one that finds its labels made.
+    """
+    kappa, clean, sampling = config.mask.kappa_start, selector.state_dict(), Sampling.of(config.rollout)
+    sampling = replace(sampling, max_tokens=min(sampling.max_tokens, config.curriculum.probe_tokens))
+    rollouts = collector.collect(problems, sampling, samples=1, stream="label")
+    collector.judge(rollouts)
+    selection = selector.begin(rollouts, passes.gold_states(problems), kappa=kappa, step=0)
+    selection.score_all(passes.batches_of(rollouts), passes.states)
+    selector.load_state_dict(clean)
+    return peaks(rollouts, selection.scores, kappa, config.curriculum)
 
 
 def label_folder(cache: Path, **facts: object) -> Path:

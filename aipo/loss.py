@@ -12,8 +12,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aipo.config.schema import LossConfig
+
 AGGREGATIONS = ("sequence", "token", "constant", "all_tokens")
 RATIOS = ("token", "sequence", "clipped_weight")
+
+
+@dataclass(frozen=True, eq=False)
+class LossInputs:
+    """What the loss of some rollouts is made of; values are read at selected positions only."""
+
+    logp: Tensor  # (B, T) nats, of the drawn tokens under the policy, with gradient
+    logp_old: Tensor  # (B, T) under the policy before the first update on these rollouts
+    advantages: Tensor  # (B,) or (B, T)
+    mask: Tensor  # (B, T) m_{i,t}: true where a token is trained on
+    logp_ref: Tensor | None = None  # (B, T) under the initial model
+    logp_engine: Tensor | None = None  # (B, T) as the rollout engine drew them; None where nothing is to be corrected
+    importance_weight: Tensor | None = None  # (B, T) given instead
+    lengths: Tensor | None = None  # (B,) completion tokens
+    kl_weight: Tensor | None = None  # (B, T)
+    entropy: Tensor | None = None  # (B, T) nats, with gradient
 
 
 @dataclass
@@ -26,35 +44,36 @@ class LossTerms:
 
 
 def loss_terms(
-    logp: Tensor,
-    logp_old: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
+    inputs: LossInputs,
+    config: LossConfig,
     *,
-    logp_ref: Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    kl_beta: float = 0.0,
-    aggregation: str = "sequence",
-    ratio: str = "token",
     max_length: int | None = None,
-    importance_weight: Tensor | None = None,
-    lengths: Tensor | None = None,
-    kl_weight: Tensor | None = None,
-    entropy: Tensor | None = None,
-    entropy_weight: float = 0.0,
+    correction: str = "none",
+    cap: float = 2.0,
 ) -> LossTerms:
-    """Unnormalised eq. 2; arguments as in :func:`policy_loss`."""
+    """Unnormalised eq. 2 with the rules of a config's section ``loss``; see :func:`policy_loss`.
+
+    Args:
+        max_length: of a completion, for the aggregation ``constant``.
+        correction, cap: rule of :func:`importance_weights`, where ``logp_engine`` is there; its sums are among the
+            terms' as ``mismatch_*``, its largest ratio as ``weight_max``.
+    """
+    clip_low, clip_high, kl_beta, aggregation = config.clip_low, config.clip_high, config.kl_beta, config.aggregation
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
-    if ratio not in RATIOS:
-        raise ValueError(f"ratio must be one of {', '.join(RATIOS)}, got {ratio!r}")
-    if kl_beta > 0 and logp_ref is None:
+    if config.ratio not in RATIOS:
+        raise ValueError(f"ratio must be one of {', '.join(RATIOS)}, got {config.ratio!r}")
+    if kl_beta > 0 and inputs.logp_ref is None:
         raise ValueError("kl_beta > 0 needs logp_ref")
-    if entropy_weight != 0 and entropy is None:
+    if config.entropy_weight != 0 and inputs.entropy is None:
         raise ValueError("entropy_weight needs entropy")
     if aggregation == "constant" and max_length is None:
         raise ValueError("aggregation='constant' needs max_length")
+    logp, logp_old, advantages, mask = inputs.logp, inputs.logp_old, inputs.advantages, inputs.mask
+    weight: Tensor | None = inputs.importance_weight
+    mismatch: dict[str, Tensor] = {}
+    if inputs.logp_engine is not None:
+        weight, mismatch = importance_weights(logp_old, inputs.logp_engine, mask, rule=correction, cap=cap)  # (B, T)
     mask = mask.bool()  # (B, T)
     selected = mask.sum(1)  # (B,)
     # what is not selected must not reach the gradient even where it is inf or NaN: replace it before any arithmetic
@@ -64,26 +83,26 @@ def loss_terms(
     advantages = torch.where(mask, advantages, 0.0)  # (B, T)
 
     log_rho = logp - logp_old  # (B, T)
-    if ratio == "sequence":  # one ratio, so one clip, for all selected tokens of a sequence
+    if config.ratio == "sequence":  # one ratio, so one clip, for all selected tokens of a sequence
         log_rho = (log_rho.sum(1) / selected.clamp(min=1))[:, None].expand_as(logp)
     rho = log_rho.clamp(max=80).exp()  # (B, T) eq. 3; an infinite one would be NaN where A is 0
     clipped = rho.clamp(1 - clip_low, 1 + clip_high)  # (B, T)
-    if ratio == "clipped_weight":
+    if config.ratio == "clipped_weight":
         gain = clipped.detach() * advantages * logp  # (B, T)
         clip = (rho != clipped) & mask  # (B, T)
     else:
         gain = torch.minimum(rho * advantages, clipped * advantages)  # (B, T)
         clip = (rho * advantages > clipped * advantages) & mask  # (B, T)
     kl = torch.zeros_like(gain)  # (B, T)
-    if logp_ref is not None:
-        log_ratio = torch.where(mask, logp_ref, 0.0) - logp  # (B, T)
+    if inputs.logp_ref is not None:
+        log_ratio = torch.where(mask, inputs.logp_ref, 0.0) - logp  # (B, T)
         kl = log_ratio.exp() - log_ratio - 1  # (B, T) k3
-    penalty = kl if kl_weight is None else kl * torch.where(mask, kl_weight.detach(), 0.0)  # (B, T)
+    penalty = kl if inputs.kl_weight is None else kl * torch.where(mask, inputs.kl_weight.detach(), 0.0)  # (B, T)
     token_loss = kl_beta * penalty - gain if kl_beta > 0 else -gain  # (B, T)
-    if entropy is not None and entropy_weight != 0:
-        token_loss = token_loss - entropy_weight * advantages * torch.where(mask, entropy, 0.0)
-    if importance_weight is not None:
-        token_loss = token_loss * torch.where(mask, importance_weight.detach(), 0.0)
+    if inputs.entropy is not None and config.entropy_weight != 0:
+        token_loss = token_loss - config.entropy_weight * advantages * torch.where(mask, inputs.entropy, 0.0)
+    if weight is not None:
+        token_loss = token_loss * torch.where(mask, weight.detach(), 0.0)
     token_loss = torch.where(mask, token_loss, 0.0)  # (B, T)
 
     if aggregation == "sequence":  # a sequence that selects nothing drops out of the average
@@ -94,14 +113,15 @@ def loss_terms(
         denominator = {
             "token": selected.sum(),
             "constant": selected.new_tensor(len(mask) * (max_length or 0)),
-            "all_tokens": selected.new_tensor(mask.numel()) if lengths is None else lengths.sum(),
+            "all_tokens": selected.new_tensor(mask.numel()) if inputs.lengths is None else inputs.lengths.sum(),
         }[aggregation]
     with torch.no_grad():
         sums = {
             "selected": selected.sum(),
-            "kl": (kl * mask).sum(),
             "clip_fraction": clip.sum(),
             "ratio": (rho * mask).sum(),
+            **({} if inputs.logp_ref is None else {"kl": (kl * mask).sum()}),  # not measured is not zero
+            **mismatch,
         }
     return LossTerms(total, denominator, sums)
 
@@ -155,26 +175,28 @@ def policy_loss(
     Raises:
         ValueError: an unknown rule, or an argument that a rule needs is missing.
     """
-    terms = loss_terms(
+    inputs = LossInputs(
         logp,
         logp_old,
         advantages,
         mask,
         logp_ref=logp_ref,
+        importance_weight=importance_weight,
+        lengths=lengths,
+        kl_weight=kl_weight,
+        entropy=entropy,
+    )
+    config = LossConfig.model_construct(  # without a config's bounds, as here any clip is defined
         clip_low=clip_low,
         clip_high=clip_high,
         kl_beta=kl_beta,
         aggregation=aggregation,
         ratio=ratio,
-        max_length=max_length,
-        importance_weight=importance_weight,
-        lengths=lengths,
-        kl_weight=kl_weight,
-        entropy=entropy,
         entropy_weight=entropy_weight,
     )
+    terms = loss_terms(inputs, config, max_length=max_length)
     selected = terms.sums["selected"].clamp(min=1)
-    metrics = {k: float(v / selected) for k, v in terms.sums.items() if k != "selected"}
+    metrics = {name: float(terms.sums.get(name, 0.0) / selected) for name in ("kl", "ratio", "clip_fraction")}
     metrics["selected"] = float(terms.sums["selected"])
     return terms.total / terms.denominator.clamp(min=1), metrics
 
@@ -209,9 +231,9 @@ def importance_weights(
         logp_old, logp_engine: (B, T), read where ``mask`` (B, T) is true.
 
     Returns:
-        (B, T) weights without gradient, and sums over selected tokens: ``weight``, ``kl`` (k3 estimate of the KL
-        from the engine's distribution to ours, nats) and ``gap`` (absolute difference); ``weight_max`` is the
-        largest ratio, before the cap.
+        (B, T) weights without gradient, and sums over selected tokens: ``mismatch_weight``, ``mismatch_kl`` (k3
+        estimate of the KL from the engine's distribution to ours, nats) and ``mismatch_gap`` (absolute difference);
+        ``weight_max`` is the largest ratio, before the cap.
     """
     difference = torch.where(mask, logp_old - logp_engine, 0.0).detach().float()  # (B, T)
     ratio = difference.exp()  # (B, T)
@@ -225,8 +247,8 @@ def importance_weights(
     else:
         raise ValueError(f"unknown importance correction {rule!r}")
     return weight, {
-        "weight": (weight * mask).sum(),
+        "mismatch_weight": (weight * mask).sum(),
+        "mismatch_kl": ((ratio - difference - 1) * mask).sum(),
+        "mismatch_gap": (difference.abs() * mask).sum(),
         "weight_max": (ratio * mask).max() if mask.any() else ratio.new_zeros(()),
-        "kl": ((ratio - difference - 1) * mask).sum(),
-        "gap": (difference.abs() * mask).sum(),
     }

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aipo.layout import token_grid
+
 Rule = Literal["threshold", "top_fraction", "peaks_only", "all", "random", "prefix", "quadrant"]
 Scope = Literal["sequence", "group", "micro_batch", "batch", "running"]
 Statistic = Literal["mean_std", "iqr"]
@@ -20,11 +22,6 @@ Statistic = Literal["mean_std", "iqr"]
 MAX_PEAKS = 40
 RUNNING_DECAY = 0.9  # of the moving average over steps behind scope "running"
 NOISE = 1e-6  # a spread below this share of the centre is fp32 rounding: such scores are constant
-
-
-def completion_mask(scores: Tensor, lengths: Tensor) -> Tensor:
-    """(B, T), (B,) -> (B, T), true on the first ``lengths`` positions of every row."""
-    return torch.arange(scores.shape[-1], device=scores.device) < lengths[:, None]
 
 
 def threshold_mask(
@@ -35,7 +32,7 @@ def threshold_mask(
     ``mean_std``: mu + kappa sigma, sigma being the population standard deviation (that of one token is 0).
     ``iqr``: Q3 + tau IQR, kappa unused.
     """
-    counted = completion_mask(scores, lengths) & scores.isfinite()
+    counted = token_grid(lengths, scores.shape[-1]) & scores.isfinite()
     return _above(scores, counted, _threshold(_statistics(scores, counted, statistic), statistic, kappa, tau))
 
 
@@ -45,7 +42,7 @@ def local_maxima(scores: Tensor, lengths: Tensor) -> Tensor:
     A plateau counts once, at its first token. The first and last token of a completion have one neighbour only and
     never count, as in ``scipy.signal.find_peaks``. A score that is not finite lies below every other.
     """
-    inside = completion_mask(scores, lengths)
+    inside = token_grid(lengths, scores.shape[-1])
     values = torch.where(scores.isfinite(), scores, -torch.inf)
     left, right = values[:, :-1], values[:, 1:]
     step = ((right > left).int() - (right < left).int()) * inside[:, 1:]  # (B, T - 1): up, level or down to the next
@@ -142,13 +139,13 @@ class MaskRule:
         With scope running, a call is one update of the averages. Raises ValueError if scope is group and B is no
         multiple of ``group_size``.
         """
-        inside = completion_mask(scores, lengths)
+        inside = token_grid(lengths, scores.shape[-1])
         if self.rule == "all":
             return inside
         if self.rule == "random":
             return self._random(inside, lengths, step, rollout_ids)
         if self.rule == "prefix":
-            return completion_mask(scores, prefix_lengths(lengths, prefix))
+            return token_grid(prefix_lengths(lengths, prefix), scores.shape[-1])
         if self.rule == "quadrant":
             return inside & (scores == self.quadrant)
         counted = inside & scores.isfinite()

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from aipo.layout import MicroBatch
 from aipo.mi import CACHE_ELEMENTS, tokens_that_fit
 from aipo.model.shared_attention import NAME as SHARED
-from aipo.rollouts import MicroBatch
 
 Select = Callable[[Tensor], Tensor]
 """(N, d) states that predict the N completion tokens -> (N,) bool, the tokens whose log-probability is needed"""

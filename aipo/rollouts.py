@@ -1,42 +1,87 @@
-"""The one value that flows through a training step, and the micro-batches that it is cut into.
-
-Two layouts of per-token values are used. *Padded* is ``(B, T)``: one row a rollout, completion tokens first.
-*Ragged* is ``(N,)``: the completion tokens of several rollouts one after another, N the sum of their lengths;
-the model and the mutual information work on it, because nothing in it is padding.
-Lengths, never ``ids != pad``, say what is a token: pad and end token may be the same id.
-"""
+"""The one value that flows through a training step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from aipo import distributed
-from aipo.model.shared_attention import Tree
+from aipo.layout import pad
 from aipo.problems.datasets import Problem
 from aipo.rollout.base import Completion
+
+BY_QUESTION, BY_ROLLOUT = {"by": "question"}, {"by": "rollout"}
+
+
+def _unset() -> Tensor:
+    """What a later stage fills in."""
+    return torch.empty(0)
 
 
 @dataclass
 class Rollouts:
     """B = Q * group_size completions of this rank's Q questions; those of one question are adjacent."""
 
-    problems: list[Problem]  # Q
-    prompts: list[list[int]]  # Q token-id lists
-    completions: list[Completion]  # B
+    problems: list[Problem] = field(metadata=BY_QUESTION)  # Q
+    prompts: list[list[int]] = field(metadata=BY_QUESTION)  # Q token-id lists
+    completions: list[Completion] = field(metadata=BY_ROLLOUT)  # B
     group_size: int
-    ids: Tensor  # (B,) unique over ranks, the same whatever their number
-    rewards: Tensor = field(default_factory=lambda: torch.empty(0))  # (B,) in [0, 1]
-    correct: Tensor = field(default_factory=lambda: torch.empty(0))  # (B,) bool
-    texts: list[str] = field(default_factory=list)  # B
-    advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # (B,)
-    used: Tensor = field(default_factory=lambda: torch.empty(0))  # (B,) bool: takes part in the update
-    token_advantages: Tensor | None = None  # (B, T) where they differ by token
+    ids: Tensor = field(metadata=BY_ROLLOUT)  # (B,) unique over ranks, the same whatever their number
+    rewards: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,) in [0, 1]
+    correct: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,) bool
+    texts: list[str] = field(default_factory=list, metadata=BY_ROLLOUT)  # B
+    advantages: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,)
+    used: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,) bool: takes part in the update
+    token_advantages: Tensor | None = field(default=None, metadata=BY_ROLLOUT)  # (B, T) where they differ by token
     extra_tokens: int = 0  # generated for this batch beyond its completions: by questions dropped, by continuations
+
+    def take(self, rows: Sequence[int]) -> Rollouts:
+        """Some rollouts with their questions, in the order given: equally many of each, those of one adjacent."""
+        questions = list(dict.fromkeys(row // self.group_size for row in rows))
+        index = {"question": questions, "rollout": list(rows)}
+        taken: dict[str, Any] = {}
+        for each in fields(self):
+            value, places = getattr(self, each.name), index.get(each.metadata.get("by", ""))
+            if places is not None and value is not None and len(value):
+                taken[each.name] = value[places] if isinstance(value, Tensor) else [value[i] for i in places]
+        return replace(self, group_size=len(rows) // len(questions) if questions else self.group_size, **taken)
+
+    def keep(self, rows: Sequence[int]) -> Rollouts:
+        """:meth:`take`, and the tokens of all others count as extra."""
+        kept = self.take(rows)
+        kept.extra_tokens += int(self.lengths.sum() - kept.lengths.sum())
+        return kept
+
+    def rows_of(self, questions: Sequence[int]) -> list[int]:
+        return [q * self.group_size + i for q in questions for i in range(self.group_size)]
+
+    @staticmethod
+    def joined(parts: Sequence[Rollouts]) -> Rollouts:
+        """Judged rollouts of several draws, or of several ranks, as one batch."""
+        whole: dict[str, Any] = {"extra_tokens": sum(part.extra_tokens for part in parts)}
+        for each in fields(Rollouts):
+            values = [getattr(part, each.name) for part in parts]
+            if "by" in each.metadata and values[0] is not None:
+                whole[each.name] = torch.cat(values) if isinstance(values[0], Tensor) else list(chain(*values))
+        return replace(parts[0], **whole)
+
+    def question_of(self, row: int) -> Problem:
+        return self.problems[row // self.group_size]
+
+    @property
+    def each_prompt(self) -> list[list[int]]:
+        """The prompt of every rollout, B token-id lists."""
+        return [prompt for prompt in self.prompts for _ in range(self.group_size)]
+
+    @property
+    def each_completion(self) -> list[list[int]]:
+        """The tokens of every rollout, B token-id lists."""
+        return [completion.token_ids for completion in self.completions]
 
     def state_dict(self) -> dict[str, Any]:
         """Judged rollouts as plain values, for a checkpoint."""
@@ -55,39 +100,6 @@ class Rollouts:
             "completions": [Completion(*each) for each in state["completions"]],
         }
         return Rollouts(**(state | built))
-
-    def questions(self, chosen: Sequence[int]) -> Rollouts:
-        """The judged rollouts of some questions, in the order given."""
-        rows = [q * self.group_size + i for q in chosen for i in range(self.group_size)]
-        return Rollouts(
-            problems=[self.problems[q] for q in chosen],
-            prompts=[self.prompts[q] for q in chosen],
-            completions=[self.completions[row] for row in rows],
-            group_size=self.group_size,
-            ids=self.ids[rows],
-            rewards=self.rewards[rows],
-            correct=self.correct[rows],
-            texts=[self.texts[row] for row in rows],
-            advantages=self.advantages[rows] if len(self.advantages) else self.advantages,
-            used=self.used[rows] if len(self.used) else self.used,
-        )
-
-    @staticmethod
-    def joined(parts: Sequence[Rollouts]) -> Rollouts:
-        """Judged rollouts of several draws, or of several ranks, as one batch."""
-        return Rollouts(
-            problems=[problem for part in parts for problem in part.problems],
-            prompts=[prompt for part in parts for prompt in part.prompts],
-            completions=[completion for part in parts for completion in part.completions],
-            group_size=parts[0].group_size,
-            ids=torch.cat([part.ids for part in parts]),
-            rewards=torch.cat([part.rewards for part in parts]),
-            correct=torch.cat([part.correct for part in parts]),
-            texts=[text for part in parts for text in part.texts],
-            advantages=torch.cat([part.advantages for part in parts]),
-            used=torch.cat([part.used for part in parts]),
-            extra_tokens=sum(part.extra_tokens for part in parts),
-        )
 
     def loads(self, *, share_prompts: bool) -> list[int]:
         """Tokens that the update reads for each question, Q numbers."""
@@ -108,32 +120,6 @@ class Rollouts:
         """Sampling log-probabilities that the engine reported, padded. (B, T)"""
         flat = torch.tensor([p for c in self.completions for p in c.logprobs], dtype=torch.float32)
         return pad(flat, self.lengths)
-
-
-@dataclass
-class MicroBatch:
-    """Some rollouts laid out for one forward pass; ``rows`` is empty for a filler that only keeps ranks in step."""
-
-    rows: Tensor  # (b,) positions in Rollouts
-    input_ids: Tensor  # (r, s): r = b rows padded on the right, or r = 1 packed row
-    position_ids: Tensor  # (r, s): start at 0 for every sequence
-    # (r, s); None when packed, where the positions tell sequences apart; (1, 1, s, s) bool where prompts are shared
-    attention_mask: Tensor | None
-    predictors: Tensor  # (N,) where in the flattened (r * s) states each completion token is predicted
-    targets: Tensor  # (N,) completion token ids
-    lengths: Tensor  # (b,) completion lengths
-    tree: Tree | None = None  # where prompts are shared, the mask again as attention wants it
-
-    def with_empty(self, rows: Tensor) -> MicroBatch:
-        """The same with more rollouts (e,) of which no token is laid out."""
-        more = rows.to(self.rows)
-        return replace(
-            self, rows=torch.cat([self.rows, more]), lengths=torch.cat([self.lengths, torch.zeros_like(more)])
-        )
-
-    def to(self, device: torch.device) -> MicroBatch:
-        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor | Tree) else v for k, v in vars(self).items()}
-        return MicroBatch(**moved)
 
 
 def deal(loads: Sequence[int], ranks: int) -> list[list[int]]:
@@ -159,147 +145,5 @@ def balanced(rollouts: Rollouts, *, share_prompts: bool) -> Rollouts:
         return rollouts
     everywhere = Rollouts.joined(distributed.gather_objects(rollouts))
     shares = deal(everywhere.loads(share_prompts=share_prompts), distributed.world_size())
-    return replace(everywhere.questions(shares[distributed.rank()]), extra_tokens=rollouts.extra_tokens)
-
-
-def pad(flat: Tensor, lengths: Tensor, value: float = 0) -> Tensor:
-    """Ragged (N, ...) -> padded (B, T, ...), T the longest length (at least 1)."""
-    width = max(int(lengths.max()) if len(lengths) else 0, 1)
-    out = flat.new_full((len(lengths), width, *flat.shape[1:]), value)  # (B, T, ...)
-    out[token_grid(lengths, width)] = flat
-    return out
-
-
-def unpad(padded: Tensor, lengths: Tensor) -> Tensor:
-    """Padded (B, T, ...) -> ragged (N, ...)."""
-    return padded[token_grid(lengths, padded.shape[1])]
-
-
-def token_grid(lengths: Tensor, width: int) -> Tensor:
-    """True where a column is a token of its row. (B, width)"""
-    return torch.arange(width, device=lengths.device) < lengths[:, None]
-
-
-def micro_batches(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, budget: int, packing: bool
-) -> list[MicroBatch]:
-    """Cut sequences into micro-batches of at most ``budget`` tokens, padding included (one sequence always fits).
-
-    Sequences are sorted by length, longest first, so that padding is little and memory peaks in the first.
-    """
-    sizes = [len(p) + len(c) for p, c in zip(prompts, completions)]
-    groups: list[list[int]] = []
-    used = longest = 0
-    for row in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        cost = used + sizes[row] if packing else (len(groups[-1]) + 1) * longest if groups else 0
-        if not groups or cost > budget:
-            groups.append([])
-            used, longest = 0, sizes[row]
-        groups[-1].append(row)
-        used += sizes[row]
-    return [_lay_out(rows, [prompts[i] for i in rows], [completions[i] for i in rows], packing) for rows in groups]
-
-
-def shared_prompt_batches(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, budget: int
-) -> list[MicroBatch]:
-    """Micro-batches in which every distinct prompt stands once, whatever the number of its completions.
-
-    A micro-batch is one row of at most ``budget`` tokens (one sequence always fits); what all its prompts begin with
-    also stands once. A token attends to what comes before it in its own sequence, so states, log-probabilities and
-    gradients are those of separate sequences, up to rounding. The last token of a completion predicts nothing and is
-    left out.
-    """
-    rows_of: dict[tuple[int, ...], list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows_of.setdefault(tuple(prompt), []).append(row)
-    groups: list[list[int]] = []
-    used = 0
-    for prompt, rows in sorted(rows_of.items(), key=lambda item: -len(item[0])):
-        seen = False  # the prompt stands in the present micro-batch
-        for row in sorted(rows, key=lambda i: -len(completions[i])):
-            cost = len(completions[row]) + (0 if seen else len(prompt))
-            if not groups or used + cost > budget:
-                groups.append([])
-                used, cost = 0, len(completions[row]) + len(prompt)
-            groups[-1].append(row)
-            used, seen = used + cost, True
-    return [_share(rows, [prompts[i] for i in rows], [completions[i] for i in rows]) for rows in groups]
-
-
-def _share(rows: list[int], prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> MicroBatch:
-    """One row made of a tree of segments: what all prompts begin with, the rest of each, their completions."""
-    distinct = sorted({tuple(prompt) for prompt in prompts})
-    common = 0
-    if len(distinct) > 1:  # sorted, so what the first and the last share, all share
-        shortest = min(map(len, distinct)) - 1  # every prompt keeps its last token, which predicts
-        first, last = distinct[0], distinct[-1]
-        common = next((i for i in range(shortest) if first[i] != last[i]), shortest)
-    tokens: list[int] = []  # s, as are positions and segment
-    positions: list[int] = []
-    segment: list[int] = []
-    parents: list[int | None] = []
-
-    def add(ids: Sequence[int], start: int, parent: int | None) -> int:
-        tokens.extend(ids)
-        positions.extend(range(start, start + len(ids)))
-        segment.extend([len(parents)] * len(ids))
-        parents.append(parent)
-        return len(parents) - 1
-
-    root = add(distinct[0][:common], 0, None)
-    ends: dict[tuple[int, ...], tuple[int, int]] = {}  # prompt -> its segment, and where its last token stands
-    for each in distinct:
-        ends[each] = (add(each[common:], common, root), len(tokens) - 1)
-    predictors: list[int] = []
-    for prompt, completion in zip(prompts, completions):
-        parent, end = ends[tuple(prompt)]
-        predictors += [end, *range(len(tokens), len(tokens) + len(completion) - 1)][: len(completion)]
-        add(completion[:-1], len(prompt), parent)
-    sees = torch.eye(len(parents), dtype=torch.bool)  # (segments, segments)
-    for child, ancestor in enumerate(parents):  # parents come before their children
-        if ancestor is not None:
-            sees[child] |= sees[ancestor]
-    own = torch.tensor(segment)  # (s,)
-    return MicroBatch(
-        rows=torch.tensor(rows, dtype=torch.long),
-        input_ids=torch.tensor([tokens]),
-        position_ids=torch.tensor([positions]),
-        attention_mask=sees[own][:, own].tril()[None, None],  # (1, 1, s, s)
-        predictors=torch.tensor(predictors, dtype=torch.long),
-        targets=torch.tensor([t for c in completions for t in c], dtype=torch.long),
-        lengths=torch.tensor([len(c) for c in completions], dtype=torch.long),
-        tree=Tree.of(own.bincount(minlength=len(parents)).tolist(), parents),
-    )
-
-
-def filler() -> MicroBatch:
-    """One token and nothing to learn from: what a rank runs when the others have more micro-batches than it has."""
-    return _lay_out([], [[0]], [[]], packing=True)
-
-
-def _lay_out(
-    rows: list[int], prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], packing: bool
-) -> MicroBatch:
-    sequences = [torch.tensor([*p, *c], dtype=torch.long) for p, c in zip(prompts, completions)]
-    sizes = torch.tensor([len(s) for s in sequences])  # (b,)
-    width = int(sizes.max())
-    if packing:
-        starts = sizes.cumsum(0) - sizes  # (b,)
-        input_ids = torch.cat(sequences)[None]  # (1, s)
-        position_ids = torch.cat([torch.arange(n) for n in sizes])[None]  # (1, s)
-    else:
-        starts = torch.arange(len(sequences)) * width  # (b,)
-        input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)  # (b, s)
-        position_ids = torch.arange(width).expand(len(sequences), -1).contiguous()  # (b, s)
-    return MicroBatch(
-        rows=torch.tensor(rows, dtype=torch.long),
-        input_ids=input_ids,
-        position_ids=position_ids,
-        attention_mask=None if packing else token_grid(sizes, width).long(),
-        predictors=torch.cat(
-            [start + len(p) - 1 + torch.arange(len(c)) for start, p, c in zip(starts, prompts, completions)]
-        ),
-        targets=torch.tensor([t for c in completions for t in c], dtype=torch.long),
-        lengths=torch.tensor([len(c) for c in completions], dtype=torch.long)[: len(rows)],
-    )
+    share = everywhere.take(everywhere.rows_of(shares[distributed.rank()]))
+    return replace(share, extra_tokens=rollouts.extra_tokens)

@@ -9,9 +9,10 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ from aipo.branching.latent import Latents, load_latents
 from aipo.config import Config, dump_config
 from aipo.curriculum import Curriculum
 from aipo.errors import TrainingError, UserError
-from aipo.labelling import label_folder, label_questions
+from aipo.labelling import label, label_folder, label_questions
+from aipo.layout import MicroBatch
 from aipo.model.adapters import add_adapters
 from aipo.model.export import model_stamp
+from aipo.passes import Passes
 from aipo.policy import Policy, load_model
 from aipo.problems.datasets import Problem, fingerprint, load_problems
 from aipo.problems.embedded import cache_folder, resolve_model
@@ -40,7 +43,6 @@ from aipo.reward import Rewarder
 from aipo.rollout import make_engine, require_engine
 from aipo.rollout.check import check_weight_sync
 from aipo.rollout.collect import Collector
-from aipo.rollouts import MicroBatch, micro_batches
 from aipo.selection import TokenSelector
 from aipo.sharding import Sharded, deepspeed_config, shard
 from aipo.trainer import Trainer
@@ -228,9 +230,14 @@ def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None
                 identity={k: v for k, v in inputs.identity.items() if k.startswith(depends)},
                 model=model_stamp(inputs.model_path),
             )
-            labels = label_questions(
-                inputs.problems, trainer.label, folder, block=LABEL_BLOCK, progress=trainer.progress
+            make = partial(
+                label,
+                config=config,
+                collector=trainer.collector,
+                passes=trainer.passes,
+                selector=trainer.selector,
             )
+            labels = label_questions(inputs.problems, make, folder, block=LABEL_BLOCK, progress=trainer.progress)
             trainer.curriculum.set_labels(labels)
     with signals() as stop:
         trainer.stop_requested = lambda: bool(stop)
@@ -298,9 +305,8 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
     seed_everything(config.seed, rank)  # building engines draws random numbers
     if rollout.check_sync:
         prompts = [inputs.prompter.encode(problem.question) for problem in inputs.problems[:4]]
-        gap = check_weight_sync(
-            engine, sharded.full_parameters, log_probs_of(sharded, device), prompts, seed=config.seed
-        )
+        passes = Passes(config, sharded, inputs.prompter, device)
+        gap = check_weight_sync(engine, sharded.full_parameters, passes.completion_log_probs, prompts, seed=config.seed)
         progress.say(f"weight sync checked: {rollout.engine} and the policy differ by {gap:.4f} nats a token")
     else:
         engine.sync(sharded.full_parameters())
@@ -400,24 +406,6 @@ def frozen_reference(config: Config, path: str, device: torch.device) -> Callabl
     @torch.no_grad()
     def log_probs(micro: MicroBatch, mask: Tensor) -> Tensor:
         return forward(micro, lambda _: mask)["logp"]
-
-    return log_probs
-
-
-def log_probs_of(
-    sharded: Sharded, device: torch.device
-) -> Callable[[Sequence[int], Sequence[int], float], list[float]]:
-    """(prompt, completion, temperature) -> the policy's log-probability of each completion token; a collective."""
-
-    @torch.no_grad()
-    def log_probs(prompt: Sequence[int], completion: Sequence[int], temperature: float) -> list[float]:
-        (micro,) = micro_batches([prompt], [completion], budget=1, packing=False)
-        usual, sharded.policy.temperature = sharded.policy.temperature, temperature
-        try:
-            out = sharded.forward(micro.to(device), lambda states: torch.ones_like(states[:, 0], dtype=torch.bool))
-        finally:
-            sharded.policy.temperature = usual
-        return out["logp"].tolist()
 
     return log_probs
 

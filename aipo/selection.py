@@ -15,8 +15,9 @@ from torch import Tensor
 
 from aipo import distributed
 from aipo.config import Config
+from aipo.layout import MicroBatch, token_grid
 from aipo.mask import MaskRule
-from aipo.rollouts import MicroBatch, Rollouts, pad, token_grid, unpad
+from aipo.rollouts import Rollouts
 from aipo.scorer import TokenScorer
 
 States = Callable[[MicroBatch], Tensor]
@@ -24,7 +25,7 @@ States = Callable[[MicroBatch], Tensor]
 
 
 class TokenSelector:
-    """Scores and mask of the rollouts given to :meth:`begin`, (B, T) each; filled as micro-batches come by.
+    """What selection keeps from step to step: draws, running statistics and the rule. :meth:`begin` starts on a batch.
 
     ``scored`` says whether mutual information is needed at all, ``local`` that no probe is.
     """
@@ -62,7 +63,6 @@ class TokenSelector:
         self.local = self.rule.local and (self.scorer.local or not self.scored)
         # what needs no state of this forward, and would leave something out
         self.stateless = not self.scored and mask.rule != "all" and mask.scope != "micro_batch"
-        self.seconds = 0.0  # spent on scores and masks; the caller resets it
 
     def begin(
         self,
@@ -73,30 +73,65 @@ class TokenSelector:
         step: int,
         prefix: float = 1.0,
         ranking: Tensor | None = None,
-    ) -> None:
-        """Start on new rollouts.
+    ) -> Selection:
+        """Nothing scored and nothing selected yet.
 
         Args:
             gold: (Q, d) states of the gold answers, None if nothing is scored.
             prefix: share of the prefix rule.
             ranking: (B, T) what the mask rule looks at instead of mutual information; NaN is never selected.
         """
-        self.lengths = rollouts.lengths  # (B,)
+        return Selection(self, rollouts, gold, kappa=kappa, step=step, prefix=prefix, ranking=ranking)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        return {"scorer": self.scorer.state_dict(), "rule": self.rule.state_dict()}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        self.scorer.load_state_dict(state["scorer"])
+        self.rule.load_state_dict(state["rule"])
+
+
+class Selection:
+    """Scores and mask of one batch of rollouts, filled as its micro-batches come by; see :meth:`TokenSelector.begin`.
+
+    Attributes:
+        scores: (B, T) mutual information, NaN where nothing is scored.
+        mask: (B, T) bool.
+        decided: whether masks stay as they are; else a micro-batch's is made when it comes by.
+        seconds: spent on scores and masks.
+    """
+
+    def __init__(
+        self,
+        selector: TokenSelector,
+        rollouts: Rollouts,
+        gold: Tensor | None,
+        *,
+        kappa: float,
+        step: int,
+        prefix: float,
+        ranking: Tensor | None,
+    ) -> None:
+        self.selector, self.lengths = selector, rollouts.lengths  # (B,)
         width = max(int(self.lengths.max()), 1) if len(self.lengths) else 1
         self.scores = torch.full((len(self.lengths), width), float("nan"))  # (B, T)
         self.mask = torch.zeros(len(self.lengths), width, dtype=torch.bool)  # (B, T)
         self.gold, self.group_size, self.ids = gold, rollouts.group_size, rollouts.ids
-        self.kappa, self.step, self.decided = kappa, step, False
-        self.prefix, self.ranking = prefix, self.scores if ranking is None else ranking  # (B, T)
+        self.kappa, self.step, self.prefix = kappa, step, prefix
+        self.ranking = self.scores if ranking is None else ranking  # (B, T)
+        self.decided, self.seconds = False, 0.0
 
     def probe(self, batches: Sequence[MicroBatch], states: States) -> None:
         """Score all micro-batches, then decide every mask. Collective; does nothing where the training forward can."""
-        if self.local and not self.stateless:
+        if self.selector.local and not self.selector.stateless:
             return
-        if self.scored:
+        if self.selector.scored:
             self.score_all(batches, states)
-        lengths = torch.where(self._seen(batches), self.lengths, 0)  # (B,) rollouts outside the update do not count
-        self.mask = self.rule.select(
+        seen = torch.zeros(len(self.lengths), dtype=torch.bool)  # (B,)
+        for micro in batches:
+            seen[micro.rows.cpu()] = True
+        lengths = torch.where(seen, self.lengths, 0)  # (B,) rollouts outside the update do not count
+        self.mask = self.selector.rule.select(
             self.ranking,
             lengths,
             kappa=self.kappa,
@@ -115,10 +150,11 @@ class TokenSelector:
 
     def score_all(self, batches: Sequence[MicroBatch], states: States) -> None:
         """Scores of all micro-batches, without a mask."""
-        if not self.scorer.local:
+        scorer = self.selector.scorer
+        if not scorer.local:
             for micro in batches:
-                self.scorer.observe(states(micro), self._gold_of(micro), micro.lengths)
-            self.scorer.reduce()
+                scorer.observe(states(micro), self._gold_of(micro), micro.lengths)
+            scorer.reduce()
         for micro in batches:
             self._score(micro, states(micro))
 
@@ -126,12 +162,12 @@ class TokenSelector:
         """(N, d) states of ``micro`` -> (N,) bool, its selected tokens."""
         rows = micro.rows.cpu()
         if not self.decided and len(rows):
-            if self.scored:
+            if self.selector.scored:
                 self._score(micro, states)
             start = time.perf_counter()
             lengths = self.lengths[rows]
             width = int(lengths.max())
-            self.mask[rows, :width] = self.rule.select(
+            self.mask[rows, :width] = self.selector.rule.select(
                 self.ranking[rows, :width],
                 lengths,
                 kappa=self.kappa,
@@ -140,27 +176,19 @@ class TokenSelector:
                 prefix=self.prefix,
             )
             self.seconds += time.perf_counter() - start
-        return unpad(self.mask[rows], micro.lengths.cpu()).to(states.device)
+        return micro.ragged_of(self.mask)
 
     def _score(self, micro: MicroBatch, states: Tensor) -> None:
         if states.is_cuda:  # or the forward still under way would be charged to the scores
             torch.cuda.synchronize(states.device)
         start = time.perf_counter()
-        scores = self.scorer.score(states, self._gold_of(micro), micro.lengths)  # (N,)
-        if len(micro.rows):
-            padded = pad(scores.cpu(), micro.lengths.cpu(), float("nan"))  # (b, t)
-            self.scores[micro.rows.cpu(), : padded.shape[1]] = padded
+        scores = self.selector.scorer.score(states, self._gold_of(micro), micro.lengths)  # (N,)
+        micro.write(self.scores, scores.cpu())
         self.seconds += time.perf_counter() - start
 
     def _gold_of(self, micro: MicroBatch) -> Tensor:
         assert self.gold is not None
         return self.gold[micro.rows // self.group_size]  # (b, d)
-
-    def _seen(self, batches: Sequence[MicroBatch]) -> Tensor:
-        seen = torch.zeros(len(self.lengths), dtype=torch.bool)
-        for micro in batches:
-            seen[micro.rows.cpu()] = True
-        return seen
 
     def sums(self) -> dict[str, float]:
         """Sums for logging over the rollouts scored: of MI, of its skewness within a sequence, and their counts."""
@@ -177,10 +205,3 @@ class TokenSelector:
             "mi_skew": float(skew[varied].sum()),
             "mi_sequences": float(varied.sum()),
         }
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return {"scorer": self.scorer.state_dict(), "rule": self.rule.state_dict()}
-
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        self.scorer.load_state_dict(state["scorer"])
-        self.rule.load_state_dict(state["rule"])

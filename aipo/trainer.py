@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +19,30 @@ import torch
 from torch import Tensor
 
 from aipo import distributed
-from aipo.advantage import blend, constant_groups, group_advantages
+from aipo.advantage import assign, blend
 from aipo.branching.latent import Latents
 from aipo.config import Config
-from aipo.curriculum import Curriculum, peak_label
+from aipo.curriculum import Curriculum
 from aipo.errors import TrainingError
 from aipo.evaluation.scoring import validate
 from aipo.generation import Generation
-from aipo.loss import importance_weights, kl_priority, loss_terms
+from aipo.labelling import peaks
+from aipo.layout import MicroBatch
+from aipo.loss import LossInputs, LossTerms, kl_priority, loss_terms
 from aipo.mask import prefix_share
 from aipo.metrics import Accuracy
+from aipo.passes import Passes
 from aipo.problems.datasets import Problem
 from aipo.record.checkpoints import CheckpointStore, rng_state, set_rng_state
+from aipo.record.clock import Clock
 from aipo.record.progress import Progress
 from aipo.record.reporting import dump_batch, reduce_metrics, rollout_rows
 from aipo.record.tracker import Tracker
 from aipo.rollout.collect import Collector
-from aipo.rollouts import MicroBatch, Rollouts, balanced, filler, micro_batches, pad, shared_prompt_batches, unpad
-from aipo.selection import TokenSelector
+from aipo.rollouts import Rollouts, balanced
+from aipo.selection import Selection, TokenSelector
 from aipo.sharding import Sharded, learning_rate
-from aipo.tokens.early_exit import postfix_ids
-from aipo.tokens.signals import Signals, diagnostics, shape, token_signals
-
-
-class Clock:
-    """Seconds by phase; the device is waited for, so that a phase pays for its own work."""
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.seconds[phase] += time.perf_counter() - start
+from aipo.tokens.table import measure, needed, shape
 
 
 class Trainer:
@@ -97,11 +81,8 @@ class Trainer:
         self.selector, self.curriculum = selector, curriculum
         self.store, self.tracker, self.progress = store, tracker, progress
         self.identity, self.stop_requested = identity, stop_requested
-        postfix = postfix_ids(collector.prompter.tokenizer, thinking=config.data.thinking)
-        self.generation = Generation(
-            collector, config, entropies=self.entropies, log_probs=self.log_probs, postfix=postfix, latents=latents
-        )
-        self.signals = Signals(config, sharded, device, postfix=postfix)
+        self.passes = Passes(config, sharded, collector.prompter, device)
+        self.generation = Generation(collector, config, self.passes, latents=latents)
         self.step = 0
         self.bad_steps = 0
         self.generated = 0  # tokens in training so far, over all ranks
@@ -115,8 +96,8 @@ class Trainer:
         """Run to the last step. Returns False if it was asked to stop before; a checkpoint is written either way."""
         config = self.config
         if self.before is None:
-            self.before = self.validate()
-            self.tracker.log(0, self._validation)
+            self.tracker.log(0, self.validate())
+            self.before = self.accuracy
         stop = False
         while not self.finished and not stop:
             step, clock = self.step, Clock()
@@ -125,26 +106,24 @@ class Trainer:
             rollouts, metrics = self.generation.rollouts(step, self.sample_questions, clock, prefix=prefix)
             metrics |= self.set_advantages(rollouts, clock)
             rollouts = self.balance(rollouts)
-            metrics |= self.update(rollouts, kappa, step, clock, prefix)
+            selection, sums = self.update(rollouts, kappa, prefix, clock)
             with clock("rollout"):
                 self.generation.wait()
             with clock("sync"):
                 self.collector.engine.sync(self.sharded.full_parameters())
 
             self.step += 1
-            metrics = reduce_metrics(rollouts, metrics, clock.seconds) | self.curriculum.metrics()
+            metrics = reduce_metrics(rollouts, metrics | sums, clock.seconds) | self.curriculum.metrics()
             metrics |= {"mask/kappa": kappa, "mask/prefix": prefix, "policy/lr": learning_rate(step, config)}
             best = False
             self.generated += round(metrics["rollout/tokens"])
             if self.step % config.validation.every == 0 or self.finished:
-                accuracy = self.validate().value
-                best = self.curriculum.best is None or accuracy > self.curriculum.best
-                self.curriculum.observe_validation(accuracy)
-                metrics |= self._validation
-            self.refresh_labels(rollouts, kappa)
+                metrics |= self.validate()
+                best = self.curriculum.observe_validation(metrics["validation/accuracy"])
+            self.refresh_labels(rollouts, selection, kappa)
             self.tracker.log(self.step, metrics)
             tokenizer, count = self.collector.prompter.tokenizer, config.tracking.rollouts_per_step
-            self.tracker.log_rollouts(self.step, rollout_rows(rollouts, self.selector, tokenizer, count))
+            self.tracker.log_rollouts(self.step, rollout_rows(rollouts, selection, tokenizer, count))
             self.progress.update(self.step, metrics)
             stop = not distributed.all_true(not self.stop_requested())
             if self.step % config.checkpoint.every == 0 or self.finished or best or stop:
@@ -158,75 +137,39 @@ class Trainer:
         return self.step >= optim.steps or self.generated >= (optim.generated_tokens or math.inf)
 
     def update(
-        self, rollouts: Rollouts, kappa: float, step: int, clock: Clock, prefix: float = 1.0
-    ) -> dict[str, float]:
-        """One optimizer step on each part of the batch (one part by default). Returns sums for the log."""
-        config, sharded, selector = self.config, self.sharded, self.selector
-        sums: defaultdict[str, float] = defaultdict(float)
-        selector.seconds = 0.0
+        self, rollouts: Rollouts, kappa: float, prefix: float, clock: Clock
+    ) -> tuple[Selection, dict[str, float]]:
+        """One optimizer step on each part of the batch (one part by default); what was selected, and sums to log."""
+        config, passes = self.config, self.passes
         with clock("forward"):
-            gold = self.gold_states(rollouts) if selector.scored else None
-            parts = self.lay_out(rollouts)
+            gold = passes.gold_states(rollouts.problems) if self.selector.scored else None  # (Q, d)
+            parts = passes.update_batches(rollouts)
             every = [micro for part in parts for micro in part]
-            signals = {name: self.signals.measure(name, every, rollouts) for name in token_signals(config)}  # (B, T)
-            ranking, shaped = shape(rollouts, signals, config)
-            rollouts.token_advantages = shaped  # (B, T) or None
-            sums |= diagnostics(rollouts, signals) | {"exit_tokens": float(self.signals.exit_tokens)}
-            selector.begin(rollouts, gold, kappa=kappa, prefix=prefix, step=step, ranking=ranking)
-            selector.probe(every, self.states)
-            old = self.old_log_probs(every, rollouts) if len(parts) > 1 else None  # (B, T)
-            if selector.decided:
-                parts = self.lay_out(rollouts, selector.ends)
-        engine = rollouts.logp_engine  # (B, T)
+            signals, measured = measure(needed(config), passes, every, rollouts)  # (B, T) each
+            ranking, rollouts.token_advantages = shape(rollouts, signals, config)  # (B, T) or None
+            selection = self.selector.begin(rollouts, gold, kappa=kappa, prefix=prefix, step=self.step, ranking=ranking)
+            selection.probe(every, passes.states)
+            old = passes.selected_log_probs(every, rollouts, selection) if len(parts) > 1 else None  # (B, T)
+            selection.decided |= old is not None  # later forwards, of changed weights, keep these masks
+            if selection.decided:
+                parts = passes.update_batches(rollouts, selection.ends)
+        sums = defaultdict(float, measured)
         for part in parts:
-            denominator = selected = 0.0
+            counts = torch.zeros(2, dtype=torch.float64)  # denominator, selected tokens
             for micro in part:
                 with clock("forward"):
-                    out = sharded.forward(micro, lambda states, micro=micro: selector(micro, states))
-                    mask, logp = out["mask"], out["logp"]  # (N,), (K,)
-                    logp_ref = None if self.reference is None else self.reference(micro, mask)  # (K,)
-                    logp_old = logp.detach() if old is None else self.of(micro, old)[mask]  # (K,)
-                    weight, mismatch = importance_weights(
-                        self.grid(micro, mask, logp_old),
-                        self.grid(micro, mask, self.of(micro, engine)[mask]),
-                        pad(mask, micro.lengths, False),
-                        rule=config.rollout.importance_correction,
-                        cap=config.rollout.importance_cap,
-                    )
-                    terms = loss_terms(
-                        self.grid(micro, mask, logp),
-                        self.grid(micro, mask, logp_old),
-                        self.token_advantages(micro, rollouts),
-                        pad(mask, micro.lengths, False),
-                        logp_ref=None if logp_ref is None else self.grid(micro, mask, logp_ref),
-                        clip_low=config.loss.clip_low,
-                        clip_high=config.loss.clip_high,
-                        kl_beta=config.loss.kl_beta,
-                        aggregation=config.loss.aggregation,
-                        ratio=config.loss.ratio,
-                        max_length=config.rollout.max_tokens,
-                        importance_weight=weight,
-                        lengths=rollouts.lengths[micro.rows.cpu()],
-                        kl_weight=self.kl_weight(micro, signals),
-                        entropy=self.grid(micro, mask, out["entropy"]) if config.loss.entropy_weight else None,
-                        entropy_weight=config.loss.entropy_weight,
-                    )
+                    out = self.sharded.forward(micro, partial(selection, micro))  # mask (N,), logp and entropy (K,)
+                    inputs = self.loss_inputs(micro, out, old, selection, signals, rollouts)  # (b, t) each
+                    terms = self.loss(inputs)
                 with clock("backward"):
-                    sharded.backward(terms.total)
-                if self.reference is None:
-                    del terms.sums["kl"]  # not measured, which is not zero
-                denominator += float(terms.denominator)
-                selected += float(terms.sums["selected"])
-                sums["loss"] += float(terms.total.detach())
-                sums["entropy"] += float(out["entropy"].detach().sum())
-                sums["weight_max"] = max(sums["weight_max"], float(mismatch.pop("weight_max")))
-                for name, value in [*terms.sums.items(), *((f"mismatch_{k}", v) for k, v in mismatch.items())]:
-                    sums[name] += float(value)
+                    self.sharded.backward(terms.total)
+                counts += torch.tensor([float(terms.denominator), float(terms.sums["selected"])])
+                add_up(sums, terms, out["entropy"])
             with clock("optimizer"):
-                self.optimizer_step(part, denominator, selected, rollouts, sums)
-        clock.seconds["mi"] += selector.seconds
-        clock.seconds["forward"] -= selector.seconds
-        return dict(sums) | selector.sums()
+                self.optimizer_step(part, counts, selection, rollouts, sums)
+        clock.seconds["mi"] += selection.seconds
+        clock.seconds["forward"] -= selection.seconds
+        return selection, dict(sums) | selection.sums()
 
     # -- stages --------------------------------------------------------------------------------------------------
 
@@ -239,162 +182,71 @@ class Trainer:
         mask = self.config.mask
         return prefix_share(self.curriculum.stalls, start=mask.prefix_start, step=mask.prefix_step, end=mask.prefix_end)
 
-    def certainty(self, rollouts: Rollouts) -> Tensor:
-        """Mean self-certainty of each rollout, which INTUITOR rewards. (B,)"""
-        return self.signals.measure("certainty", self.batches_of(rollouts), rollouts).nanmean(1)
-
-    def entropies(self, rollouts: Rollouts) -> Tensor:
-        """Entropy of the policy at each token. (B, T)"""
-        return self.signals.measure("entropy", self.batches_of(rollouts), rollouts)
-
-    @torch.no_grad()
-    def log_probs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
-        """Log-probabilities of given completions under the policy. (B, T)"""
-        values = torch.zeros(len(completions), max([len(c) for c in completions] + [1]))  # (B, T)
-        for micro in self.batches(prompts, completions):
-            out = self.sharded.forward(micro, lambda states: torch.ones_like(states[:, 0], dtype=torch.bool))
-            padded = pad(out["logp"], micro.lengths).cpu()  # (b, t)
-            if len(micro.rows):
-                values[micro.rows.cpu(), : padded.shape[1]] = padded
-        return values
-
     def set_advantages(self, rollouts: Rollouts, clock: Clock) -> dict[str, float]:
         """Advantages (B,) and which rollouts take part in the update (B,). Returns the sum of rewards for the log."""
-        advantage, n = self.config.advantage, rollouts.group_size
         if self.config.reward.rule == "certainty":
             with clock("forward"):
-                rollouts.rewards = self.certainty(rollouts)
-        rewards = rollouts.rewards
-        if advantage.baseline == "batch":  # the mean over all ranks
-            parts = distributed.gather_objects(rewards)  # dynamic sampling leaves ranks with unequal shares
-            everywhere = group_advantages(
-                torch.cat(parts), n, baseline=advantage.baseline, normalize=advantage.normalize
-            )
-            rollouts.advantages = everywhere.split([len(part) for part in parts])[distributed.rank()]
-        else:
-            rollouts.advantages = group_advantages(
-                rewards, n, baseline=advantage.baseline, normalize=advantage.normalize
-            )
-        rollouts.used = torch.ones(len(rewards), dtype=torch.bool)
-        if advantage.drop_constant_groups:
-            rollouts.used = ~constant_groups(rewards.reshape(-1, n)).repeat_interleave(n)
-        return {"trained_reward": float(rewards.sum())}
+                batches = self.passes.batches_of(rollouts)
+                certainty = measure({"certainty"}, self.passes, batches, rollouts)[0]["certainty"]  # (B, T)
+                rollouts.rewards = certainty.nanmean(1)  # (B,)
+        assign(rollouts, self.config.advantage)
+        return {"trained_reward": float(rollouts.rewards.sum())}
 
     def balance(self, rollouts: Rollouts) -> Rollouts:
         """As much to read on every rank. Several updates a batch take the questions as they were drawn."""
         optim = self.config.optim
         return rollouts if optim.updates_per_batch > 1 else balanced(rollouts, share_prompts=optim.share_prompts)
 
-    def lay_out(self, rollouts: Rollouts, ends: Tensor | None = None) -> list[list[MicroBatch]]:
-        """Micro-batches of each optimizer step, equally many on every rank.
-
-        Args:
-            ends: (B,) tokens of each rollout that are laid out; None is all. What lies behind the last selected token
-                reaches neither loss nor gradient. A rollout that ends at 0 keeps its row, since averages count it.
-        """
-        questions, updates, n = len(rollouts.problems), self.config.optim.updates_per_batch, rollouts.group_size
-        ends = rollouts.lengths if ends is None else ends
-        parts = []
-        for part_number in range(updates):
-            start, end = (n * (bound * questions // updates) for bound in (part_number, part_number + 1))
-            used = torch.arange(start, end)[rollouts.used[start:end]]
-            rows, empty = used[ends[used] > 0], used[ends[used] == 0]
-            prompts = [rollouts.prompts[row // n] for row in rows.tolist()]
-            completions = [rollouts.completions[row].token_ids[: ends[row]] for row in rows.tolist()]
-            part = self.batches(prompts, completions)
-            for micro in part:
-                micro.rows = rows.to(micro.rows.device)[micro.rows]
-            part[0] = part[0].with_empty(empty)
-            parts.append(part)
-        return parts
-
-    def batches(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[MicroBatch]:
-        """Micro-batches of sequences, equally many on every rank (ZeRO-3 counts forward passes)."""
-        optim = self.config.optim
-        if optim.share_prompts:
-            made = shared_prompt_batches(prompts, completions, budget=optim.micro_tokens)
+    def loss_inputs(
+        self,
+        micro: MicroBatch,
+        out: dict[str, Tensor],
+        old: Tensor | None,
+        selection: Selection,
+        signals: dict[str, Tensor],
+        rollouts: Rollouts,
+    ) -> LossInputs:
+        """A micro-batch's forward pass beside what is known of its rollouts from before, (b, t) each."""
+        mask, rows = out["mask"], micro.rows.cpu()  # (N,), (b,)
+        logp = micro.grid(out["logp"], mask)  # (b, t)
+        reference = None if self.reference is None else self.reference(micro, mask)  # (K,)
+        if rollouts.token_advantages is None:
+            scores, lengths = selection.scores[rows].nan_to_num(0.0), rollouts.lengths[rows]  # (b, T), (b,)
+            how, weight = self.config.advantage.mi_blend, self.config.advantage.mi_weight
+            advantages = blend(rollouts.advantages[rows], scores, lengths, how=how, weight=weight)  # (b,) or (b, T)
         else:
-            made = micro_batches(prompts, completions, budget=optim.micro_tokens, packing=optim.packing)
-        return self.agree(made)
+            advantages = rollouts.token_advantages[rows]  # (b, T)
+        power, kl_weight = self.config.loss.kl_priority, None
+        if power > 0:
+            vocabulary = self.sharded.policy.model.config.vocab_size  # type: ignore[union-attr]
+            kl_weight = kl_priority(micro.rows_of(signals["entropy"]), vocabulary, power)  # type: ignore[arg-type]
+        return LossInputs(
+            logp=logp,
+            logp_old=logp.detach() if old is None else micro.rows_of(old),
+            logp_engine=micro.rows_of(rollouts.logp_engine),
+            logp_ref=None if reference is None else micro.grid(reference, mask),
+            advantages=(advantages if advantages.dim() == 1 else advantages[:, : logp.shape[1]]).to(self.device),
+            mask=micro.grid(mask),
+            lengths=rollouts.lengths[rows],
+            kl_weight=kl_weight,
+            entropy=micro.grid(out["entropy"], mask) if self.config.loss.entropy_weight else None,
+        )
 
-    def batches_of(self, rollouts: Rollouts) -> list[MicroBatch]:
-        """Micro-batches of all rollouts, whether they take part in the update or not."""
-        prompts = [rollouts.prompts[i // rollouts.group_size] for i in range(len(rollouts.completions))]
-        return self.batches(prompts, [completion.token_ids for completion in rollouts.completions])
-
-    def agree(self, made: list[MicroBatch]) -> list[MicroBatch]:
-        """On the device, with fillers up to the number that the rank with most has."""
-        made = made + [filler()] * (max(distributed.agree_max(len(made)), 1) - len(made))
-        return [micro.to(self.device) for micro in made]
-
-    @torch.no_grad()
-    def states(self, micro: MicroBatch) -> Tensor:
-        """Hidden states that predict the completion tokens. (N, d)"""
-        return self.sharded.forward(micro)["states"]
-
-    def gold_states(self, rollouts: Rollouts) -> Tensor:
-        """State of each question's gold answer, from the weights that score it. (Q, d)"""
-        mi, prompter = self.config.mi, self.collector.prompter
-        golds = [prompter.encode_gold(problem, mi.gold_text) for problem in rollouts.problems]
-        # the state at a token is the one that predicts the next: shift by one to get every token's own
-        batches = self.batches([gold[:1] for gold in golds], [[*gold[1:], gold[-1]] for gold in golds])
-        pooled: dict[int, Tensor] = {}
-        for micro in batches:
-            flat = self.states(micro)  # (N, d)
-            for row, own in zip(micro.rows.tolist(), flat.split(micro.lengths.tolist())):
-                pooled[row] = own[-1] if mi.gold_pool == "last" else own.float().mean(0).to(own.dtype)
-        return torch.stack([pooled[q] for q in range(len(golds))]) if golds else flat[:0]
-
-    @torch.no_grad()
-    def old_log_probs(self, batches: Sequence[MicroBatch], rollouts: Rollouts) -> Tensor:
-        """Log-probabilities before the first update, at the tokens that will be trained on. (B, T)"""
-        old = torch.zeros_like(rollouts.logp_engine)  # (B, T)
-        for micro in batches:
-            out = self.sharded.forward(micro, lambda states, micro=micro: self.selector(micro, states))
-            values = self.grid(micro, out["mask"], out["logp"]).cpu()  # (b, t)
-            if len(micro.rows):
-                old[micro.rows.cpu(), : values.shape[1]] = values
-        self.selector.decided = True  # later forwards, of changed weights, keep these masks
-        return old
-
-    def token_advantages(self, micro: MicroBatch, rollouts: Rollouts) -> Tensor:
-        """(b,), or (b, t) where they differ by token."""
-        rows, advantage = micro.rows.cpu(), self.config.advantage
-        if rollouts.token_advantages is not None:
-            shaped = rollouts.token_advantages[rows]  # (b, T)
-        else:
-            scores, lengths = self.selector.scores[rows].nan_to_num(0.0), rollouts.lengths[rows]  # (b, T), (b,)
-            shaped = blend(
-                rollouts.advantages[rows], scores, lengths, how=advantage.mi_blend, weight=advantage.mi_weight
-            )  # (b,) or (b, T)
-        width = max(int(micro.lengths.max()), 1) if len(rows) else 1
-        return (shaped if shaped.dim() == 1 else shaped[:, :width]).to(self.device)
-
-    def kl_weight(self, micro: MicroBatch, signals: dict[str, Tensor]) -> Tensor | None:
-        """(b, t) weight of each token's KL; None where all weigh the same."""
-        power = self.config.loss.kl_priority
-        if power == 0 or self.reference is None:
-            return None
-        vocabulary = self.sharded.policy.model.config.vocab_size  # type: ignore[union-attr]
-        weights = kl_priority(self.of(micro, signals["entropy"]), vocabulary, power)  # type: ignore[arg-type]
-        return pad(weights, micro.lengths)
-
-    def of(self, micro: MicroBatch, padded: Tensor) -> Tensor:
-        """The ragged (N,) values of a micro-batch's rows, from (B, T)."""
-        return unpad(padded[micro.rows.cpu()], micro.lengths.cpu()).to(self.device)
-
-    def grid(self, micro: MicroBatch, mask: Tensor, values: Tensor) -> Tensor:
-        """Values at the selected tokens (K,) -> (b, t), 0 elsewhere; keeps the gradient."""
-        ragged = values.new_zeros(len(mask)).masked_scatter(mask, values)  # (N,)
-        return pad(ragged, micro.lengths)
+    def loss(self, inputs: LossInputs) -> LossTerms:
+        rollout = self.config.rollout
+        rule, cap = rollout.importance_correction, rollout.importance_cap
+        return loss_terms(inputs, self.config.loss, max_length=rollout.max_tokens, correction=rule, cap=cap)
 
     def optimizer_step(
-        self, part: list[MicroBatch], denominator: float, selected: float, rollouts: Rollouts, sums: dict[str, float]
+        self, part: list[MicroBatch], counts: Tensor, selection: Selection, rollouts: Rollouts, sums: dict[str, float]
     ) -> None:
-        """Normalise over the whole step and all ranks, update; skip together what is not finite."""
-        counts = torch.tensor([denominator, selected], dtype=torch.float64)
+        """Normalise over the whole step and all ranks, update; skip together what is not finite.
+
+        Args:
+            counts: (2,) this rank's denominator and number of selected tokens.
+        """
+        sums["denominator"] += float(counts[0])
         total, trained_on = distributed.all_reduce(counts).tolist()
-        sums["denominator"] = sums.get("denominator", 0.0) + denominator
         if trained_on == 0:  # nothing was selected anywhere: AdamW would still move by its momentum
             return
         norm = self.sharded.step(total, learning_rate(self.step, self.config))
@@ -402,8 +254,8 @@ class Trainer:
             sums["grad_norm"], self.bad_steps = norm, 0
             return
         self.bad_steps += 1
-        sums["skipped"] = sums.get("skipped", 0.0) + 1
-        dump_batch(self.tracker.folder / "bad_steps", self.step + 1, part, rollouts, self.selector)
+        sums["skipped"] += 1
+        dump_batch(self.tracker.folder / "bad_steps", self.step + 1, part, rollouts, selection)
         if self.bad_steps >= self.config.guards.max_bad_steps:
             raise TrainingError(
                 f"loss or gradient was not finite in {self.bad_steps} steps in a row (the last is {self.step + 1}); "
@@ -413,57 +265,29 @@ class Trainer:
 
     # -- around the loop -----------------------------------------------------------------------------------------
 
-    def label(self, problems: Sequence[Problem]) -> dict[str, float]:
-        """N_peak of some questions under the present policy at kappa_start; a collective.
-
-        Completions are cut where no peak is counted any more, and running statistics stay as they were: a run that
-        labels trains exactly as one that finds its labels made.
-        """
-        config, clean = self.config, self.selector.state_dict()
-        sampling = replace(
-            self.generation.sampling, max_tokens=min(config.rollout.max_tokens, config.curriculum.probe_tokens)
-        )
-        rollouts = self.collector.collect(problems, sampling, samples=1, stream="label")
-        self.collector.judge(rollouts)
-        prompts, completions = rollouts.prompts, [c.token_ids for c in rollouts.completions]
-        self.selector.begin(rollouts, self.gold_states(rollouts), kappa=config.mask.kappa_start, step=0)
-        self.selector.score_all(self.batches(prompts, completions), self.states)
-        self.selector.load_state_dict(clean)
-        return self.peaks(rollouts, config.mask.kappa_start)
-
-    def peaks(self, rollouts: Rollouts, kappa: float) -> dict[str, float]:
-        """Mean N_peak of each question's rollouts, from the selector's scores."""
-        curriculum = self.config.curriculum
-        found = defaultdict(list)
-        for i, length in enumerate(rollouts.lengths.tolist()):
-            scores = self.selector.scores[i, :length]
-            if scores.isfinite().all():
-                label = peak_label(scores, kappa, curriculum.bucket_by, curriculum.probe_tokens)
-                found[rollouts.problems[i // rollouts.group_size].id].append(label)
-        return {question: sum(labels) / len(labels) for question, labels in found.items()}
-
-    def refresh_labels(self, rollouts: Rollouts, kappa: float) -> None:
+    def refresh_labels(self, rollouts: Rollouts, selection: Selection, kappa: float) -> None:
         """Every ``curriculum.refresh_every`` steps, relabel the questions seen since from their newest rollouts."""
-        every = self.config.curriculum.refresh_every
-        if every is None:
+        curriculum = self.config.curriculum
+        if curriculum.refresh_every is None:
             return
-        for part in distributed.gather_objects(self.peaks(rollouts, kappa)):
+        for part in distributed.gather_objects(peaks(rollouts, selection.scores, kappa, curriculum)):
             self.newest_peaks |= part
-        if self.step % every == 0:
+        if self.step % curriculum.refresh_every == 0:
             self.curriculum.relabel(self.newest_peaks)
             self.newest_peaks = {}
 
-    def validate(self) -> Accuracy:
+    def validate(self) -> dict[str, float]:
+        """Accuracy on the held-out questions, for the log; it stays as :attr:`accuracy`."""
         samples, world = self.config.validation.samples, distributed.world_size()
         with self.progress.task("validation", len(self.held_out) * samples) as task:
-            self.accuracy, self._validation = validate(
+            self.accuracy, metrics = validate(
                 self.collector,
                 self.held_out,
                 self.config.validation,
                 max_tokens=self.config.rollout.max_tokens,
                 on_done=lambda: task.advance(world),
             )
-        return self.accuracy
+        return metrics
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -513,3 +337,11 @@ class Trainer:
         self.selector.load_state_dict(state["selector"])
         self.tracker.load_state_dict(state["tracker"])
         set_rng_state(state["rng"])
+
+
+def add_up(sums: dict[str, float], terms: LossTerms, entropy: Tensor) -> None:
+    """What a micro-batch adds to the sums of a step, of the loss and of the entropies (K,); largest values stay so."""
+    sums["loss"] += float(terms.total.detach())
+    sums["entropy"] += float(entropy.detach().sum())
+    for name, value in terms.sums.items():
+        sums[name] = max(sums[name], float(value)) if name.endswith("_max") else sums[name] + float(value)

@@ -89,6 +89,7 @@ class Ours:
         self.selected = self.norm = 0.0
 
     def __call__(self, batch: Batch, clock: Clock) -> None:
+        from aipo.labelling import peaks
         from aipo.problems.datasets import Problem
         from aipo.rollout.base import Completion
         from aipo.rollouts import Rollouts
@@ -104,15 +105,15 @@ class Ours:
         )
         trainer.set_advantages(self.rollouts, clock)  # type: ignore[arg-type]
         kappa = trainer.config.mask.kappa_start
-        sums = trainer.update(self.rollouts, kappa, 0, clock)  # type: ignore[arg-type]
+        selection, sums = trainer.update(self.rollouts, kappa, 1.0, clock)  # type: ignore[arg-type]
         self.selected, self.norm = sums["selected"], sums["grad_norm"]
         if trainer.selector.scored:
             with clock("mi"):
-                trainer.peaks(self.rollouts, kappa)
+                peaks(self.rollouts, selection.scores, kappa, trainer.config.curriculum)
 
     def read(self) -> int:
         """Tokens in the forward pass, without padding."""
-        micros = [micro for part in self.trainer.lay_out(self.rollouts) for micro in part]
+        micros = [micro for part in self.trainer.passes.update_batches(self.rollouts) for micro in part]
         whole = self.trainer.config.optim.share_prompts  # rows without padding
         return sum(m.input_ids.numel() if whole else int(m.attention_mask.sum()) for m in micros)  # type: ignore[union-attr]
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from transformers import AutoTokenizer
 from aipo.config import Config, load_config
 from aipo.errors import TrainingError
 from aipo.generation import Generation, varying_groups
+from aipo.layout import MicroBatch
+from aipo.passes import Passes
 from aipo.problems.datasets import Problem
 from aipo.problems.prompts import Prompter
 from aipo.reward import Rewarder
@@ -82,15 +85,21 @@ def generation(prompter: Prompter, right: Right, settings: Config) -> Generation
     rewarder = Rewarder(max_tokens=64, overlong_buffer=16, workers=1)
     collector = Collector(Scripted(prompter, right), prompter, rewarder, seed=0)  # type: ignore[arg-type]
 
-    def entropies(rollouts: Rollouts) -> Tensor:
-        """The policy is least sure of the fourth token of each rollout."""
-        return torch.nn.functional.one_hot(torch.full((len(rollouts.completions),), 3), 40).float()
+    return Generation(collector, settings, ScriptedPasses(settings, prompter))
 
-    def log_probs(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
+
+class ScriptedPasses(Passes):
+    def __init__(self, settings: Config, prompter: Prompter) -> None:
+        super().__init__(settings, SimpleNamespace(forward=self.forward), prompter, torch.device("cpu"))  # type: ignore[arg-type]
+
+    def forward(self, micro: MicroBatch, *, full: bool) -> dict[str, Tensor]:
+        """The policy is least sure of the fourth token of each rollout."""
+        assert full
+        return {"entropy": torch.cat([(torch.arange(n) == 3).float() for n in micro.lengths] + [torch.empty(0)])}
+
+    def log_probs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
         """A gold answer is the likelier the longer what stands before it."""
         return torch.tensor([[-1.0 / len(p)] * max(map(len, completions)) for p in prompts])
-
-    return Generation(collector, settings, entropies=entropies, log_probs=log_probs, postfix=[5, 6])
 
 
 def clock(phase: str) -> Any:
@@ -260,15 +269,15 @@ def test_questions_of_a_batch_and_joining() -> None:
         texts=[str(i) for i in range(6)],
         extra_tokens=5,
     )
-    part = whole.questions([2, 0])
+    part = whole.take(whole.rows_of([2, 0]))
     assert [p.id for p in part.problems] == ["q2", "q0"]
     assert part.texts == ["4", "5", "0", "1"]
     assert part.rewards.tolist() == [4, 5, 0, 1]
-    both = Rollouts.joined([whole.questions([2]), whole.questions([0])])
+    both = Rollouts.joined([whole.take(whole.rows_of([2])), whole.take(whole.rows_of([0]))])
     assert vars(both).keys() == vars(part).keys()
     assert (both.texts, both.prompts, both.ids.tolist()) == (part.texts, part.prompts, part.ids.tolist())
     assert Rollouts.joined([whole, whole]).extra_tokens == 10
-    assert whole.questions([]).completions == []
+    assert whole.take(whole.rows_of([])).completions == []
 
 
 def test_empty_share(tmp_path: Path, prompter: Prompter) -> None:

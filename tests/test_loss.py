@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aipo.advantage import group_advantages
-from aipo.loss import AGGREGATIONS, RATIOS, importance_weights, kl_priority, loss_terms, policy_loss
+from aipo.config.schema import LossConfig
+from aipo.loss import AGGREGATIONS, RATIOS, LossInputs, importance_weights, kl_priority, loss_terms, policy_loss
 from tests import reference
 
 INF, NAN = math.inf, math.nan
@@ -454,20 +455,10 @@ def test_constant_groups_are_zero(aggregation: str, ratio: str, gap: float) -> N
 def test_micro_batches_add_up(seed: int, parts: list[int], aggregation: str, ratio: str) -> None:
     b = batch(seed, rows=sum(parts))
     b["logp"].requires_grad_()
-    names = ("logp", "logp_old", "advantages", "mask")
-    named = ("logp_ref", "importance_weight", "lengths", "kl_weight", "entropy")
     options: dict[str, Any] = {"kl_beta": 0.1, "entropy_weight": 0.1, "aggregation": aggregation, "ratio": ratio}
-    options["max_length"] = 7
-
-    def inputs(rows: dict[str, Tensor]) -> tuple[list[Any], dict[str, Any]]:
-        return [rows[k] for k in names], {**options, **{k: rows[k] for k in named}}
-
-    args, keywords = inputs(b)
-    whole, _ = policy_loss(*args, **keywords)
-    terms = []
-    for i in range(len(parts)):
-        args, keywords = inputs({k: v.split(parts)[i] for k, v in b.items()})
-        terms.append(loss_terms(*args, **keywords))
+    whole, _ = policy_loss(**b, **options, max_length=7)  # type: ignore[arg-type]
+    rows = [{k: v.split(parts)[i] for k, v in b.items()} for i in range(len(parts))]
+    terms = [loss_terms(LossInputs(**each), LossConfig(**options), max_length=7) for each in rows]
     loss = torch.stack([t.total for t in terms]).sum() / torch.stack([t.denominator for t in terms]).sum().clamp(min=1)
     torch.testing.assert_close(loss, whole, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(gradients(loss, b["logp"]), gradients(whole, b["logp"]), rtol=1e-9, atol=1e-12)
@@ -499,18 +490,18 @@ SELECTED = torch.tensor([[True, True], [True, True], [True, False]])
 def test_token_truncated_by_hand() -> None:
     weight, sums = importance_weights(OURS, ENGINE, SELECTED, rule="token_truncated", cap=2.0)
     torch.testing.assert_close(weight[SELECTED], torch.tensor([2.0, 0.5, 2.0, 2.0, 1.0]))
-    assert sums["weight"].item() == pytest.approx(7.5)
+    assert sums["mismatch_weight"].item() == pytest.approx(7.5)
     assert sums["weight_max"].item() == pytest.approx(3)
     k3 = [r - math.log(r) - 1 for r in (3, 0.5, 3, 3, 1)]
-    assert sums["kl"].item() == pytest.approx(sum(k3), rel=1e-5)
-    assert sums["gap"].item() == pytest.approx(3 * math.log(3) + math.log(2), rel=1e-5)
+    assert sums["mismatch_kl"].item() == pytest.approx(sum(k3), rel=1e-5)
+    assert sums["mismatch_gap"].item() == pytest.approx(3 * math.log(3) + math.log(2), rel=1e-5)
 
 
 def test_sequence_mask_by_hand() -> None:
     # geometric means: sqrt(1.5) = 1.22, 3, 1
     weight, sums = importance_weights(OURS, ENGINE, SELECTED, rule="sequence_mask", cap=2.0)
     assert weight[SELECTED].tolist() == [1, 1, 0, 0, 1]
-    assert sums["weight"].item() == 3
+    assert sums["mismatch_weight"].item() == 3
     lower, _ = importance_weights(ENGINE, OURS, SELECTED, rule="sequence_mask", cap=2.0)  # 1/3 is below 1/2
     assert lower[SELECTED].tolist() == [1, 1, 0, 0, 1]
 

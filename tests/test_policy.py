@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3ForCausalLM
 
+from aipo.layout import MicroBatch, filler, micro_batches, pad, shared_prompt_batches, unpad
 from aipo.policy import Policy, SelectedLogProbs, load_model
-from aipo.rollouts import MicroBatch, filler, micro_batches, pad, shared_prompt_batches, unpad
 from tests.tiny import make_tiny
 
 VOCABULARY = 61

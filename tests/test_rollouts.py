@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from itertools import pairwise
 
 import pytest
@@ -9,19 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aipo.layout import MicroBatch, filler, micro_batches, pad, shared_prompt_batches, token_grid, unpad
 from aipo.problems.datasets import Problem
 from aipo.rollout import Completion
-from aipo.rollouts import (
-    MicroBatch,
-    Rollouts,
-    deal,
-    filler,
-    micro_batches,
-    pad,
-    shared_prompt_batches,
-    token_grid,
-    unpad,
-)
+from aipo.rollouts import Rollouts, deal
 
 lengths_lists = st.lists(st.integers(0, 6), max_size=6)
 sequences = st.lists(
@@ -247,8 +239,8 @@ def batch() -> Rollouts:
 
 def test_questions_that_parted_come_together_again() -> None:
     whole = batch()
-    again = Rollouts.joined([whole.questions([2]), whole.questions([]), whole.questions([0, 1])])
-    sorted_again = again.questions([1, 2, 0])
+    again = Rollouts.joined([whole.take(whole.rows_of(questions)) for questions in ([2], [], [0, 1])])
+    sorted_again = again.take(again.rows_of([1, 2, 0]))
     for name, value in vars(whole).items():
         other = getattr(sorted_again, name)
         if isinstance(value, torch.Tensor):
@@ -257,6 +249,40 @@ def test_questions_that_parted_come_together_again() -> None:
             assert value == other, name
 
 
+def test_every_field_is_taken_with_its_row() -> None:
+    """By all the fields that there are: a field without a word on whose it is would stay whole."""
+    whole = batch()
+    whole.token_advantages = torch.arange(12.0).reshape(6, 2)
+    part = whole.take([5, 1])
+    for each in fields(Rollouts):
+        value = getattr(part, each.name)
+        if each.name in ("group_size", "extra_tokens"):
+            continue
+        assert len(value) == 2, each.name
+        assert str(value[0]) == str(getattr(whole, each.name)[5 if each.metadata["by"] == "rollout" else 2]), each.name
+    assert part.group_size == 1
+    assert whole.keep([5, 1]).extra_tokens == 5 + 1 + 3 + 4 + 5
+
+
 def test_loads() -> None:
     assert batch().loads(share_prompts=False) == [10 + 1 + 10 + 2, 20 + 3, 0]
     assert batch().loads(share_prompts=True) == [10 + 1 + 2, 20 + 3, 0]
+
+
+def test_a_micro_batch_writes_where_it_reads() -> None:
+    """(B, T) -> (N,) -> (B, T), of the rows that the micro-batch holds and their tokens alone."""
+    completions = [[1, 2, 3], [4], [5, 6]]
+    micro = micro_batches([[9]] * 3, completions, budget=100, packing=True)[0].with_empty(torch.tensor([3]))
+    padded = torch.arange(20.0).reshape(4, 5)
+    found = torch.full((4, 5), -1.0)
+    micro.write(found, micro.ragged_of(padded))
+    lengths = torch.tensor([3, 1, 2, 0])
+    assert torch.equal(found, torch.where(token_grid(lengths, 5), padded, -1.0))
+    mask = micro.ragged_of(padded) % 2 == 0  # (N,)
+    found = torch.full((4, 5), -1.0)
+    micro.write(found, micro.ragged_of(padded)[mask], mask)
+    expected = torch.where(padded % 2 == 0, padded, 0.0)
+    assert torch.equal(found, torch.where(token_grid(lengths, 5), expected, -1.0))
+    assert torch.equal(micro.grid(micro.ragged_of(padded)[mask], mask)[0], expected[micro.rows[0], :3])
+    assert micro.rows_of(padded).shape == (4, 3)
+    filler().write(found, torch.empty(0))

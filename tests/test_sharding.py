@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from aipo import distributed
 from aipo.config import Config, load_config
+from aipo.layout import filler, micro_batches
 from aipo.model.adapters import add_adapters
 from aipo.policy import Policy
-from aipo.rollouts import filler, micro_batches
 from aipo.sharding import Plain, deepspeed_config, learning_rate, shard, whole_size
 
 CPU = torch.device("cpu")

@@ -10,15 +10,17 @@ import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from aipo.config import Config, load_config
+from aipo.layout import pad
 from aipo.loss import policy_loss
 from aipo.problems.datasets import Problem
 from aipo.problems.prompts import Prompter
+from aipo.record.clock import Clock
 from aipo.rollout.base import Completion
-from aipo.rollouts import Rollouts, pad
+from aipo.rollouts import Rollouts
 from aipo.run import make_policy
 from aipo.selection import TokenSelector
 from aipo.sharding import shard
-from aipo.trainer import Clock, Trainer
+from aipo.trainer import Trainer
 from tests.tiny import make_tiny
 
 LENGTHS = [9, 14, 1, 6, 11, 3, 8, 12]  # of 4 questions x 2 rollouts
@@ -128,14 +130,14 @@ def test_what_lies_behind_the_last_selected_token_changes_nothing(model: Path, r
     forward = trainer.sharded.forward
     trainer.sharded.forward = lambda micro, *a, **k: read.append((len(a), micro.lengths)) or forward(micro, *a, **k)  # type: ignore[func-returns-value, method-assign]
     before = {name: p.detach().clone() for name, p in trainer.sharded.names()}
-    trainer.update(rollouts, kappa=2.0, step=0, clock=Clock(), prefix=0.3)
+    selection, _ = trainer.update(rollouts, 2.0, 0.3, Clock())
 
     trained = torch.cat([lengths for selecting, lengths in read if selecting])
     assert len(trained) == 7  # every used rollout, even if nothing of it is read
     assert int(trained.sum()) < sum(LENGTHS) - LENGTHS[5]  # or nothing was left out
     if rule == "probe":
         assert 0 in trained.tolist()
-    expected = whole_sequences(config, model, rollouts, trainer.selector.mask)
+    expected = whole_sequences(config, model, rollouts, selection.mask)
     largest = max(float(g.abs().max()) for g in expected.values())
     for name, parameter in trainer.sharded.names():
         moment = trainer.sharded.optimizer.state[parameter]["exp_avg"]  # type: ignore[attr-defined]
@@ -146,5 +148,37 @@ def test_what_lies_behind_the_last_selected_token_changes_nothing(model: Path, r
 
 def test_a_mask_that_needs_the_states_is_decided_in_the_forward_that_is_trained(model: Path) -> None:
     trainer, rollouts = made(config_of(model), model)
-    trainer.update(rollouts, kappa=0.3, step=0, clock=Clock())
-    assert not trainer.selector.decided
+    selection, _ = trainer.update(rollouts, 0.3, 1.0, Clock())
+    assert not selection.decided
+
+
+def test_shaped_advantages_reach_the_loss(model: Path) -> None:
+    trainer, rollouts = made(config_of(model), model)
+    selection = trainer.selector.begin(rollouts, None, kappa=0.3, step=0)
+    part = trainer.passes.update_batches(rollouts)[0]
+    rollouts.token_advantages = torch.arange(8.0 * 14).reshape(8, 14)
+    for micro in part:
+        out = {"mask": torch.ones(int(micro.lengths.sum()), dtype=torch.bool)}
+        out["logp"] = out["entropy"] = torch.zeros(len(out["mask"]))
+        inputs = trainer.loss_inputs(micro, out, None, selection, {}, rollouts)
+        assert torch.equal(inputs.advantages, rollouts.token_advantages[micro.rows, : int(micro.lengths.max())])
+    rollouts.token_advantages = None
+    assert torch.equal(
+        trainer.loss_inputs(micro, out, None, selection, {}, rollouts).advantages, rollouts.advantages[micro.rows]
+    )
+
+
+def test_the_kl_is_weighted_by_certainty(model: Path) -> None:
+    config = config_of(model, "loss.kl_beta=0.1", "loss.kl_priority=2")
+    trainer, rollouts = made(config, model)
+    trainer.reference = lambda _micro, mask: torch.zeros(int(mask.sum()))
+    selection = trainer.selector.begin(rollouts, None, kappa=0.3, step=0)
+    vocabulary = trainer.sharded.policy.model.config.vocab_size  # type: ignore[union-attr]
+    entropy = torch.rand(8, 14, generator=torch.Generator().manual_seed(0)) * torch.tensor(vocabulary).log()
+    micro = trainer.passes.update_batches(rollouts)[0][0]
+    out = {"mask": torch.ones(int(micro.lengths.sum()), dtype=torch.bool)}
+    out["logp"] = out["entropy"] = torch.zeros(len(out["mask"]))
+    inputs = trainer.loss_inputs(micro, out, None, selection, {"entropy": entropy}, rollouts)
+    assert inputs.kl_weight is not None
+    own = entropy[micro.rows, : int(micro.lengths.max())]
+    torch.testing.assert_close(inputs.kl_weight, (1 - own / torch.tensor(vocabulary).log()) ** 2)

@@ -16,9 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from aipo.layout import token_grid
 from aipo.rollout.base import Completion, Request
 from aipo.rollout.collect import request_seed
-from aipo.rollouts import Rollouts, token_grid
+from aipo.rollouts import Rollouts
 
 Pick = Literal["uniform", "argmax"]
 TOP_FRACTION = 0.05
@@ -195,23 +196,3 @@ def keep_best(scores: Tensor, group_size: int, keep: int) -> Tensor:
     order = scores.reshape(-1, group_size).argsort(dim=-1, descending=True, stable=True)  # (Q, group_size)
     kept = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order[:, :keep], True)  # (Q, group_size)
     return kept.flatten()
-
-
-def filter_rollouts(rollouts: Rollouts, kept: Tensor) -> Rollouts:
-    """Only the rollouts that are ``kept`` (B,), equally many of every question; judged ones stay judged."""
-    rows = kept.nonzero().flatten()
-
-    def take(values: Tensor) -> Tensor:
-        return values[rows] if len(values) else values
-
-    return replace(
-        rollouts,
-        completions=[rollouts.completions[i] for i in rows.tolist()],
-        texts=[rollouts.texts[i] for i in rows.tolist()],
-        ids=rollouts.ids[rows],
-        group_size=len(rows) // max(len(rollouts.problems), 1),
-        rewards=take(rollouts.rewards),
-        correct=take(rollouts.correct),
-        advantages=take(rollouts.advantages),
-        used=take(rollouts.used),
-    )

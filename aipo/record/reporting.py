@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from aipo import distributed
-from aipo.rollouts import MicroBatch, Rollouts
-from aipo.selection import TokenSelector
+from aipo.layout import MicroBatch
+from aipo.rollouts import Rollouts
+from aipo.selection import Selection
 
 
 def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str, float]) -> dict[str, float]:
@@ -67,15 +68,15 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
 
 
 def rollout_rows(
-    rollouts: Rollouts, selector: TokenSelector, tokenizer: PreTrainedTokenizerBase, count: int
+    rollouts: Rollouts, selection: Selection, tokenizer: PreTrainedTokenizerBase, count: int
 ) -> list[dict[str, Any]]:
     """A sample of this rank's rollouts with the MI and mask of each token; those of the update first."""
     decode = tokenizer.convert_ids_to_tokens
-    shown = [i for i in range(len(rollouts.texts)) if not rollouts.problems[i // rollouts.group_size].protected]
+    shown = [i for i in range(len(rollouts.texts)) if not rollouts.question_of(i).protected]
     order = sorted(shown, key=lambda i: (not rollouts.used[i], -abs(rollouts.advantages[i])))
     rows = []
     for i in order[:count]:
-        problem, completion = rollouts.problems[i // rollouts.group_size], rollouts.completions[i]
+        problem, completion = rollouts.question_of(i), rollouts.completions[i]
         length = len(completion.token_ids)
         rows.append(
             {
@@ -87,26 +88,24 @@ def rollout_rows(
                 "advantage": float(rollouts.advantages[i]),
                 "finish_reason": completion.finish_reason,
                 "tokens": decode(completion.token_ids),
-                "mi": selector.scores[i, :length].tolist(),
-                "mask": selector.mask[i, :length].int().tolist(),
+                "mi": selection.scores[i, :length].tolist(),
+                "mask": selection.mask[i, :length].int().tolist(),
             }
         )
     return rows
 
 
-def dump_batch(
-    folder: Path, step: int, part: Sequence[MicroBatch], rollouts: Rollouts, selector: TokenSelector
-) -> None:
+def dump_batch(folder: Path, step: int, part: Sequence[MicroBatch], rollouts: Rollouts, selection: Selection) -> None:
     """What led to a bad step, for a look afterwards."""
     folder.mkdir(exist_ok=True)
     rows = sorted(i for micro in part for i in micro.rows.tolist())
     content = {
-        "questions": [rollouts.problems[i // rollouts.group_size].id for i in rows],
+        "questions": [rollouts.question_of(i).id for i in rows],
         "prompts": [rollouts.prompts[i // rollouts.group_size] for i in rows],
         "completions": [rollouts.completions[i].token_ids for i in rows],
         "logprobs": [rollouts.completions[i].logprobs for i in rows],
         "advantages": rollouts.advantages[rows],
-        "scores": selector.scores[rows],
-        "mask": selector.mask[rows],
+        "scores": selection.scores[rows],
+        "mask": selection.mask[rows],
     }
     torch.save(content, folder / f"step-{step:06d}-rank-{distributed.rank()}.pt")

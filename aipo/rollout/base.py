@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from aipo.config.schema import RolloutConfig
 from aipo.rollout.interventions import Intervention
 
 
@@ -33,6 +34,11 @@ class Sampling:
     top_k: int = -1
     min_p: float = 0.0
     intervention: Intervention | None = None
+
+    @staticmethod
+    def of(config: RolloutConfig) -> Sampling:
+        """As in training."""
+        return Sampling(config.max_tokens, config.temperature, config.top_p, config.top_k)
 
 
 @dataclass(frozen=True)

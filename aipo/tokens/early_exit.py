@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from aipo.rollouts import MicroBatch
+from aipo.layout import MicroBatch
 
 POSTFIX = "\nThe answer is \\boxed{"
 THINKING_POSTFIX = "\n</think>\n\n**Final Answer**\n\\boxed{"

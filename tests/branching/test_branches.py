@@ -13,7 +13,6 @@ from aipo.branching.branches import (
     Branch,
     bottleneck_scores,
     branch_point,
-    filter_rollouts,
     join,
     join_branches,
     keep_best,
@@ -195,7 +194,7 @@ def test_filter_keeps_rows_together():
     base = base_rollouts()
     base.rewards, base.correct = torch.tensor([0.0, 1.0, 0.5, 0.25]), torch.tensor([False, True, True, False])
     kept = keep_best(torch.tensor([1.0, 2.0, 4.0, 3.0]), 2, 1)
-    few = filter_rollouts(base, kept)
+    few = base.keep(kept.nonzero()[:, 0].tolist())
     assert (few.group_size, few.texts, few.ids.tolist()) == (1, ["x", "y"], [1, 2])
     assert (few.rewards.tolist(), few.correct.tolist()) == ([1.0, 0.5], [True, True])
     assert few.completions == [base.completions[1], base.completions[2]]

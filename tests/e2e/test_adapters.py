@@ -17,13 +17,13 @@ from torch import Tensor
 
 from aipo import distributed
 from aipo.config import load_config
+from aipo.layout import MicroBatch, filler, micro_batches
 from aipo.model.adapters import adapters_off, add_adapters, residual
 from aipo.model.export import weights
 from aipo.policy import Policy, load_model
 from aipo.rollout import make_engine
 from aipo.rollout.base import Request, Sampling
 from aipo.rollout.check import TOLERANCE, check_weight_sync, logprob_gap
-from aipo.rollouts import MicroBatch, filler, micro_batches
 from aipo.run import log_probs_of
 from aipo.sharding import Sharded, shard
 from tests.e2e.launch import ROOT

@@ -24,13 +24,14 @@ from aipo.errors import TrainingError  # noqa: E402
 from aipo.problems.datasets import Problem  # noqa: E402
 from aipo.problems.prompts import Prompter  # noqa: E402
 from aipo.record.checkpoints import CheckpointError, CheckpointStore, latest  # noqa: E402
+from aipo.record.clock import Clock  # noqa: E402
 from aipo.record.reporting import reduce_metrics  # noqa: E402
 from aipo.rollout.base import Completion  # noqa: E402
 from aipo.rollouts import Rollouts  # noqa: E402
 from aipo.run import frozen_reference, make_policy  # noqa: E402
 from aipo.selection import TokenSelector  # noqa: E402
 from aipo.sharding import Sharded, shard  # noqa: E402
-from aipo.trainer import Clock, Trainer  # noqa: E402
+from aipo.trainer import Trainer  # noqa: E402
 
 MODEL, OUT = sys.argv[1], Path(sys.argv[2])
 RANK, WORLD = distributed.rank(), distributed.world_size()
@@ -145,7 +146,7 @@ def main() -> None:
             rollouts = trainer.balance(rollouts)
             result["questions of a rank"] = [len(part) for part in distributed.gather_objects(rollouts.problems)]
         clock = Clock()
-        local = trainer.update(rollouts, kappa=0.3, step=0, clock=clock)
+        _, local = trainer.update(rollouts, 0.3, 1.0, clock)
         trainer.step = 1
         logged = reduce_metrics(rollouts, local, clock.seconds)
         result[name] = (
@@ -159,16 +160,16 @@ def main() -> None:
     rollouts = fixed_batch(prompter)
     if RANK == WORLD - 1:
         rollouts.advantages[:] = float("inf")
-    trainer.update(rollouts, kappa=0.3, step=0, clock=Clock())
+    trainer.update(rollouts, 0.3, 1.0, Clock())
     assert torch.equal(before, weights(trainer.sharded)), "a bad step changed the weights"
     assert list(OUT.glob(f"bad_steps/step-000001-rank-{RANK}.pt"))
     try:
-        trainer.update(rollouts, kappa=0.3, step=0, clock=Clock())
+        trainer.update(rollouts, 0.3, 1.0, Clock())
         raise AssertionError("two bad steps in a row went on")
     except TrainingError as error:
         assert "2 steps in a row" in str(error)  # noqa: PT017
     trainer = make_trainer(base, prompter)
-    trainer.update(fixed_batch(prompter), kappa=0.3, step=0, clock=Clock())
+    trainer.update(fixed_batch(prompter), 0.3, 1.0, Clock())
     assert trainer.bad_steps == 0
 
     # a rank whose disk is full fails the save on all; what was saved before stays
@@ -185,7 +186,7 @@ def main() -> None:
         result["full disk"] = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert latest(OUT / "checkpoints") == saved
-    trainer.update(fixed_batch(prompter), kappa=0.3, step=1, clock=Clock())
+    trainer.update(fixed_batch(prompter), 0.3, 1.0, Clock())
     assert not torch.equal(kept, weights(trainer.sharded))
     trainer.sharded.load(saved)
     assert torch.equal(kept, weights(trainer.sharded)), "the checkpoint does not bring the weights back"

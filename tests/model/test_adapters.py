@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from aipo.errors import UserError
+from aipo.layout import micro_batches
 from aipo.model.adapters import adapters_off, add_adapters, alpha_of, merge, merged, originals, residual
 from aipo.policy import Policy
-from aipo.rollouts import micro_batches
 
 RANK, ALPHA = 3, 7.5
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

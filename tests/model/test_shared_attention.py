@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from aipo.layout import shared_prompt_batches
 from aipo.model.shared_attention import Tree, forward
-from aipo.rollouts import shared_prompt_batches
 
 HEADS, GROUPS, SIZE = 6, 2, 4
 

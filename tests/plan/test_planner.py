@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 from aipo.config import CONFIG_FOLDER, Config, load_config
 from aipo.errors import UserError
+from aipo.layout import shared_prompt_batches
 from aipo.model.adapters import add_adapters
 from aipo.model.shared_attention import NAME
 from aipo.plan.memory import CPU_ENGINE_LIBRARIES, GIB, Model, activation_bytes, head_bytes
 from aipo.plan.planner import PUBLISHED, Plan, plan, read_model, render
 from aipo.policy import SelectedLogProbs
-from aipo.rollouts import shared_prompt_batches
 from tests.tiny import make_tiny
 
 SHAPE: dict[str, Any] = {

@@ -16,8 +16,8 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, Qwen
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from aipo.layout import MicroBatch, filler, micro_batches, shared_prompt_batches
 from aipo.policy import Policy
-from aipo.rollouts import MicroBatch, filler, micro_batches, shared_prompt_batches
 from aipo.tokens.attention import AttentionEntropy, attention_weights, row_entropy
 
 PROMPTS = [[5, 6, 7], [5, 6, 7, 6, 5, 4, 3], [5], [11] * 6, [5, 6, 7]]

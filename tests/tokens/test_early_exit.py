@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
+from aipo.layout import MicroBatch, filler
 from aipo.policy import Policy
-from aipo.rollouts import MicroBatch, filler
 from aipo.tokens.early_exit import early_exit_trees, postfix_ids
 from aipo.tokens.early_exit import information_gain as gain_of
 from tests.tiny import make_tiny, tiny_tokenizer

@@ -5,21 +5,24 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aipo.advantage import entropy_quadrants, reallocate_by_entropy, weight_tokens
 from aipo.config import Config, load_config
+from aipo.config.schema import AdvantageConfig
+from aipo.layout import filler, micro_batches
 from aipo.model.adapters import add_adapters
+from aipo.passes import Passes
 from aipo.policy import Policy, load_model
 from aipo.problems.datasets import Problem
 from aipo.rollout.base import Completion
-from aipo.rollouts import Rollouts, filler, micro_batches
-from aipo.tokens.signals import Signals, batch_mean_std, shape, token_signals
-from aipo.trainer import Trainer
+from aipo.rollouts import Rollouts
+from aipo.tokens.early_exit import postfix_ids
+from aipo.tokens.table import MEASURES, RULES, batch_mean_std, measure, shape
 from tests.tiny import make_tiny
 
 PROMPTS = [[5, 6, 7], [8, 9]]
@@ -50,9 +53,14 @@ def config(*overrides: str) -> Config:
     return load_config("tiny.yaml", ["curriculum.enabled=false", *overrides])
 
 
-def signals(policy: Policy, settings: Config, postfix: tuple[int, ...] = (20, 21)) -> Signals:
+def passes(path: Path, policy: Policy, settings: Config) -> Passes:
     sharded: Any = SimpleNamespace(forward=policy, policy=policy)
-    return Signals(settings, sharded, torch.device("cpu"), postfix=postfix)
+    prompter: Any = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(path))
+    return Passes(settings, sharded, prompter, torch.device("cpu"))
+
+
+def measured(name: str, here: Passes, rollouts: Rollouts) -> torch.Tensor:
+    return measure({name}, here, batches(), rollouts)[0][name]
 
 
 def policy_of(path: Path) -> Policy:
@@ -76,8 +84,8 @@ def entropy(logits: torch.Tensor) -> float:
 
 
 def test_entropy_and_certainty(path: Path, rollouts: Rollouts) -> None:
-    measured = signals(policy_of(path), config())
-    found = {name: measured.measure(name, batches(), rollouts) for name in ("entropy", "certainty")}
+    here = passes(path, policy_of(path), config())
+    found = {name: measured(name, here, rollouts) for name in ("entropy", "certainty")}
     for row, ids in enumerate(COMPLETIONS):
         prompt = PROMPTS[row // 2]
         logits = plain_logits(path, prompt + ids)
@@ -93,40 +101,44 @@ def test_entropy_and_certainty(path: Path, rollouts: Rollouts) -> None:
 def test_information(path: Path, rollouts: Rollouts) -> None:
     """s_t = H(y | q, o_<t) - H(y | q, o_<=t), the answer's first token behind the postfix."""
     policy = policy_of(path)
-    measured = signals(policy, config("advantage.tokens=information", "advantage.stride=1"))
+    here = passes(path, policy, config("advantage.tokens=information", "advantage.stride=1"))
+    postfix = postfix_ids(here.prompter.tokenizer, thinking=False)
     rollouts.used[1] = False
     every = batches()
     for micro in every:  # as a rollout that takes no part in the update stands in no micro-batch
         assert micro.rows.numel() <= 4
-    found = measured.measure("information", every, rollouts)
-    assert measured.exit_tokens > sum(map(len, COMPLETIONS))
+    signals, sums = measure({"information"}, here, every, rollouts)
+    found = signals["information"]
+    assert sums["exit_tokens"] > sum(map(len, COMPLETIONS))
     for row, ids in enumerate(COMPLETIONS):
         for t in range(len(ids)):
-            after = [entropy(plain_logits(path, [*PROMPTS[row // 2], *ids[: t + more], 20, 21])[-1]) for more in (0, 1)]
+            after = [
+                entropy(plain_logits(path, [*PROMPTS[row // 2], *ids[: t + more], *postfix])[-1]) for more in (0, 1)
+            ]
             assert found[row, t] == pytest.approx(after[0] - after[1], abs=2e-4)
 
 
 def test_residual_and_attention(path: Path, rollouts: Rollouts) -> None:
     policy = policy_of(path)
     add_adapters(policy.model, rank=2, alpha=4.0, targets=("all-linear",), seed=0)
-    measured = signals(policy, config("lora.rank=2", "advantage.tokens=residual"))
-    before = measured.measure("residual", batches(), rollouts)
+    here = passes(path, policy, config("lora.rank=2", "advantage.tokens=residual"))
+    before = measured("residual", here, rollouts)
     assert before[0].tolist() == [0.0] * 4  # B is 0 at the start
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    after = measured.measure("residual", batches(), rollouts)
+    after = measured("residual", here, rollouts)
     assert (after[0] > 0).all()
     assert after[2, 1:].isnan().all()
-    attention = measured.measure("attention", batches(), rollouts)
+    attention = measured("attention", here, rollouts)
     inside = torch.arange(4) < LENGTHS[:, None]
     assert ((attention >= 0) & (attention <= 1))[inside].all()
     assert attention[~inside].isnan().all()
 
 
 @pytest.mark.parametrize(
-    ("overrides", "needed"),
+    ("overrides", "names"),
     [
         ([], set()),
         (["mask.rule=all"], set()),
@@ -138,8 +150,8 @@ def test_residual_and_attention(path: Path, rollouts: Rollouts) -> None:
         (["advantage.tokens=attention"], {"attention"}),
     ],
 )
-def test_what_a_config_needs(overrides: list[str], needed: set[str]) -> None:
-    assert token_signals(config(*overrides)) == needed
+def test_what_a_config_needs(overrides: list[str], names: set[str]) -> None:
+    assert needed(config(*overrides)) == names
 
 
 def test_mean_and_deviation_skip_what_was_not_measured() -> None:
@@ -170,32 +182,8 @@ def test_shapes_are_the_formulas_over_the_batch(rollouts: Rollouts) -> None:
     assert shape(rollouts, {}, config()) == (None, None)
 
 
-def stage(settings: Config) -> Any:
-    """What the trainer's small stages read of it."""
-    model = SimpleNamespace(config=SimpleNamespace(vocab_size=100))
-    here: Any = SimpleNamespace(config=settings, device=torch.device("cpu"), reference=object())
-    here.sharded = SimpleNamespace(policy=SimpleNamespace(model=model))
-    here.selector = SimpleNamespace(scores=torch.zeros(4, 4))
-    here.of = lambda micro, padded: Trainer.of(here, micro, padded)
-    return here
-
-
-def test_shaped_advantages_reach_the_loss(rollouts: Rollouts) -> None:
-    here = stage(config())
-    (micro,) = micro_batches([PROMPTS[1]] * 2, COMPLETIONS[2:], budget=100, packing=False)
-    micro.rows = torch.tensor([3, 2])
-    assert Trainer.token_advantages(here, micro, rollouts).tolist() == [-0.5, 0.5]
-    rollouts.token_advantages = torch.arange(16.0).reshape(4, 4)
-    assert Trainer.token_advantages(here, micro, rollouts).tolist() == [[12, 13, 14], [8, 9, 10]]
-
-
-def test_the_kl_is_weighted_by_certainty(rollouts: Rollouts) -> None:
-    (micro,) = micro_batches([PROMPTS[1]] * 2, COMPLETIONS[2:], budget=100, packing=False)
-    micro.rows = torch.tensor([3, 2])
-    found = {"entropy": torch.full((4, 4), float("nan"))}
-    found["entropy"][3, :3] = torch.tensor([0.0, math.log(10), math.log(100)])
-    found["entropy"][2, 0] = math.log(10)
-    weights = Trainer.kl_weight(stage(config("loss.kl_beta=0.1", "loss.kl_priority=2")), micro, found)
-    assert weights is not None
-    assert weights.flatten().tolist() == pytest.approx([1.0, 0.25, 0.0, 0.25, 0.0, 0.0], abs=1e-6)
-    assert Trainer.kl_weight(stage(config("loss.kl_beta=0.1")), micro, found) is None
+def test_every_rule_and_every_measure_is_an_entry_of_its_table() -> None:
+    """What a YAML can name stands in the tables, and what a rule reads is measured."""
+    fields = AdvantageConfig.model_fields["tokens"]
+    assert {"none", *RULES} == set(get_args(fields.annotation))
+    assert {rule.measure for rule in RULES.values()} <= set(MEASURES)

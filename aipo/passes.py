@@ -1,0 +1,136 @@
+"""Forward passes of the policy over any number of sequences, and what they say back in the batch's shape.
+
+Every method is a collective: ZeRO-3 gathers weights pass by pass, so all ranks run equally many micro-batches, whatever
+they have to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from aipo import distributed
+from aipo.config import Config
+from aipo.layout import MicroBatch, filler, micro_batches, shared_prompt_batches
+from aipo.problems.datasets import Problem
+from aipo.problems.prompts import Prompter
+from aipo.rollouts import Rollouts
+from aipo.sharding import Sharded
+
+
+class Passes:
+    """The policy as the stages around the update see it.
+
+    Args:
+        prompter: makes token ids of gold answers.
+    """
+
+    def __init__(self, config: Config, sharded: Sharded, prompter: Prompter, device: torch.device) -> None:
+        self.config, self.sharded, self.prompter, self.device = config, sharded, prompter, device
+
+    # -- rollouts -> micro-batches -----------------------------------------------------------------------------------
+
+    def batches(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[MicroBatch]:
+        """Micro-batches of sequences, equally many on every rank and at least one."""
+        optim = self.config.optim
+        if optim.share_prompts:
+            made = shared_prompt_batches(prompts, completions, budget=optim.micro_tokens)
+        else:
+            made = micro_batches(prompts, completions, budget=optim.micro_tokens, packing=optim.packing)
+        made += [filler()] * (max(distributed.agree_max(len(made)), 1) - len(made))
+        return [micro.to(self.device) for micro in made]
+
+    def batches_of(self, rollouts: Rollouts) -> list[MicroBatch]:
+        """Micro-batches of all rollouts, whether they take part in the update or not."""
+        return self.batches(rollouts.each_prompt, rollouts.each_completion)
+
+    def update_batches(self, rollouts: Rollouts, ends: Tensor | None = None) -> list[list[MicroBatch]]:
+        """Micro-batches of each optimizer step on these rollouts.
+
+        Args:
+            ends: (B,) tokens of each rollout that are laid out; None is all. What lies behind the last selected token
+                reaches neither loss nor gradient. A rollout that ends at 0 keeps its row, since averages count it.
+        """
+        questions, updates, n = len(rollouts.problems), self.config.optim.updates_per_batch, rollouts.group_size
+        ends = rollouts.lengths if ends is None else ends  # (B,)
+        prompts, completions = rollouts.each_prompt, rollouts.each_completion
+        parts = []
+        for part_number in range(updates):
+            start, end = (n * (bound * questions // updates) for bound in (part_number, part_number + 1))
+            used = torch.arange(start, end)[rollouts.used[start:end]]
+            rows, empty = used[ends[used] > 0], used[ends[used] == 0]
+            part = self.batches([prompts[i] for i in rows], [completions[i][: ends[i]] for i in rows])
+            for micro in part:
+                micro.rows = rows.to(micro.rows.device)[micro.rows]
+            part[0] = part[0].with_empty(empty)
+            parts.append(part)
+        return parts
+
+    # -- passes ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def states(self, micro: MicroBatch) -> Tensor:
+        """Hidden states that predict the completion tokens. (N, d)"""
+        return self.sharded.forward(micro)["states"]
+
+    @torch.no_grad()
+    def per_token(
+        self, batches: Sequence[MicroBatch], lengths: Tensor, measure: Callable[[MicroBatch], Tensor]
+    ) -> Tensor:
+        """What ``measure`` says of each micro-batch's tokens (N,), put together: (B, T) float32.
+
+        NaN in padding and in rollouts (of ``lengths`` (B,)) that no micro-batch holds.
+        """
+        values = torch.full((len(lengths), max([*lengths.tolist(), 1])), float("nan"))  # (B, T)
+        for micro in batches:
+            micro.write(values, measure(micro).float().cpu())
+        return values
+
+    def log_probs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
+        """Log-probabilities of given completions under the policy, 0 in padding. (B, T)"""
+        lengths = torch.tensor([len(each) for each in completions], dtype=torch.long)  # (B,)
+        return self.per_token(
+            self.batches(prompts, completions), lengths, lambda micro: self.sharded.forward(micro, _every)["logp"]
+        ).nan_to_num(0.0)
+
+    @torch.no_grad()
+    def selected_log_probs(self, batches: Sequence[MicroBatch], rollouts: Rollouts, select: Selector) -> Tensor:
+        """Log-probabilities at the selected tokens, 0 elsewhere. (B, T)"""
+        values = torch.zeros_like(rollouts.logp_engine)  # (B, T)
+        for micro in batches:
+            out = self.sharded.forward(micro, lambda states, micro=micro: select(micro, states))
+            micro.write(values, out["logp"].cpu(), out["mask"].cpu())
+        return values
+
+    def gold_states(self, problems: Sequence[Problem]) -> Tensor:
+        """State of each question's gold answer, from the weights that score it. (Q, d)"""
+        mi = self.config.mi
+        golds = [self.prompter.encode_gold(problem, mi.gold_text) for problem in problems]
+        # the state at a token is the one that predicts the next: shift by one to get every token's own
+        batches = self.batches([gold[:1] for gold in golds], [[*gold[1:], gold[-1]] for gold in golds])
+        pooled: dict[int, Tensor] = {}
+        for micro in batches:
+            flat = self.states(micro)  # (N, d)
+            for row, own in zip(micro.rows.tolist(), flat.split(micro.lengths.tolist())):
+                pooled[row] = own[-1] if mi.gold_pool == "last" else own.float().mean(0).to(own.dtype)
+        return torch.stack([pooled[q] for q in range(len(golds))]) if golds else flat[:0]
+
+    @torch.no_grad()
+    def completion_log_probs(self, prompt: Sequence[int], completion: Sequence[int], temperature: float) -> list[float]:
+        """Log-probability of each token of one completion at a temperature of its own."""
+        (micro,) = micro_batches([prompt], [completion], budget=1, packing=False)
+        usual, self.sharded.policy.temperature = self.sharded.policy.temperature, temperature
+        try:
+            return self.sharded.forward(micro.to(self.device), _every)["logp"].tolist()
+        finally:
+            self.sharded.policy.temperature = usual
+
+
+Selector = Callable[[MicroBatch, Tensor], Tensor]
+"""micro-batch, (N, d) states -> (N,) bool"""
+
+
+def _every(states: Tensor) -> Tensor:
+    return torch.ones_like(states[:, 0], dtype=torch.bool)  # (N,)

@@ -1,0 +1,208 @@
+"""What is measured of completion tokens beyond mutual information, and the rules that turn it into advantages.
+
+A new measure is a function and a line of :data:`MEASURES`; a new rule of ``advantage.tokens`` is a function and a line
+of :data:`RULES`. Mutual information itself is scored inside the training forward (:mod:`aipo.selection`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aipo import distributed
+from aipo.advantage import (
+    effective_token_ratio,
+    entropy_quadrants,
+    gini,
+    information_advantages,
+    reallocate_by_entropy,
+    weight_tokens,
+)
+from aipo.config import Config
+from aipo.config.schema import AdvantageConfig
+from aipo.layout import MicroBatch, filler
+from aipo.model.adapters import adapters_off, residual
+from aipo.passes import Passes
+from aipo.rollouts import Rollouts
+from aipo.tokens.attention import AttentionEntropy, attention_weights
+from aipo.tokens.early_exit import early_exit_trees, information_gain, postfix_ids
+
+# -- measures --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How one number a token is had from forward passes without gradient."""
+
+    of: Callable[[Passes, Sequence[MicroBatch], Rollouts], tuple[Tensor, int]]  # -> (B, T), tokens read beyond them
+    passes: float  # forward passes over the batch; the early exits' depend on stride and lengths
+    meaning: str
+
+
+def by_micro_batch(read: Callable[[Passes, MicroBatch], Tensor]) -> Callable[..., tuple[Tensor, int]]:
+    """A measure that looks at one micro-batch alone: (N,), from the same number of passes whatever it holds."""
+
+    def of(passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts) -> tuple[Tensor, int]:
+        return passes.per_token(batches, rollouts.lengths, lambda micro: read(passes, micro)), 0
+
+    return of
+
+
+def _entropy(passes: Passes, micro: MicroBatch) -> Tensor:
+    return passes.sharded.forward(micro, full=True)["entropy"]
+
+
+def _certainty(passes: Passes, micro: MicroBatch) -> Tensor:
+    return passes.sharded.forward(micro, full=True)["certainty"]
+
+
+def _residual(passes: Passes, micro: MicroBatch) -> Tensor:
+    states = passes.states(micro)  # (N, d)
+    with adapters_off(passes.sharded.policy.model):
+        return residual(states, passes.states(micro))
+
+
+def _attention(passes: Passes, micro: MicroBatch) -> Tensor:
+    layers = passes.config.advantage.layers
+    with AttentionEntropy(passes.sharded.policy.model, micro.predictors, layers=layers) as attention:
+        passes.states(micro)
+    return attention.entropy
+
+
+@torch.no_grad()
+def _information(passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts) -> tuple[Tensor, int]:
+    rows = sorted(row for micro in batches for row in micro.rows.tolist())
+    prompts, completions = rollouts.each_prompt, rollouts.each_completion
+    trees = early_exit_trees(
+        [prompts[row] for row in rows],
+        [completions[row] for row in rows],
+        postfix_ids(passes.prompter.tokenizer, thinking=passes.config.data.thinking),
+        stride=passes.config.advantage.stride,
+        budget=passes.config.optim.micro_tokens,
+    )
+    exits, entropies = [], []
+    for i in range(distributed.agree_max(len(trees))):  # one at a time: a tree's attention mask is large
+        micro = trees[i].micro_batch() if i < len(trees) else filler()
+        entropies.append(passes.sharded.forward(micro.to(passes.device), full=True)["entropy"].cpu())
+        where = torch.tensor(rows, dtype=torch.long)[micro.rows]
+        exits.append((where, micro.lengths[: len(where)]))
+    return information_gain(exits, entropies, rollouts.lengths), sum(len(tree.tokens) for tree in trees)
+
+
+MEASURES = {
+    "entropy": Measure(by_micro_batch(_entropy), 1, "of the policy over the whole vocabulary, nats"),
+    "certainty": Measure(by_micro_batch(_certainty), 1, "KL from the uniform distribution to the policy (INTUITOR)"),
+    "residual": Measure(by_micro_batch(_residual), 2, "norm of what adapters change in the hidden state (ARCA)"),
+    "attention": Measure(by_micro_batch(_attention), 1, "normalised entropy of the row that predicts the token"),
+    "information": Measure(_information, math.nan, "how far a token lowers the entropy of an early answer (IAPO)"),
+}
+
+
+def measure(
+    names: set[str], passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Each named measure, (B, T) float32, NaN in rollouts that no micro-batch holds, in padding, and where nothing is
+    measured; and sums for the log. A collective."""
+    found = {name: MEASURES[name].of(passes, batches, rollouts) for name in sorted(names)}
+    signals = {name: values for name, (values, _) in found.items()}
+    return signals, _unevenness(rollouts, signals) | {"exit_tokens": float(sum(read for _, read in found.values()))}
+
+
+def _unevenness(rollouts: Rollouts, signals: Mapping[str, Tensor]) -> dict[str, float]:
+    """Sums over this rank's rollouts of how uneven token weights are: Gini coefficient, share of tokens that count."""
+    if "residual" not in signals or not len(rollouts.completions):
+        return {}
+    weights = signals["residual"].nan_to_num(0.0)
+    return {
+        "gini": float(gini(weights, rollouts.lengths).sum()),
+        "effective_tokens": float(effective_token_ratio(weights, rollouts.lengths).sum()),
+    }
+
+
+def needed(config: Config) -> set[str]:
+    """The measures that a config's rules read."""
+    mask, names = config.mask, set()
+    ranked = mask.score == "entropy" and mask.rule in ("threshold", "top_fraction", "peaks_only")
+    if ranked or mask.rule == "quadrant" or config.loss.kl_priority > 0:
+        names.add("entropy")
+    if config.advantage.tokens != "none":
+        names.add(RULES[config.advantage.tokens].measure)
+    return names
+
+
+# -- rules -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """``advantage.tokens``: the measure that it reads, and what it makes of it."""
+
+    measure: str
+    shape: Callable[[Rollouts, Tensor, AdvantageConfig], Tensor]  # (B, T) -> (B, T)
+    source: str
+
+
+def _reallocated(rollouts: Rollouts, entropy: Tensor, config: AdvantageConfig) -> Tensor:
+    mean, std = batch_mean_std(entropy)
+    return reallocate_by_entropy(
+        rollouts.advantages, entropy, rollouts.lengths, mean=mean, std=std, alpha=config.alpha, phi=config.phi
+    )
+
+
+def _informed(rollouts: Rollouts, information: Tensor, config: AdvantageConfig) -> Tensor:
+    return information_advantages(
+        rollouts.advantages,
+        information,
+        rollouts.logp_engine,
+        rollouts.correct,
+        rollouts.lengths,
+        alpha=config.alpha,
+        beta=config.beta,
+    )
+
+
+def _weighted_by_residual(rollouts: Rollouts, norms: Tensor, config: AdvantageConfig) -> Tensor:
+    return weight_tokens(rollouts.advantages, norms.nan_to_num(0.0), rollouts.lengths)
+
+
+def _weighted_by_attention(rollouts: Rollouts, entropy: Tensor, config: AdvantageConfig) -> Tensor:
+    weights = attention_weights(entropy, rollouts.lengths, strength=config.strength, favour=config.favour)
+    return weight_tokens(rollouts.advantages, weights, rollouts.lengths)
+
+
+RULES = {
+    "entropy": TokenRule("entropy", _reallocated, "HAPO, arXiv 2604.11056"),
+    "information": TokenRule("information", _informed, "IAPO, arXiv 2602.19049"),
+    "residual": TokenRule("residual", _weighted_by_residual, "ARCA"),
+    "attention": TokenRule("attention", _weighted_by_attention, "attention entropy, arXiv 2605.07660"),
+}
+
+
+def shape(rollouts: Rollouts, signals: Mapping[str, Tensor], config: Config) -> tuple[Tensor | None, Tensor | None]:
+    """What the mask rule ranks tokens by, and the advantage of each token; (B, T), None where a rule needs none.
+
+    A collective.
+    """
+    ranking = signals.get("entropy")  # (B, T)
+    if config.mask.rule == "quadrant" and ranking is not None:
+        mean, _ = batch_mean_std(ranking)
+        ranking = entropy_quadrants(rollouts.advantages, ranking, rollouts.lengths, threshold=mean).float()
+    if config.advantage.tokens == "none":
+        return ranking, None
+    rule = RULES[config.advantage.tokens]
+    return ranking, rule.shape(rollouts, signals[rule.measure], config.advantage)
+
+
+def batch_mean_std(values: Tensor) -> tuple[float, float]:
+    """Mean and population standard deviation of the finite values of all ranks; 0 and 0 where there are none."""
+    finite = values[values.isfinite()].double()
+    count, total = distributed.all_reduce(
+        torch.tensor([len(finite), float(finite.sum())], dtype=torch.float64)
+    ).tolist()
+    mean = total / max(count, 1.0)
+    squares = distributed.all_reduce(((finite - mean) ** 2).sum())
+    return mean, math.sqrt(float(squares) / max(count, 1.0))
