@@ -22,7 +22,7 @@ from aipo.problems.datasets import Problem
 from aipo.rollout.base import Completion
 from aipo.rollouts import Rollouts
 from aipo.tokens.early_exit import postfix_ids
-from aipo.tokens.table import MEASURES, RULES, batch_mean_std, measure, shape
+from aipo.tokens.table import MEASURES, RULES, batch_mean_std, measure, needed, shape
 from tests.tiny import make_tiny
 
 PROMPTS = [[5, 6, 7], [8, 9]]
