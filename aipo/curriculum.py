@@ -8,15 +8,14 @@ stalls of the validation accuracy add to it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from aipo.config.schema import BucketBy, CurriculumConfig, KappaSchedule, MaskConfig
 from aipo.mask import MAX_PEAKS, peaks
 
-BucketBy = Literal["count", "rate", "quantile"]
-KappaSchedule = Literal["combined", "linear", "plateau", "constant"]
 Mixture = tuple[float, float, float]
 
 NAMES = ("easy", "medium", "hard")
@@ -86,51 +85,26 @@ class Curriculum:
 
     Arguments:
         question_ids: all questions, distinct, in an order that is the same on all ranks and after a resume.
+        config: with ``enabled: false`` questions are drawn uniformly without replacement and need no labels; kappa is
+            scheduled all the same.
+        mask: whose keys ``kappa_*`` are scheduled.
         total_steps: S, the unit of ``t1`` and ``t2``.
-        enabled: False draws uniformly without replacement and needs no labels; kappa is scheduled all the same.
-        bucket_by, cuts: ``count`` and ``rate`` compare labels with ``cuts``; ``quantile`` with their own terciles.
-        kappa_decay_steps: None for ``total_steps``.
-        stall_patience: validations in a row without a new best that make a stall.
-    Raises ValueError for settings that contradict each other.
+    Raises ValueError for questions that are none or not distinct.
     """
 
     def __init__(
         self,
         question_ids: Sequence[str],
+        config: CurriculumConfig,
+        mask: MaskConfig,
         *,
         total_steps: int,
         seed: int,
-        enabled: bool = True,
-        t1: float = 0.3,
-        t2: float = 0.7,
-        start: Mixture = (0.70, 0.25, 0.05),
-        end: Mixture = (0.25, 0.35, 0.40),
-        bucket_by: BucketBy = "count",
-        cuts: tuple[float, float] = (15, 25),
-        kappa_start: float = 0.3,
-        kappa_end: float = 0.1,
-        kappa_schedule: KappaSchedule = "combined",
-        kappa_decay_steps: int | None = None,
-        stall_patience: int = 3,
     ) -> None:
         _check(len(question_ids) > 0, "there are no questions to draw from")
         _check(len(set(question_ids)) == len(question_ids), "question ids must be distinct")
-        _check(total_steps >= 1, f"total_steps must be at least 1, not {total_steps}")
-        _check(0 <= t1 <= t2 <= 1, f"0 <= t1 <= t2 <= 1 must hold, not t1 = {t1}, t2 = {t2}")
-        for name, shares in (("start", start), ("end", end)):
-            valid = len(shares) == 3 and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6
-            _check(valid, f"{name} must be three probabilities that sum to 1, not {shares}")
-        _check(bucket_by in get_args(BucketBy), f"bucket_by must be one of {get_args(BucketBy)}, not {bucket_by!r}")
-        _check(cuts[0] <= cuts[1], f"cuts must not fall, not {cuts}")
-        _check(kappa_end <= kappa_start, f"kappa_end {kappa_end} lies above kappa_start {kappa_start}")
-        schedules = get_args(KappaSchedule)
-        _check(kappa_schedule in schedules, f"kappa_schedule must be one of {schedules}, not {kappa_schedule!r}")
-        _check(stall_patience >= 1, f"stall_patience must be at least 1, not {stall_patience}")
-        self.question_ids, self.total_steps, self.seed, self.enabled = list(question_ids), total_steps, seed, enabled
-        self.t1, self.t2, self.start, self.end = t1, t2, start, end
-        self.bucket_by, self.cuts, self.stall_patience = bucket_by, cuts, stall_patience
-        self.kappa_start, self.kappa_end, self.kappa_schedule = kappa_start, kappa_end, kappa_schedule
-        self.kappa_decay_steps = kappa_decay_steps or total_steps
+        self.config, self.mask, self.enabled = config, mask, config.enabled
+        self.question_ids, self.total_steps, self.seed = list(question_ids), total_steps, seed
         self._index = {question: i for i, question in enumerate(self.question_ids)}
         # State. Without labels everything lies in the first bucket.
         self.labels: dict[str, float] = {}
@@ -153,8 +127,8 @@ class Curriculum:
         self.labels |= peaks
         if self.enabled and len(self.labels) == len(self.question_ids):
             labels = np.array([self.labels[question] for question in self.question_ids], dtype=float)
-            cuts = self.cuts
-            if self.bucket_by == "quantile":
+            cuts: tuple[float, float] = self.config.cuts
+            if self.config.bucket_by == "quantile":
                 first, second = np.quantile(labels, [1 / 3, 2 / 3])
                 cuts = (float(first), float(second))
             self.buckets = np.array([bucket_of(label, cuts) for label in labels])
@@ -182,19 +156,20 @@ class Curriculum:
 
     def clock(self, step: int) -> float:
         """``step`` plus 0.05 S for every stall, which can carry it to t2 S but not beyond."""
-        return max(step, min(self.t2 * self.total_steps, step + STALL_ADVANCE * self.total_steps * self.stalls))
+        return max(step, min(self.config.t2 * self.total_steps, step + STALL_ADVANCE * self.total_steps * self.stalls))
 
     def mixture(self, step: int) -> Mixture:
-        return mixture(self.clock(step), self.total_steps, t1=self.t1, t2=self.t2, start=self.start, end=self.end)
+        now, config = self.clock(step), self.config
+        return mixture(now, self.total_steps, t1=config.t1, t2=config.t2, start=config.start, end=config.end)
 
     def kappa(self, step: int) -> float:
         return kappa_at(
             step,
-            start=self.kappa_start,
-            end=self.kappa_end,
-            decay_steps=self.kappa_decay_steps,
+            start=self.mask.kappa_start,
+            end=self.mask.kappa_end,
+            decay_steps=self.mask.kappa_decay_steps or self.total_steps,
             stalls=self.stalls,
-            schedule=self.kappa_schedule,
+            schedule=self.mask.kappa_schedule,
         )
 
     def observe_validation(self, accuracy: float) -> bool:
@@ -203,7 +178,7 @@ class Curriculum:
             self.best, self.since_best = accuracy, 0
             return True
         self.since_best += 1
-        if self.since_best == self.stall_patience:
+        if self.since_best == self.config.stall_patience:
             self.stalls, self.since_best = self.stalls + 1, 0
         return False
 

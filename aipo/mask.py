@@ -7,17 +7,13 @@ are not finite are never selected and enter no statistic, nor does padding. Cons
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from aipo.config.schema import MaskConfig, Statistic
 from aipo.layout import token_grid
-
-Rule = Literal["threshold", "top_fraction", "peaks_only", "all", "random", "prefix", "quadrant"]
-Scope = Literal["sequence", "group", "micro_batch", "batch", "running"]
-Statistic = Literal["mean_std", "iqr"]
 
 MAX_PEAKS = 40
 RUNNING_DECAY = 0.9  # of the moving average over steps behind scope "running"
@@ -80,7 +76,7 @@ def prefix_share(stalls: int, *, start: float, step: float, end: float) -> float
 class MaskRule:
     """A selection rule with its scope.
 
-    Arguments:
+    The keys of ``mask`` that it reads:
         rule: ``threshold``; ``peaks_only``, its local maxima; ``top_fraction``, the round(fraction n) highest scores,
             at least one, and fewer where ties at the cut would exceed that budget; ``quadrant``: the scores are numbers
             of quadrants, and those equal to ``quadrant`` are selected (HAPO's controlled intervention). ``all``,
@@ -92,29 +88,9 @@ class MaskRule:
     ``local`` says that what one call is given is decided from its own scores, so that the mask needs no second pass.
     """
 
-    def __init__(
-        self,
-        *,
-        rule: Rule = "threshold",
-        scope: Scope = "sequence",
-        statistic: Statistic = "mean_std",
-        tau: float = 1.5,
-        fraction: float = 0.2,
-        quadrant: int = 0,
-        group_size: int = 1,
-        seed: int = 0,
-    ) -> None:
-        for name, value, choices in (
-            ("rule", rule, Rule),
-            ("scope", scope, Scope),
-            ("statistic", statistic, Statistic),
-        ):
-            if value not in get_args(choices):
-                raise ValueError(f"mask.{name} must be one of {', '.join(get_args(choices))}, not {value!r}")
-        if not 0 < fraction <= 1:
-            raise ValueError(f"mask.fraction must lie in (0, 1], not {fraction}")
-        self.rule, self.scope, self.statistic, self.tau = rule, scope, statistic, tau
-        self.fraction, self.quadrant, self.group_size, self.seed = fraction, quadrant, group_size, seed
+    def __init__(self, config: MaskConfig, *, group_size: int = 1, seed: int = 0) -> None:
+        self.rule, self.scope, self.statistic, self.tau = config.rule, config.scope, config.statistic, config.tau
+        self.fraction, self.quadrant, self.group_size, self.seed = config.fraction, config.quadrant, group_size, seed
         self.running: Tensor | None = None  # averaged statistics, as _statistics returns them
 
     @property

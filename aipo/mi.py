@@ -27,10 +27,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Features = Literal["random", "orthogonal", "quadrature"]
+from aipo.config.schema import Features
+
 Sigma = float | Literal["median"]
-Estimator = Literal["coordinate", "pointwise", "position"]
-Normalize = Literal["none", "layernorm", "zscore"]
 
 CHUNK_ELEMENTS = 1 << 24  # size of the largest temporary: 64 MiB in fp32
 CACHE_ELEMENTS = 1 << 20  # the same where a CPU's cache should hold it

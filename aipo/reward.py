@@ -7,6 +7,7 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
+from aipo.config.schema import RewardConfig
 from aipo.verify import Verdict, Verifier, after_thinking, extract_answer, last_box
 
 Weights = tuple[float, float, float]  # correctness, format, length: none negative, sum 1 (the config checks it)
@@ -53,32 +54,14 @@ class Rewarder:
     """Scores rollouts: all at once (:meth:`score`), or while generation runs (:meth:`submit`, then :meth:`collect`).
 
     Args:
-        weights: of correctness, format and length; see :func:`combine`.
-        max_tokens, overlong_buffer: L_max and L_c of :func:`soft_overlong`.
-        signed: a wrong answer counts -1, not 0.
-        overlong: weight of the soft overlong punishment that is added.
+        max_tokens: L_max of :func:`soft_overlong`.
         thinking: whether a thinking block is expected, for the format reward.
-        workers, timeout, memory_mb: of the :class:`~aipo.verify.pool.Verifier` that judges correctness.
     """
 
-    def __init__(
-        self,
-        *,
-        max_tokens: int,
-        overlong_buffer: int,
-        weights: Weights = (1.0, 0.0, 0.0),
-        signed: bool = False,
-        overlong: float = 0.0,
-        thinking: bool = False,
-        workers: int = 2,
-        timeout: float = 5.0,
-        memory_mb: int = 1024,
-    ) -> None:
-        self.verifier = Verifier(workers, timeout, memory_mb)
-        self.weights, self.signed, self.overlong = weights, signed, overlong
-        self.max_tokens = max_tokens
-        self.overlong_buffer = overlong_buffer
-        self.thinking = thinking
+    def __init__(self, config: RewardConfig, *, max_tokens: int, thinking: bool = False) -> None:
+        self.config, self.max_tokens, self.thinking = config, max_tokens, thinking
+        self.weights = config.correctness, config.format, config.length
+        self.verifier = Verifier(config.workers, config.timeout_s, config.memory_mb)
         self._pending: dict[int, tuple[Future[Verdict], bool, int]] = {}
 
     def submit(self, index: int, gold: str, kind: str, text: str, length: int) -> None:
@@ -101,9 +84,10 @@ class Rewarder:
         correct = torch.tensor([verdict.correct for verdict in verdicts])  # (B,) bool
         formed = torch.tensor([formed for _, formed, _ in pending])  # (B,) bool
         lengths = torch.tensor([length for _, _, length in pending])  # (B,)
-        too_long = soft_overlong(lengths, self.max_tokens, self.overlong_buffer)  # (B,) in [-1, 0]
+        too_long = soft_overlong(lengths, self.max_tokens, self.config.overlong_buffer)  # (B,) in [-1, 0]
         length = 1.0 + too_long  # (B,) in [0, 1]
-        rewards = combine(correct, formed, length, self.weights, signed=self.signed) + self.overlong * too_long  # (B,)
+        rewards = combine(correct, formed, length, self.weights, signed=self.config.signed)  # (B,)
+        rewards = rewards + self.config.overlong * too_long
         metrics = {
             "reward/mean": rewards.mean().item(),
             "reward/correct": correct.float().mean().item(),

@@ -266,7 +266,7 @@ LABELS_DEPEND_ON = (
 def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Progress, device: torch.device) -> Trainer:
     """Engine first, as long as its GPU is empty, then policy, optimizer, reference and the stages around them."""
     rank = distributed.rank()
-    rollout, reward = config.rollout, config.reward
+    rollout = config.rollout
     options: dict[str, Any] = {"dtype": config.model.dtype}
     if rollout.mode == "server":
         urls = [rollout.server_url] if isinstance(rollout.server_url, str) else rollout.server_url
@@ -287,17 +287,7 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
         **options,
     )
     engine.sleep()  # weights arrive by the first sync; until then its GPU memory serves the loading of the policy
-    rewarder = Rewarder(
-        weights=(reward.correctness, reward.format, reward.length),
-        signed=reward.signed,
-        overlong=reward.overlong,
-        max_tokens=rollout.max_tokens,
-        overlong_buffer=reward.overlong_buffer,
-        thinking=config.data.thinking,
-        workers=reward.workers,
-        timeout=reward.timeout_s,
-        memory_mb=reward.memory_mb,
-    )
+    rewarder = Rewarder(config.reward, max_tokens=rollout.max_tokens, thinking=config.data.thinking)
     collector = Collector(engine, inputs.prompter, rewarder, seed=config.seed)
     policy = make_policy(config, inputs.model_path)
     sharded = shard(policy, config, device)
@@ -310,7 +300,6 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
         progress.say(f"weight sync checked: {rollout.engine} and the policy differ by {gap:.4f} nats a token")
     else:
         engine.sync(sharded.full_parameters())
-    curriculum, mask = config.curriculum, config.mask
     return Trainer(
         config,
         problems=inputs.problems,
@@ -321,20 +310,10 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
         selector=TokenSelector(config),
         curriculum=Curriculum(
             [problem.id for problem in inputs.problems],
+            config.curriculum,
+            config.mask,
             total_steps=config.optim.steps,
             seed=config.seed,
-            enabled=curriculum.enabled,
-            t1=curriculum.t1,
-            t2=curriculum.t2,
-            start=curriculum.start,
-            end=curriculum.end,
-            bucket_by=curriculum.bucket_by,
-            cuts=curriculum.cuts,
-            kappa_start=mask.kappa_start,
-            kappa_end=mask.kappa_end,
-            kappa_schedule=mask.kappa_schedule,
-            kappa_decay_steps=mask.kappa_decay_steps,
-            stall_patience=curriculum.stall_patience,
         ),
         store=CheckpointStore(
             config.folder / "checkpoints",

@@ -9,17 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from math import isqrt
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from aipo.config.schema import POSITION_ELEMENTS
+from aipo.config.schema import POSITION_ELEMENTS, Features, MIConfig, Normalize
 from aipo.mi import (
-    Estimator,
-    Features,
     FourierFeatures,
-    Normalize,
     Sigma,
     factor_scores,
     gold_factor,
@@ -45,14 +41,8 @@ def pointwise_scores(
     hidden (N, d) holds the tokens of B rollouts one after another, gold (B, d), lengths (B,) with sum N -> fp32 (N,).
     The scores average to HSIC (n - 1)/n and may be negative. "median" takes the tokens' bandwidth for both variables.
     """
-    scorer = TokenScorer(
-        estimator="pointwise",
-        features=features,
-        num_features=num_features,
-        sigma=sigma,
-        center=center,
-        seed=seed,
-    )
+    config = MIConfig(estimator="pointwise", features=features, num_features=num_features, sigma=sigma, center=center)
+    scorer = TokenScorer(config, seed=seed)
     return scorer._fit_score(hidden, gold, lengths)
 
 
@@ -71,15 +61,8 @@ def position_scores(
 
     A step that fewer than two rollouts reach scores 0.
     """
-    scorer = TokenScorer(
-        estimator="position",
-        features=features,
-        num_features=num_features,
-        sigma=sigma,
-        center=center,
-        seed=seed,
-        max_positions=max(1, int(lengths.max())),
-    )
+    config = MIConfig(estimator="position", features=features, num_features=num_features, sigma=sigma, center=center)
+    scorer = TokenScorer(config, seed=seed, max_positions=max(1, int(lengths.max())))
     return scorer._fit_score(hidden, gold, lengths)
 
 
@@ -133,7 +116,7 @@ class TokenScorer:
     and it can be called on the hidden states of the very forward that is back-propagated. Otherwise a step takes two
     passes over its micro-batches: ``observe`` each, ``reduce`` once, ``score`` each, on every rank.
 
-    Arguments beyond those of :func:`fast_hsic`:
+    Keys of ``mi`` beyond the arguments of :func:`fast_hsic`, and arguments:
         normalize: "layernorm" gives every state zero mean and unit variance over its coordinates; "zscore" does so for
             every coordinate over the rollout's tokens (h* with the same shift and scale). "none" takes raw states.
         sigma: with "median", coordinate finds the bandwidths of every rollout anew; the others fix one for the run,
@@ -142,28 +125,18 @@ class TokenScorer:
             and then by a moving average. With 0 and 0 every step's C is its own.
         max_positions: the longest completion; only position needs it. It takes 8 T D^2 bytes, 1 GiB at most.
         all_reduce: sums a tensor over ranks, in place, and returns it.
-    Raises ValueError for an unknown choice, quadrature features of vectors, and position moments over the limit.
+    Raises ValueError for quadrature features of vectors, and position moments over the limit.
     """
 
     def __init__(
         self,
+        config: MIConfig,
         *,
-        estimator: Estimator = "coordinate",
-        features: Features = "random",
-        num_features: int = 256,
-        sigma: Sigma = 50.0,
-        center: bool = True,
-        normalize: Normalize = "none",
-        ema_decay: float = 0.9,
-        warmup_steps: int = 10,
         max_positions: int | None = None,
         seed: int = 0,
         all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
-        if estimator not in get_args(Estimator):
-            raise ValueError(f"estimator must be one of {', '.join(get_args(Estimator))}, not {estimator!r}")
-        if normalize not in get_args(Normalize):
-            raise ValueError(f"normalize must be one of {', '.join(get_args(Normalize))}, not {normalize!r}")
+        estimator, features, num_features, sigma = config.estimator, config.features, config.num_features, config.sigma
         if estimator != "coordinate" and features == "quadrature":
             raise ValueError(f"quadrature features exist for scalars only: the {estimator} estimator has vectors")
         if estimator == "position":
@@ -175,8 +148,8 @@ class TokenScorer:
                     f"take at most {isqrt(POSITION_ELEMENTS // max_positions)} features"
                 )
         self.estimator, self.features, self.num_features, self.sigma = estimator, features, num_features, sigma
-        self.center, self.normalize, self.seed = center, normalize, seed
-        self.ema_decay, self.warmup_steps, self.all_reduce = ema_decay, warmup_steps, all_reduce
+        self.center, self.normalize, self.seed = config.center, config.normalize, seed
+        self.ema_decay, self.warmup_steps, self.all_reduce = config.ema_decay, config.warmup_steps, all_reduce
         self.sets = max_positions if estimator == "position" and max_positions else 1
         self.bandwidth = None if sigma == "median" else torch.tensor(positive(sigma), dtype=torch.float64)
         # Vectors get their draw when their size is known.

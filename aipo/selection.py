@@ -32,29 +32,9 @@ class TokenSelector:
 
     def __init__(self, config: Config) -> None:
         mi, mask = config.mi, config.mask
-        self.scorer = TokenScorer(
-            estimator=mi.estimator,
-            features=mi.features,
-            num_features=mi.num_features,
-            sigma=mi.sigma,
-            center=mi.center,
-            normalize=mi.normalize,
-            ema_decay=mi.ema_decay,
-            warmup_steps=mi.warmup_steps,
-            max_positions=config.rollout.max_tokens,
-            seed=config.seed,
-            all_reduce=distributed.all_reduce,
-        )
-        self.rule = MaskRule(
-            rule=mask.rule,
-            scope=mask.scope,
-            statistic=mask.statistic,
-            tau=mask.tau,
-            fraction=mask.fraction,
-            quadrant=mask.quadrant,
-            group_size=config.rollout.samples_per_question,
-            seed=config.seed,
-        )
+        longest, n = config.rollout.max_tokens, config.rollout.samples_per_question
+        self.scorer = TokenScorer(mi, max_positions=longest, seed=config.seed, all_reduce=distributed.all_reduce)
+        self.rule = MaskRule(mask, group_size=n, seed=config.seed)
         self.scored = (
             (mask.score == "mi" and mask.rule in ("threshold", "top_fraction", "peaks_only"))
             or config.advantage.mi_blend != "none"

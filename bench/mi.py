@@ -26,8 +26,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from aipo.config.schema import Features, MIConfig  # noqa: E402
 from aipo.evaluation.results import markdown  # noqa: E402
-from aipo.mi import Features, exact_hsic, fast_hsic  # noqa: E402
+from aipo.mi import exact_hsic, fast_hsic  # noqa: E402
 from aipo.problems.embedded import MODEL, embedded_model  # noqa: E402
 from aipo.scorer import TokenScorer  # noqa: E402
 from bench.machine import machine, slug  # noqa: E402
@@ -103,7 +104,7 @@ def synthetic_states(rollouts: int, tokens: int, d: int, seed: int = 0) -> list[
 
 
 def features(kind: Features, count: int, seed: int = 0) -> Method:
-    scorer = TokenScorer(features=kind, num_features=count, sigma=SIGMA, seed=seed)
+    scorer = TokenScorer(MIConfig(features=kind, num_features=count, sigma=SIGMA), seed=seed)
 
     def score(rollouts: list[Rollout]) -> list[Tensor]:
         hidden, gold = (torch.cat([h for h, _ in rollouts]), torch.stack([g for _, g in rollouts]))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from aipo.config.schema import MIConfig
 from aipo.mi import exact_hsic
 from aipo.scorer import TokenScorer
 
@@ -110,7 +111,7 @@ def exact_coordinate(states: Tensor, gold: Tensor) -> Tensor:
 def scorers(seed: int) -> dict[str, Callable[[Bed], Tensor]]:
     def fit(**options: Any) -> Callable[[Bed], Tensor]:
         def score(bed: Bed) -> Tensor:
-            scorer = TokenScorer(seed=seed, **options)
+            scorer = TokenScorer(MIConfig(**options), seed=seed)
             if not scorer.local:
                 scorer.observe(bed.hidden, bed.gold, bed.lengths)
                 scorer.reduce()

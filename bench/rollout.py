@@ -29,6 +29,7 @@ import torch
 
 from aipo import distributed
 from aipo.config import load_config
+from aipo.config.schema import RewardConfig
 from aipo.evaluation.results import markdown
 from aipo.reward import Rewarder
 from aipo.rollout import Completion, Request, Sampling, make_engine
@@ -95,7 +96,7 @@ def engine_table(repeats: int, questions: int, samples: int) -> str:
     same = sum(list(a.token_ids) == b.token_ids for a, b in zip(outputs, drawn))
     tokens, prompt = sum(len(c.token_ids) for c in drawn), sum(len(r.prompt_ids) for r in requests)
 
-    rewarder = Rewarder(max_tokens=sampling.max_tokens, overlong_buffer=16)
+    rewarder = Rewarder(RewardConfig(overlong_buffer=16), max_tokens=sampling.max_tokens)
     collector = Collector(engine, inputs.prompter, rewarder, seed=0)
 
     def with_rewards() -> None:

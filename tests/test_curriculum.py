@@ -11,14 +11,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aipo.config.schema import CurriculumConfig, MaskConfig
 from aipo.curriculum import Curriculum, bucket_of, kappa_at, mixture, peak_label
 
 LABEL = (5, 20, 30)  # one count inside each bucket
 
 
+def build(ids: list[str], *, total_steps: int = 100, seed: int = 0, **keys: Any) -> Curriculum:
+    mask = MaskConfig(**{key: value for key, value in keys.items() if key in MaskConfig.model_fields})
+    rest = {key: value for key, value in keys.items() if key not in MaskConfig.model_fields}
+    return Curriculum(ids, CurriculumConfig(**rest), mask, total_steps=total_steps, seed=seed)
+
+
 def make(sizes: tuple[int, int, int] = (60, 30, 10), **options: Any) -> Curriculum:
     ids = [f"{name}{i}" for name, size in zip("emh", sizes) for i in range(size)]
-    curriculum = Curriculum(ids, **{"total_steps": 100, "seed": 0, **options})
+    curriculum = build(ids, **options)
     curriculum.set_labels({question: LABEL["emh".index(question[0])] for question in ids})
     return curriculum
 
@@ -55,10 +62,10 @@ def test_kappa_by_hand():
 def test_buckets_by_hand():
     assert [bucket_of(n) for n in (0, 15, 16, 25, 26, 40)] == [0, 0, 1, 1, 2, 2]
     assert [bucket_of(n, (5, 15)) for n in (5, 6, 16)] == [0, 1, 2]
-    by_quantile = Curriculum(list("abcdef"), total_steps=1, seed=0, bucket_by="quantile")
+    by_quantile = build(list("abcdef"), total_steps=1, seed=0, bucket_by="quantile")
     by_quantile.set_labels(dict(zip("abcdef", [0, 1, 2, 3, 4, 5])))  # terciles 1.67 and 3.33
     assert by_quantile.buckets.tolist() == [0, 0, 1, 1, 2, 2]
-    by_rate = Curriculum(list("abc"), total_steps=1, seed=0, bucket_by="rate")
+    by_rate = build(list("abc"), total_steps=1, seed=0, bucket_by="rate")
     by_rate.set_labels({"a": 15.0, "b": 15.5, "c": 25.5})
     assert by_rate.buckets.tolist() == [0, 1, 2]
 
@@ -134,12 +141,12 @@ def test_ranks_agree_seeds_differ_and_questions_are_mixed():
 
 
 def test_disabled_is_uniform_without_replacement_and_needs_no_labels():
-    curriculum = Curriculum([str(i) for i in range(20)], total_steps=10, seed=0, enabled=False)
+    curriculum = build([str(i) for i in range(20)], total_steps=10, seed=0, enabled=False)
     drawn = [question for step in range(4) for question in curriculum.sample(step, 5)]
     assert len(set(drawn)) == 20
     assert set(curriculum.sample(4, 20)) == set(drawn)
     with pytest.raises(RuntimeError, match="set_labels"):
-        Curriculum(["a"], total_steps=1, seed=0).sample(0, 1)
+        build(["a"], total_steps=1, seed=0).sample(0, 1)
 
 
 def test_stalls_lower_kappa_and_advance_the_clock_up_to_t2():
@@ -180,7 +187,7 @@ def test_resume_is_exact():
         curriculum.observe_validation(0.3)
     curriculum.relabel({"e1": 27, "h0": 2})
     state = json.loads(json.dumps(curriculum.state_dict()))
-    resumed = Curriculum(curriculum.question_ids, total_steps=100, seed=0, stall_patience=1)
+    resumed = build(curriculum.question_ids, total_steps=100, seed=0, stall_patience=1)
     resumed.load_state_dict(state)
     for step in range(7, 30):
         assert resumed.sample(step, 5) == curriculum.sample(step, 5)
@@ -190,7 +197,7 @@ def test_resume_is_exact():
         assert resumed.kappa(step) == curriculum.kappa(step)
     assert resumed.state_dict() == curriculum.state_dict()
     with pytest.raises(ValueError, match="belong to no question"):
-        Curriculum(["a"], total_steps=1, seed=0).load_state_dict(state)
+        build(["a"], total_steps=1, seed=0).load_state_dict(state)
 
 
 def test_metrics():
@@ -205,14 +212,14 @@ def test_metrics():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"question_ids": []}, "no questions"),
-        ({"question_ids": ["a", "a"]}, "distinct"),
-        ({"total_steps": 0}, "total_steps"),
+        ({"ids": []}, "no questions"),
+        ({"ids": ["a", "a"]}, "distinct"),
         ({"t1": 0.8}, "t1"),
         ({"start": (0.5, 0.5, 0.5)}, "sum to 1"),
-        ({"end": (1.5, -0.5, 0.0)}, "sum to 1"),
+        ({"end": (1.5, -0.5, 0.0)}, "end"),
         ({"bucket_by": "size"}, "bucket_by"),
         ({"cuts": (25, 15)}, "cuts"),
+        ({"cuts": (15, 15)}, "cuts"),
         ({"kappa_end": 0.4}, "kappa_end"),
         ({"kappa_schedule": "cosine"}, "kappa_schedule"),
         ({"stall_patience": 0}, "stall_patience"),
@@ -220,4 +227,4 @@ def test_metrics():
 )
 def test_contradictory_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        Curriculum(**{"question_ids": ["a"], "total_steps": 10, "seed": 0, **options})
+        build(**{"ids": ["a"], **options})

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from aipo.config import Config, load_config
+from aipo.config.schema import RewardConfig
 from aipo.errors import TrainingError
 from aipo.generation import Generation, varying_groups
 from aipo.layout import MicroBatch
@@ -82,7 +83,7 @@ def problems(numbers: Sequence[int]) -> list[Problem]:
 
 
 def generation(prompter: Prompter, right: Right, settings: Config) -> Generation:
-    rewarder = Rewarder(max_tokens=64, overlong_buffer=16, workers=1)
+    rewarder = Rewarder(RewardConfig(overlong_buffer=16, workers=1), max_tokens=64)
     collector = Collector(Scripted(prompter, right), prompter, rewarder, seed=0)  # type: ignore[arg-type]
 
     return Generation(collector, settings, ScriptedPasses(settings, prompter))

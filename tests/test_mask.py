@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.signal import find_peaks
 from torch import Tensor
 
+from aipo.config.schema import MaskConfig
 from aipo.mask import MaskRule, count_peaks, local_maxima, peaks, prefix_lengths, prefix_share, threshold_mask
 
 NAN, INF = float("nan"), float("inf")
@@ -24,6 +25,10 @@ def padded(rows: list[list[float]], filler: float = 1e6) -> tuple[Tensor, Tensor
     width = max(map(len, rows)) + 2
     scores = torch.tensor([row + [filler] * (width - len(row)) for row in rows], dtype=torch.float32)
     return scores, torch.tensor([len(row) for row in rows])
+
+
+def make(*, group_size: int = 1, seed: int = 0, **keys: Any) -> MaskRule:
+    return MaskRule(MaskConfig(**keys), group_size=group_size, seed=seed)
 
 
 def select(rule: MaskRule, scores: Tensor, lengths: Tensor, **options: Any) -> Tensor:
@@ -81,8 +86,8 @@ ALL_RULES = [
 def test_padding_never_matters(options, rows, filler):
     scores, lengths = padded(rows)
     other, _ = padded(rows, filler)
-    mask = select(MaskRule(**options), scores, lengths)
-    assert torch.equal(mask, select(MaskRule(**options), other, lengths))
+    mask = select(make(**options), scores, lengths)
+    assert torch.equal(mask, select(make(**options), other, lengths))
     assert not (mask & (torch.arange(scores.shape[1]) >= lengths[:, None])).any()
 
 
@@ -92,8 +97,8 @@ def test_padding_never_matters(options, rows, filler):
 def test_order_of_rollouts_does_not_matter(options, rows, data):
     scores, lengths = padded(rows)
     order = torch.tensor(data.draw(st.permutations(range(len(rows)))))
-    straight = select(MaskRule(**options), scores, lengths)
-    permuted = select(MaskRule(**options), scores[order], lengths[order], rollout_ids=order)
+    straight = select(make(**options), scores, lengths)
+    permuted = select(make(**options), scores[order], lengths[order], rollout_ids=order)
     # Summing in another order may move a mean by a rounding error: allow tokens that stand on the threshold.
     assert (straight[order] ^ permuted).sum() <= (0 if options["statistic"] == "iqr" else 1)
 
@@ -101,19 +106,19 @@ def test_order_of_rollouts_does_not_matter(options, rows, data):
 @pytest.mark.parametrize("options", [o for o in ALL_RULES if o["rule"] not in ("all", "random")])
 def test_constant_and_non_finite_scores_are_never_selected(options):
     scores, lengths = padded([[0.3] * 6, [0.3] * 6])
-    assert not select(MaskRule(**options), scores, lengths).any()
+    assert not select(make(**options), scores, lengths).any()
     noisy = scores * (1 + 1e-7 * torch.randn(scores.shape, generator=torch.Generator().manual_seed(0)))
     if options["rule"] != "top_fraction":  # a budget is spent on whatever differs
-        assert not select(MaskRule(**options), noisy, lengths).any()
+        assert not select(make(**options), noisy, lengths).any()
     bad, lengths = padded([[1.0, NAN, 2.0, INF, 1.0, -INF, 8.0, 1.0], [NAN] * 8])
-    mask = select(MaskRule(**options), bad, lengths)
+    mask = select(make(**options), bad, lengths)
     assert mask[0, 6]
     assert not (mask & ~bad.isfinite()).any()
 
 
 def test_bf16_scores():
     scores, lengths = padded([[1.0, 2.0, 3.0, 9.0]])
-    mask = select(MaskRule(), scores.bfloat16(), lengths)
+    mask = select(make(), scores.bfloat16(), lengths)
     assert mask[0].tolist() == [False, False, False, True, False, False]
 
 
@@ -126,13 +131,13 @@ def test_scopes_share_their_threshold():
     scores, lengths = padded(rows)
 
     def selected(**options: Any) -> list[int]:
-        return select(MaskRule(**options), scores, lengths, kappa=0.6).sum(1).tolist()
+        return select(make(**options), scores, lengths, kappa=0.6).sum(1).tolist()
 
     assert selected(scope="sequence") == [1, 1, 1, 1]
     # group 1: mean 1.5, std 0.76, threshold 1.96: both the 2 and the 3. Batch: mean 8.25, std 8.73, threshold 13.5.
     assert selected(scope="group", group_size=2) == [1, 1, 1, 1]
     assert selected(scope="batch") == [0, 0, 1, 1]
-    assert select(MaskRule(scope="group", group_size=2), scores, lengths, kappa=0.7).sum(1).tolist() == [0, 1, 0, 1]
+    assert select(make(scope="group", group_size=2), scores, lengths, kappa=0.7).sum(1).tolist() == [0, 1, 0, 1]
     with pytest.raises(ValueError, match="no whole number of groups of 3"):
         selected(scope="group", group_size=3)
 
@@ -141,7 +146,7 @@ def test_scopes_share_their_threshold():
 @pytest.mark.parametrize("scope", ["batch", "running"])
 def test_batch_scope_is_global_over_ranks(rule, scope):
     scores, lengths = torch.rand(6, 9, generator=torch.Generator().manual_seed(0)), torch.tensor([9, 4, 7, 0, 3, 9])
-    whole = select(MaskRule(rule=rule, scope=scope), scores, lengths)
+    whole = select(make(rule=rule, scope=scope), scores, lengths)
     halves = [slice(0, 2), slice(2, 6)]
     sent: list[Tensor] = []
 
@@ -150,10 +155,10 @@ def test_batch_scope_is_global_over_ranks(rule, scope):
         return tensor
 
     for half in halves:  # what each rank sends
-        select(MaskRule(rule=rule, scope=scope), scores[half], lengths[half], gather=send)
+        select(make(rule=rule, scope=scope), scores[half], lengths[half], gather=send)
     assert len(sent) == 2
     for half in halves:
-        mask = select(MaskRule(rule=rule, scope=scope), scores[half], lengths[half], gather=lambda _: torch.cat(sent))
+        mask = select(make(rule=rule, scope=scope), scores[half], lengths[half], gather=lambda _: torch.cat(sent))
         assert torch.equal(mask, whole[half])
 
 
@@ -164,7 +169,7 @@ def test_a_rank_without_tokens_still_gathers():
         calls.append(len(tensor))
         return tensor
 
-    mask = select(MaskRule(scope="batch"), torch.zeros(1, 4), torch.tensor([0]), gather=gather)
+    mask = select(make(scope="batch"), torch.zeros(1, 4), torch.tensor([0]), gather=gather)
     assert calls == [0]
     assert not mask.any()
 
@@ -172,20 +177,20 @@ def test_a_rank_without_tokens_still_gathers():
 def test_running_scope_averages_and_resumes():
     first, lengths = padded([[0.0, 2.0]])  # mean 1, variance 1
     second, _ = padded([[10.0, 14.0]])  # mean 12, variance 4
-    rule = MaskRule(scope="running")
+    rule = make(scope="running")
     select(rule, first, lengths)
     state = {key: value.clone() for key, value in rule.state_dict().items()}
     # mean 0.9 + 1.2 = 2.1, variance 1.3: both tokens of the second step lie above.
     assert select(rule, second, lengths).sum() == 2
     torch.testing.assert_close(rule.state_dict()["running"], torch.tensor([[2.1, 1.3]], dtype=torch.float64))
-    resumed = MaskRule(scope="running")
+    resumed = make(scope="running")
     resumed.load_state_dict(state)
     assert select(resumed, second, lengths).sum() == 2
     assert torch.equal(resumed.state_dict()["running"], rule.state_dict()["running"])
     before = rule.state_dict()["running"]
     select(rule, second, 0 * lengths)  # a step without tokens changes nothing
     assert torch.equal(rule.state_dict()["running"], before)
-    assert MaskRule().state_dict() == {}
+    assert make().state_dict() == {}
 
 
 # --- other rules --------------------------------------------------------------------------------------------------
@@ -194,24 +199,24 @@ def test_running_scope_averages_and_resumes():
 def test_top_fraction_keeps_its_budget():
     rows = [[5.0, 1.0, 4.0, 2.0, 3.0], [7.0], [1.0, 2.0, 2.0, 2.0, 2.0]]
     scores, lengths = padded(rows)
-    mask = select(MaskRule(rule="top_fraction", fraction=0.4), scores, lengths)
+    mask = select(make(rule="top_fraction", fraction=0.4), scores, lengths)
     assert mask[0].nonzero()[:, 0].tolist() == [0, 2]
     assert mask[1].nonzero()[:, 0].tolist() == [0]
     assert not mask[2].any()  # four tie for two places
-    assert select(MaskRule(rule="top_fraction", fraction=1.0), scores, lengths).sum() == 11
-    pooled = select(MaskRule(rule="top_fraction", fraction=0.2, scope="batch"), scores, lengths)  # 2 of 11
+    assert select(make(rule="top_fraction", fraction=1.0), scores, lengths).sum() == 11
+    pooled = select(make(rule="top_fraction", fraction=0.2, scope="batch"), scores, lengths)  # 2 of 11
     assert pooled.nonzero().tolist() == [[0, 0], [1, 0]]
 
 
 def test_all_and_random_look_at_lengths_only():
     scores, lengths = torch.full((3, 30), NAN), torch.tensor([30, 7, 0])
-    assert select(MaskRule(rule="all"), scores, lengths).sum(1).tolist() == [30, 7, 0]
-    rule = MaskRule(rule="random", fraction=0.2, seed=3)
+    assert select(make(rule="all"), scores, lengths).sum(1).tolist() == [30, 7, 0]
+    rule = make(rule="random", fraction=0.2, seed=3)
     assert select(rule, scores, lengths).sum(1).tolist() == [6, 1, 0]
     mask = select(rule, scores, lengths)
     assert torch.equal(mask, select(rule, scores, lengths))
     assert not torch.equal(mask, select(rule, scores, lengths, step=1))
-    assert not torch.equal(mask, select(MaskRule(rule="random", seed=4), scores, lengths))
+    assert not torch.equal(mask, select(make(rule="random", seed=4), scores, lengths))
     # A rollout keeps its tokens wherever it lands in a micro-batch, and others have other ones.
     alone = select(rule, scores[:1], lengths[:1], rollout_ids=torch.tensor([0]))
     assert torch.equal(alone, mask[:1])
@@ -224,7 +229,7 @@ def test_all_and_random_look_at_lengths_only():
 
 def test_prefix_is_the_floor_of_its_share():
     scores, lengths = padded([[0.0] * n for n in (20, 7, 1, 3)])
-    mask = select(MaskRule(rule="prefix"), scores, lengths, prefix=0.35)
+    mask = select(make(rule="prefix"), scores, lengths, prefix=0.35)
     assert mask.sum(1).tolist() == [7, 2, 0, 1]  # 0.35 * 20 is not 6.99...
     assert all(row[: row.sum()].all() for row in mask)
     assert prefix_lengths(torch.tensor([32768]), 0.35).tolist() == [11468]
@@ -234,17 +239,17 @@ def test_prefix_is_the_floor_of_its_share():
 
 def test_quadrant_selects_its_number():
     scores, lengths = padded([[0.0, 1.0, 2.0, 3.0], [3.0, 3.0]])
-    mask = select(MaskRule(rule="quadrant", quadrant=3), scores, lengths)
+    mask = select(make(rule="quadrant", quadrant=3), scores, lengths)
     assert mask.nonzero().tolist() == [[0, 3], [1, 0], [1, 1]]
-    none = select(MaskRule(rule="quadrant", quadrant=0), scores, lengths)
+    none = select(make(rule="quadrant", quadrant=0), scores, lengths)
     assert none.sum() == 1  # padding is no zero
 
 
 def test_micro_batch_scope_is_the_batch_of_one_call():
     rows = [[1.0, 2.0, 9.0], [1.0, 1.5]]
     scores, lengths = padded(rows)
-    local = MaskRule(rule="top_fraction", fraction=0.4, scope="micro_batch")
-    everywhere = MaskRule(rule="top_fraction", fraction=0.4, scope="batch")
+    local = make(rule="top_fraction", fraction=0.4, scope="micro_batch")
+    everywhere = make(rule="top_fraction", fraction=0.4, scope="batch")
     assert torch.equal(select(local, scores, lengths), select(everywhere, scores, lengths))
     assert select(local, scores, lengths).sum(1).tolist() == [2, 0]  # 9 and 2, of five
     others = torch.tensor([100.0] * 5)
@@ -257,17 +262,17 @@ def test_micro_batch_scope_is_the_batch_of_one_call():
 @pytest.mark.parametrize("scope", ["sequence", "group", "micro_batch", "batch"])
 @pytest.mark.parametrize("options", [{"rule": "threshold"}, {"rule": "top_fraction"}, {"statistic": "iqr"}])
 def test_a_rank_without_rollouts(scope, options):
-    rule = MaskRule(scope=scope, group_size=4, **options)
+    rule = make(scope=scope, group_size=4, **options)
     mask = select(rule, torch.zeros(0, 1), torch.zeros(0, dtype=torch.long), gather=lambda mine: torch.ones(3))
     assert mask.shape == (0, 1)
 
 
 def test_local_rules():
-    assert MaskRule().local
-    assert MaskRule(scope="micro_batch").local
-    assert MaskRule(rule="prefix", scope="batch").local
-    assert MaskRule(rule="random", scope="batch").local
-    assert not MaskRule(scope="group", group_size=4).local
+    assert make().local
+    assert make(scope="micro_batch").local
+    assert make(rule="prefix", scope="batch").local
+    assert make(rule="random", scope="batch").local
+    assert not make(scope="group", group_size=4).local
 
 
 @pytest.mark.parametrize(
@@ -275,7 +280,7 @@ def test_local_rules():
 )
 def test_unknown_choices_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
-        MaskRule(**options)
+        make(**options)
 
 
 # --- peaks --------------------------------------------------------------------------------------------------------
@@ -300,7 +305,7 @@ def test_peaks_by_hand():
 def test_peaks_match_scipy(rows, kappa):
     scores, lengths = padded(rows)
     maxima = local_maxima(scores, lengths)
-    rule = select(MaskRule(rule="peaks_only"), scores, lengths, kappa=kappa)
+    rule = select(make(rule="peaks_only"), scores, lengths, kappa=kappa)
     for row, batched, chosen in zip(rows, maxima, rule):
         x = np.array(row, dtype=np.float32)
         found, plateaus = find_peaks(x, plateau_size=1)

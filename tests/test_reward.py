@@ -9,12 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aipo.config.schema import RewardConfig
 from aipo.reward import Rewarder, combine, soft_overlong, well_formed
 
 
 @pytest.fixture(scope="module")
 def rewarder() -> Iterator[Rewarder]:
-    scorer = Rewarder(max_tokens=100, overlong_buffer=20, weights=(0.8, 0.1, 0.1), workers=1, timeout=20.0)
+    scorer = Rewarder(
+        RewardConfig(overlong_buffer=20, correctness=0.8, format=0.1, length=0.1, workers=1, timeout_s=20.0),
+        max_tokens=100,
+    )
     yield scorer
     scorer.close()
 
@@ -116,7 +120,7 @@ def test_streaming_in_any_order_is_the_same_as_all_at_once(rewarder: Rewarder) -
 
 
 def test_a_hostile_answer_scores_0_and_is_counted() -> None:
-    rewarder = Rewarder(max_tokens=100, overlong_buffer=20, workers=1, timeout=0.5)
+    rewarder = Rewarder(RewardConfig(overlong_buffer=20, workers=1, timeout_s=0.5), max_tokens=100)
     answers = [r"\boxed{\sum_{n=1}^{10^9} n!}", r"\boxed{5}"]
     rewards, correct, metrics = rewarder.score(["5", "5"], ["math"] * 2, answers, [9, 9])
     rewarder.close()

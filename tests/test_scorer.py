@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from aipo import scorer as module
+from aipo.config.schema import MIConfig
 from aipo.mi import FourierFeatures, coordinate_scores, fast_hsic, median_bandwidth
 from aipo.scorer import TokenScorer, pointwise_scores, position_scores
+
+
+def make(**options: Any) -> TokenScorer:
+    arguments = {key: options.pop(key) for key in ("seed", "max_positions", "all_reduce") if key in options}
+    return TokenScorer(MIConfig(**options), **arguments)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -60,7 +66,7 @@ def test_position_scores_by_loops():
 
 
 def scorer_of(estimator: Any, **options) -> TokenScorer:
-    return TokenScorer(estimator=estimator, **{"num_features": 8, "sigma": 2.0, "max_positions": 8, **options})
+    return make(estimator=estimator, **{"num_features": 8, "sigma": 2.0, "max_positions": 8, **options})
 
 
 @pytest.mark.parametrize("estimator", ["pointwise", "position"])
@@ -176,7 +182,7 @@ def test_median_bandwidth_is_agreed_on_by_ranks():
 @pytest.mark.parametrize("normalize", ["none", "layernorm", "zscore"])
 def test_coordinate_scorer_takes_each_rollout_with_its_own_gold(normalize):
     hidden, gold, lengths = batch(d=64)
-    scorer = TokenScorer(normalize=normalize, num_features=16, sigma=2.0, seed=4)
+    scorer = make(normalize=normalize, num_features=16, sigma=2.0, seed=4)
     assert scorer.local
     scores = scorer.score(hidden, gold, lengths).split(lengths.tolist())
     for rollout, (states, answer) in enumerate(zip(hidden.split(lengths.tolist()), gold)):
@@ -198,7 +204,7 @@ def test_rollouts_of_a_question_share_the_work_on_its_gold_state(monkeypatch, no
     monkeypatch.setattr(
         module, "gold_factor", lambda answer, *rest: seen.append(answer) or factor(answer, *rest), raising=True
     )
-    scorer = TokenScorer(normalize=normalize, num_features=16, sigma=2.0)
+    scorer = make(normalize=normalize, num_features=16, sigma=2.0)
     scores = scorer.score(hidden, gold, lengths)
     assert len(seen) == golds  # zscore shifts the gold state by what the rollout is
     start = int(lengths[:3].sum())
@@ -210,7 +216,7 @@ factor = module.gold_factor
 
 def test_scorer_of_other_draws_loads_the_saved_ones():
     hidden, gold, lengths = batch(d=64)
-    first, second = TokenScorer(num_features=16, seed=0), TokenScorer(num_features=16, seed=1)
+    first, second = make(num_features=16, seed=0), make(num_features=16, seed=1)
     assert not torch.equal(first.score(hidden, gold, lengths), second.score(hidden, gold, lengths))
     state = first.state_dict()
     assert all(isinstance(value, Tensor) for value in state.values())
@@ -218,21 +224,21 @@ def test_scorer_of_other_draws_loads_the_saved_ones():
     second.load_state_dict(state)
     assert torch.equal(first.score(hidden, gold, lengths), second.score(hidden, gold, lengths))
     with pytest.raises(ValueError, match="16 features, this one 8"):
-        TokenScorer(num_features=8).load_state_dict(state)
+        make(num_features=8).load_state_dict(state)
 
 
 def test_wrong_use_is_refused():
     hidden, gold, lengths = batch()
-    with pytest.raises(ValueError, match="estimator must be one of"):
-        TokenScorer(estimator="pair")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="normalize must be one of"):
-        TokenScorer(normalize="batch")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="estimator"):
+        make(estimator="pair")
+    with pytest.raises(ValueError, match="normalize"):
+        make(normalize="batch")
     with pytest.raises(ValueError, match="scalars only"):
-        TokenScorer(estimator="pointwise", features="quadrature")
+        make(estimator="pointwise", features="quadrature")
     with pytest.raises(ValueError, match="needs max_positions"):
-        TokenScorer(estimator="position")
+        make(estimator="position")
     with pytest.raises(ValueError, match="at most 114 features"):
-        TokenScorer(estimator="position", max_positions=10_240, num_features=256)
+        make(estimator="position", max_positions=10_240, num_features=256)
     with pytest.raises(ValueError, match="longer than max_positions"):
         scorer_of("position", max_positions=3).observe(hidden, gold, lengths)
     with pytest.raises(RuntimeError, match="after observe"):
@@ -240,15 +246,15 @@ def test_wrong_use_is_refused():
     with pytest.raises(RuntimeError, match="needs an observe"):
         scorer_of("pointwise").reduce()
     with pytest.raises(RuntimeError, match="nothing to observe"):
-        TokenScorer().observe(hidden, gold, lengths)
+        make().observe(hidden, gold, lengths)
     with pytest.raises(ValueError, match="do not fit lengths"):
-        TokenScorer().score(hidden[1:], gold, lengths)
+        make().score(hidden[1:], gold, lengths)
 
 
 @pytest.mark.parametrize("estimator", ["pointwise", "position"])
 def test_a_step_without_any_token_changes_nothing(estimator: Any) -> None:
     """Every group was dropped, on every rank: nothing to learn from, and nothing that spoils the next step."""
-    scorer = TokenScorer(estimator=estimator, num_features=8, sigma=1.0, max_positions=4)
+    scorer = make(estimator=estimator, num_features=8, sigma=1.0, max_positions=4)
     nothing, no_gold, no_lengths = torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)
     scorer.observe(nothing, no_gold, no_lengths)
     scorer.reduce()

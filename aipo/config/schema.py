@@ -18,6 +18,12 @@ POSITION_ELEMENTS = 2**27  # float64 moments of mi.estimator: position, 1 GiB
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Statistic = Literal["mean_std", "iqr"]
+BucketBy = Literal["count", "rate", "quantile"]
+KappaSchedule = Literal["combined", "linear", "plateau", "constant"]
+Estimator = Literal["coordinate", "pointwise", "position"]
+Features = Literal["random", "orthogonal", "quadrature"]
+Normalize = Literal["none", "layernorm", "zscore"]
 
 
 class Section(BaseModel):
@@ -167,9 +173,9 @@ class RewardConfig(Section):
 
 
 class MIConfig(Section):
-    estimator: Literal["coordinate", "pointwise", "position"] = "coordinate"
+    estimator: Estimator = "coordinate"
     """what the n samples of one hidden state are (docs/mi.md)"""
-    features: Literal["random", "orthogonal", "quadrature"] = "random"
+    features: Features = "random"
     """frequencies of the Fourier features; quadrature is deterministic, for scalars (coordinate) only"""
     num_features: Positive = 256
     """D"""
@@ -179,7 +185,7 @@ class MIConfig(Section):
     """subtract feature means; false is a diagnostic only"""
     layer: int = -1
     """decoder layer whose raw residual stream is read; -1 is the last"""
-    normalize: Literal["none", "layernorm", "zscore"] = "none"
+    normalize: Normalize = "none"
     """normalisation of the states before the kernel"""
     gold_text: Literal["answer", "boxed", "question_answer"] = "answer"
     """text whose state is h*"""
@@ -198,7 +204,7 @@ class MaskConfig(Section):
     """what the rules threshold, top_fraction, peaks_only look at; quadrant wants entropy"""
     scope: Literal["sequence", "group", "micro_batch", "batch", "running"] = "sequence"
     """over which tokens the statistics are taken; batch is over all ranks and micro-batches"""
-    statistic: Literal["mean_std", "iqr"] = "mean_std"
+    statistic: Statistic = "mean_std"
     """threshold mu + kappa * sigma, or Q3 + tau * IQR"""
     tau: Annotated[float, Field(gt=0)] = 1.5
     """of the iqr statistic"""
@@ -216,7 +222,7 @@ class MaskConfig(Section):
     """kappa at the first step, and for labelling"""
     kappa_end: Annotated[float, Field(ge=0)] = 0.1
     """lowest kappa"""
-    kappa_schedule: Literal["combined", "linear", "plateau", "constant"] = "combined"
+    kappa_schedule: KappaSchedule = "combined"
     """falls with the step, with stalls of the validation accuracy, with both, or not"""
     kappa_decay_steps: Positive | None = None
     """T_dec; null is optim.steps"""
@@ -243,7 +249,7 @@ class CurriculumConfig(Section):
     """probabilities of easy, medium, hard at first"""
     end: tuple[Fraction, Fraction, Fraction] = (0.25, 0.35, 0.40)
     """and at last"""
-    bucket_by: Literal["count", "rate", "quantile"] = "count"
+    bucket_by: BucketBy = "count"
     """buckets by N_peak, by peaks per 512 tokens, or by thirds of the questions"""
     cuts: tuple[NonNegative, NonNegative] = (15, 25)
     """largest N_peak of easy and of medium"""

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
+from aipo.config.schema import RolloutConfig
 from aipo.errors import UserError
 from aipo.rollout.base import Completion, Request, Sampling, check_complete, check_requests, keep_rng, parameter_names
 from aipo.rollout.interventions import Intervention, intervene
@@ -111,7 +112,7 @@ class VllmEngine:
         seed: int = 0,
         dtype: str = "bfloat16",
         load_weights: bool = True,
-        gpu_memory_utilization: float = 0.45,
+        gpu_memory_utilization: float = RolloutConfig().gpu_memory_utilization,
         kv_cache_gb: float | None = None,
         interventions: bool = False,
     ) -> None:
