@@ -1,3 +1,34 @@
-"""AIPO: reinforcement learning with verifiable rewards on the tokens that carry information about the answer."""
+"""AIPO: reinforcement learning with verifiable rewards on the tokens that carry information about the answer.
+
+The map: what the paper (Chen et al., ACL 2026) numbers, and the name that implements it. A test resolves every name.
+
+    eq. 1            aipo.mi.coordinate_scores, aipo.mi.fast_hsic; aipo.mi.exact_hsic is the O(n^2) reference
+                     aipo.scorer.pointwise_scores, aipo.scorer.position_scores: other readings of its samples
+    eq. 2            aipo.loss.policy_loss; aipo.loss.loss_terms, unnormalised, is what a step sums up
+    eq. 3            aipo.loss.loss_terms: log_rho
+    eq. 4            aipo.advantage.group_advantages
+    eq. 5            aipo.tokens.early_exit.information_gain measures it; eq. 1 is its proxy in training
+    eq. 6            aipo.mask.threshold_mask
+    eq. 7            aipo.tokens.early_exit.information_gain, summed over a completion
+    eq. 8, 9         aipo.metrics.error_bounds
+
+    Algorithm 1
+    lines 1-15       aipo.labelling.label_questions, aipo.mask.count_peaks, aipo.curriculum.bucket_of
+    lines 17-43      aipo.trainer.Trainer.train
+    lines 18-26      aipo.curriculum.mixture
+    line 28          aipo.curriculum.Curriculum.sample
+    line 32          aipo.generation.Generation.rollouts, aipo.selection.Selection
+    line 33          aipo.mask.MaskRule.select, aipo.verify.is_correct
+    line 34          aipo.advantage.assign, aipo.advantage.blend
+    lines 35-38      aipo.trainer.Trainer.update
+    lines 39-42      aipo.curriculum.Curriculum.observe_validation, aipo.curriculum.kappa_at
+
+    table 1          aipo.metrics.avg_at_k, aipo.evaluation.benchmarking.run
+    table 2          aipo.metrics.training_efficiency, aipo.evaluation.results.gains
+    table 3          configs/methods/aipo_wo_curriculum.yaml
+    figure 2         configs/ablations/kappa_0.1.yaml to kappa_0.4.yaml
+    figure 3         aipo.rollout.interventions.intervene
+    figure 4         the keys curriculum.cuts and curriculum.bucket_by: aipo.curriculum.bucket_of
+"""
 
 __version__ = "0.1.0"

@@ -165,3 +165,26 @@ def accuracy_summary(correct: Correct, seed: int = 0) -> Accuracy:
     rows = _rows(correct)
     low, high = bootstrap_interval([sum(row) / len(row) for row in rows], seed)
     return Accuracy(avg_at_k(rows), low, high, problems=len(rows), samples=sum(map(len, rows)))
+
+
+def error_bounds(answer_entropy: float, information: float, answers: int) -> tuple[float, float]:
+    """Least and largest probability of error that the information in the hidden states allows (eq. 8 and 9).
+
+    Fano's inequality, p_e >= (H(y) - I - 1) / log2(|y| - 1), and p_e <= (H(y) - I) / 2. The paper prints the second
+    without the half that its own proof has; both hold for logarithms to base 2 alone.
+
+    Args:
+        answer_entropy: H(y) in bits.
+        information: I_{1:T} of eq. 7 in bits, at most H(y).
+        answers: |y|, possible answers, at least 3.
+
+    Returns:
+        Both bounds, cut to [0, 1].
+    """
+    if answers < 3 or not 0 <= information <= answer_entropy <= math.log2(max(answers, 1)) + 1e-9:
+        raise ValueError(
+            f"needs 3 answers or more and 0 <= information <= entropy <= log2(answers) bits, got {answers}, "
+            f"{information} and {answer_entropy}"
+        )
+    left = answer_entropy - information
+    return min(max((left - 1) / math.log2(answers - 1), 0.0), 1.0), min(left / 2, 1.0)

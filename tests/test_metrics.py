@@ -1,15 +1,18 @@
 import itertools
+import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aipo.metrics import (
     accuracy_summary,
     avg_at_k,
     bootstrap_interval,
+    error_bounds,
     maj_at_k,
     paired_bootstrap,
     pass_at_k,
@@ -158,3 +161,27 @@ def test_paired_bootstrap_of_equals_and_of_nothing():
     for bad in (([], []), ([1.0], [1.0, 0.0])):
         with pytest.raises(ValueError, match="score of each problem"):
             paired_bootstrap(*bad)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(3, 6), st.integers(1, 5), st.integers(0, 10**6))
+def test_the_best_guess_errs_within_the_bounds(answers: int, states: int, seed: int) -> None:
+    """Of any joint distribution of answer and hidden state: p_e = 1 - sum_h max_y p(y, h)."""
+    joint = np.random.default_rng(seed).dirichlet(np.full(answers * states, 0.3)).reshape(answers, states)
+
+    def entropy(p: np.ndarray) -> float:
+        p = p[p > 0]
+        return float(-(p * np.log2(p)).sum())
+
+    answer, conditional = entropy(joint.sum(1)), entropy(joint.ravel()) - entropy(joint.sum(0))
+    low, high = error_bounds(answer, max(answer - conditional, 0.0), answers)
+    error = 1 - joint.max(0).sum()
+    assert low - 1e-9 <= error <= high + 1e-9
+
+
+def test_bounds_by_hand() -> None:
+    assert error_bounds(3.0, 0.0, 8) == pytest.approx((2 / math.log2(7), 1.0))
+    assert error_bounds(3.0, 3.0, 8) == (0.0, 0.0)
+    for bad in ((1.0, 0.5, 2), (3.0, 3.1, 8), (4.0, 0.0, 8)):
+        with pytest.raises(ValueError, match="3 answers or more"):
+            error_bounds(*bad)

@@ -54,7 +54,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Job:
     """What is asked of which model, and how; ``settings`` is all that the completions depend on."""
 
     model: NamedModel
@@ -69,28 +69,28 @@ def run(options: argparse.Namespace) -> None:
     """Evaluate, once or once for each intervention, and print the tables. UserError for what the user can mend."""
     console = make_console()
     first = distributed.rank() == 0
-    with Progress(active=first, console=console) as progress, Passes(options, progress) as passes:
-        plan = make_plan(options, progress.say)
+    with Progress(active=first, console=console) as progress, Evaluator(options, progress) as evaluator:
+        job = make_job(options, progress.say)
         baseline = load_results(options.baseline) if options.baseline else None
-        if baseline and not baseline.results.keys() & {benchmark.name for benchmark in plan.benchmarks}:
+        if baseline and not baseline.results.keys() & {benchmark.name for benchmark in job.benchmarks}:
             raise UserError(f"--baseline: {options.baseline} has only {', '.join(baseline.results)}")
-        otf = otf_of_run(plan.model.run) if options.otf is None and plan.model.run else options.otf
-        variants = {"baseline": plan}
+        otf = otf_of_run(job.model.run) if options.otf is None and job.model.run else options.otf
+        variants = {"baseline": job}
         if options.intervene:
-            variants |= intervened(plan, options, progress.say)
+            variants |= intervened(job, options, progress.say)
         results, folders = {}, {}
         for name in wanted(options.intervene):
             folders[name] = open_folder(variants[name], options, name)
-            results[name] = passes.results(variants[name], folders[name])
+            results[name] = evaluator.results(variants[name], folders[name])
         if not first:
             return
         for name, result in results.items():
-            content = {"model": plan.model.name, "settings": variants[name].settings, "versions": versions()}
+            content = {"model": job.model.name, "settings": variants[name].settings, "versions": versions()}
             save_results(folders[name], content, result)
             gained = gains(result, baseline.results, otf) if baseline else None
             for line in settings_differ(variants[name].settings, baseline.settings) if baseline else ():
                 progress.say(f"note: --baseline was measured with another {line}")
-            title = f"{plan.model.name}, {options.samples} samples a problem" + (f", MI {name}" * (name != "baseline"))
+            title = f"{job.model.name}, {options.samples} samples a problem" + (f", MI {name}" * (name != "baseline"))
             show(*result_rows(result, gained), title, console)
             failed = [f"{n} {r.timed_out:.2%} / {r.killed:.2%}" for n, r in result.items() if r.timed_out + r.killed]
             if failed:
@@ -108,7 +108,7 @@ def wanted(intervene: str | None) -> list[str]:
     return ["baseline", "drop", "force"] if intervene == "both" else [intervene or "baseline"]
 
 
-def make_plan(options: argparse.Namespace, say: Say) -> Plan:
+def make_job(options: argparse.Namespace, say: Say) -> Job:
     """Check everything that can be checked without weights."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -167,7 +167,7 @@ def make_plan(options: argparse.Namespace, say: Say) -> Plan:
     count = sum(len(benchmark.problems) for benchmark in benchmarks) * options.samples
     which = ", ".join(f"{benchmark.name} ({len(benchmark.problems)})" for benchmark in benchmarks)
     say(f"{model.name} on {which}: {count} completions of at most {sampling.max_tokens} tokens")
-    return Plan(model, benchmarks, prompters, sampling, context, json.loads(json.dumps(settings)))
+    return Job(model, benchmarks, prompters, sampling, context, json.loads(json.dumps(settings)))
 
 
 def longest(context: int, config: Config | None) -> int:
@@ -175,7 +175,7 @@ def longest(context: int, config: Config | None) -> int:
     return config.rollout.max_tokens if config else min(QWEN_LENGTH, context - min(2048, context // 4))
 
 
-def intervened(plan: Plan, options: argparse.Namespace, say: Say) -> dict[str, Plan]:
+def intervened(plan: Job, options: argparse.Namespace, say: Say) -> dict[str, Job]:
     """The plan with high-MI tokens dropped, and with them forced."""
     tokenizer = plan.prompters["math"].tokenizer
     if options.tokens_from:
@@ -215,7 +215,7 @@ def digest(settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def open_folder(plan: Plan, options: argparse.Namespace, variant: str) -> Path:
+def open_folder(plan: Job, options: argparse.Namespace, variant: str) -> Path:
     """The folder of these settings: made, or found with the completions that it has already."""
     suffix = "" if variant == "baseline" else f"-{variant}"
     if options.out:
@@ -246,7 +246,7 @@ def open_folder(plan: Plan, options: argparse.Namespace, variant: str) -> Path:
     return folder
 
 
-class Passes:
+class Evaluator:
     """Draws what is missing. The engine is built when the first completion is, and serves all passes."""
 
     def __init__(self, options: argparse.Namespace, progress: Progress) -> None:
@@ -255,7 +255,7 @@ class Passes:
         self._verifier: Verifier | None = None
         self._locks: list[FileLock] = []
 
-    def results(self, plan: Plan, folder: Path) -> Results:
+    def results(self, plan: Job, folder: Path) -> Results:
         """Draw what ``folder`` lacks and sum up. All ranks call it together."""
         distributed.on_first(lambda: self._take(folder))
         self._draw(plan, folder)
@@ -273,7 +273,7 @@ class Passes:
             raise UserError(f"{folder}: another evaluate.py works here: wait for it, or choose another --out") from None
         self._locks.append(lock)
 
-    def _draw(self, plan: Plan, folder: Path) -> None:
+    def _draw(self, plan: Job, folder: Path) -> None:
         files = CompletionFiles(folder)
         every = [item for b in plan.benchmarks for item in b.items(self.options.samples, self.options.seed)]
         requests = requests_for(every, plan.prompters, room=plan.context - plan.sampling.max_tokens)
@@ -297,7 +297,7 @@ class Passes:
                 )
             distributed.gather_objects(None)  # all have closed their files
 
-    def _parts(self, plan: Plan, max_model_len: int) -> tuple[RolloutEngine, Verifier]:
+    def _parts(self, plan: Job, max_model_len: int) -> tuple[RolloutEngine, Verifier]:
         if self._engine is None or self._verifier is None:
             options = self.options
             more: dict[str, Any] = {"dtype": options.dtype, "seed": options.seed}
@@ -318,7 +318,7 @@ class Passes:
             self._verifier = Verifier()
         return self._engine, self._verifier
 
-    def __enter__(self) -> Passes:
+    def __enter__(self) -> Evaluator:
         return self
 
     def __exit__(self, *_: object) -> None:

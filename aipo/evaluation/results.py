@@ -211,20 +211,20 @@ def _larger(old: Result, new: Result | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Evaluation:
     model: str
     settings: dict[str, Any]
     results: Results
 
 
-def load_results(path: Path) -> Loaded:
+def load_results(path: Path) -> Evaluation:
     """Read what :func:`save_results` wrote. UserError where it is not such a file."""
     if path.is_dir():
         path = path / "results.json"
     try:
         content = json.loads(path.read_text())
         results = {name: Result(**result) for name, result in content["benchmarks"].items()}
-        return Loaded(content["model"], content["settings"], results)
+        return Evaluation(content["model"], content["settings"], results)
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}): give a results.json that evaluate.py wrote"

@@ -8,35 +8,15 @@ import random
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from aipo.errors import UserError
+from aipo.problems.problem import Problem as Problem  # as it is asked for here
+from aipo.problems.problem import Split
 
-Split = Literal["train", "validation"]
 KINDS = ("math", "choice")
 EMBEDDED = "embedded:"
 LETTERS = "ABCDEFGHIJ"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One question and its gold answer; ``kind`` chooses the verifier's rules (``math`` or ``choice``).
-
-    A choice question is asked as it stands: it ends with ``render_options(options)``, and the answer is a letter.
-    ``options`` repeats them so that they can be put in another order; it may be left empty.
-    """
-
-    id: str
-    question: str
-    answer: str
-    kind: str = "math"
-    source: str = ""
-    options: tuple[str, ...] = ()
-
-    @property
-    def protected(self) -> bool:
-        """Whether its text must not get into logs, tables and files, as GPQA's authors ask."""
-        return self.id.startswith("gpqa_diamond/")
 
 
 @dataclass(frozen=True)
@@ -57,8 +37,7 @@ def load_problems(spec: str, *, split: Split) -> Loaded:
     Raises ``UserError`` naming file and row for anything else that is wrong.
     """
     if spec.startswith(EMBEDDED):
-        # imported here, since the embedded problems are themselves made of Problem
-        from aipo.problems.embedded import PROBLEMS, embedded_problems
+        from aipo.problems.embedded import PROBLEMS, embedded_problems  # imported here: it brings reasoning-gym
 
         if spec != PROBLEMS:
             raise UserError(f"unknown embedded problems {spec!r}: the one set is {PROBLEMS!r}")

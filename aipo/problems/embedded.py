@@ -22,7 +22,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from aipo.errors import UserError
-from aipo.problems.datasets import Problem, Split
+from aipo.problems.problem import Problem, Split
 
 MODEL = "embedded:smollm2-135m"
 PROBLEMS = "embedded:chain_sum"

@@ -1,0 +1,29 @@
+"""What a question is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Split = Literal["train", "validation"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question and its gold answer; ``kind`` chooses the verifier's rules (``math`` or ``choice``).
+
+    A choice question is asked as it stands: it ends with ``render_options(options)``, and the answer is a letter.
+    ``options`` repeats them so that they can be put in another order; it may be left empty.
+    """
+
+    id: str
+    question: str
+    answer: str
+    kind: str = "math"
+    source: str = ""
+    options: tuple[str, ...] = ()
+
+    @property
+    def protected(self) -> bool:
+        """Whether its text must not get into logs, tables and files, as GPQA's authors ask."""
+        return self.id.startswith("gpqa_diamond/")

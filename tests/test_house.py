@@ -1,0 +1,77 @@
+"""The shape of the package: imports go one way, files stay readable, and the map leads somewhere."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import aipo
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = {"aipo.branching.latent"}  # run by python -m, as train.py is: they may build what train.py builds
+TOP = {"aipo.trainer", "aipo.run"}
+
+
+def imports() -> dict[str, set[str]]:
+    """Module -> modules of the package that it imports anywhere, inside functions too."""
+    files = {module(path): path for path in (ROOT / "aipo").rglob("*.py")}
+    found: dict[str, set[str]] = {}
+    for name, path in files.items():
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                full = [f"{node.module}.{alias.name}" for alias in node.names]
+                found[name] |= {each if each in files else str(node.module) for each in full}
+            elif isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names}
+        found[name] &= files.keys()
+    return found
+
+
+def module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_imports_go_one_way() -> None:
+    TopologicalSorter(imports()).prepare()  # raises CycleError with the modules of a circle
+
+
+def test_no_folder_knows_the_trainer() -> None:
+    up = {name: TOP & found for name, found in imports().items() if TOP & found}
+    assert set(up) - COMMANDS <= {"aipo.run"}, up
+
+
+def test_a_file_is_read_in_one_sitting() -> None:
+    lines = {module(path): len(path.read_text().splitlines()) for path in (ROOT / "aipo").rglob("*.py")}
+    long = {name: count for name, count in lines.items() if count > 450}
+    assert not long
+    assert lines["aipo.trainer"] <= 350
+
+
+def test_the_map_leads_somewhere() -> None:
+    names = re.findall(r"aipo(?:\.\w+)+", aipo.__doc__ or "")
+    assert len(names) > 25
+    for name in names:
+        resolve(name)
+    for path in re.findall(r"configs/\S+\.yaml", aipo.__doc__ or ""):
+        assert (ROOT / path).is_file(), path
+    numbered = re.findall(r"^    (?:eq\. |table |figure )([\d, ]+?) {2,}", aipo.__doc__ or "", re.MULTILINE)
+    assert {int(number) for each in numbered for number in each.split(",")} >= set(range(1, 10))
+
+
+def resolve(name: str) -> Any:
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[cut:]:
+            found = getattr(found, part)
+        return found
+    raise AssertionError(name)
