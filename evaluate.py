@@ -9,7 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from aipo.errors import TrainingError, UserError
+from aipo.errors import UserError
 
 EXAMPLES = """
 MODEL is a hub id, a Hugging Face folder, a run folder of train.py or one of its checkpoints. Without MODEL and CONFIG
@@ -115,14 +115,10 @@ def main() -> int:
         from aipo import distributed
         from aipo.evaluation.benchmarking import run
 
-        distributed.start()
-        run(options)
-        distributed.stop()
-        return 0
-    except (UserError, TrainingError) as error:
-        rank = int(os.environ.get("RANK", "0"))
-        print(f"rank {rank}: error: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, UserError) else 1
+        return distributed.launch(lambda _: run(options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -8,7 +8,7 @@ import sys
 import warnings
 
 from aipo.config import Config, dump_config, help_keys, load_config
-from aipo.errors import TrainingError, UserError
+from aipo.errors import UserError
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -58,6 +58,9 @@ def dry_run(config: Config, arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     arguments = parse()
+    rank = int(os.environ.get("RANK", "0"))
+    if arguments.dry_run and rank > 0:  # rank 0 says it
+        return 0
     try:
         config = load_config(arguments.config, arguments.overrides, method=arguments.method)
         if arguments.dry_run:
@@ -66,17 +69,12 @@ def main() -> int:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
         warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.dist", category=FutureWarning)
         from aipo import distributed  # torch and all that: only once the config is known to be right
-
-        device = distributed.start()
         from aipo.run import run
 
-        finished = run(config, resume=arguments.resume, device=device)
-        distributed.stop()
-        return 0 if finished else 3
-    except (UserError, TrainingError) as error:
-        rank = int(os.environ.get("RANK", "0"))
+        return distributed.launch(lambda device: 0 if run(config, resume=arguments.resume, device=device) else 3)
+    except UserError as error:
         print(f"rank {rank}: error: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, UserError) else 1
+        return 2
 
 
 if __name__ == "__main__":

@@ -5,19 +5,42 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aipo.errors import UserError
+from aipo.errors import TrainingError, UserError
 
 T = TypeVar("T")
+
+
+def launch(work: Callable[[torch.device], int | None]) -> int:
+    """Join the process group, do this rank's ``work``, leave; gives ``work``'s exit code, or that of what it raised."""
+    try:
+        code = work(start())
+        stop()
+        return code or 0
+    except (UserError, TrainingError) as error:
+        return fail(error)
+    except Exception as error:
+        if world_size() > 1:
+            fail(error)
+        raise
 
 
 def start() -> torch.device:
@@ -40,13 +63,33 @@ def start() -> torch.device:
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
         device = torch.device("cuda", local)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        # a bound device makes every later group an NCCL split, which one rank alone has no use for
+        bound = device if int(os.environ["WORLD_SIZE"]) > 1 else None
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=bound)
     else:
+        refuse_unusable_gpu()
         os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported
         device = torch.device("cpu")
         torch.set_num_threads(cpu_threads())
         dist.init_process_group("gloo")
+    if world_size() > 1:
+        threading.Thread(target=_end_with_others, args=[_store()], daemon=True).start()
     return device
+
+
+def refuse_unusable_gpu() -> None:
+    """UserError where nvidia-smi shows a GPU that torch cannot use, unless CUDA_VISIBLE_DEVICES hides all of them."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1") or not shutil.which("nvidia-smi"):
+        return
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    seen = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    if seen.returncode == 0 and seen.stdout.strip():
+        name, driver = seen.stdout.splitlines()[0].rsplit(", ", 1)
+        built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+        raise UserError(
+            f"nvidia-smi shows a GPU ({name}, driver {driver}) that PyTorch cannot use: torch {torch.__version__} "
+            f"{built}: update the driver or install the other torch; CUDA_VISIBLE_DEVICES= runs on the CPU"
+        )
 
 
 def cpu_threads() -> int:
@@ -72,7 +115,7 @@ def all_reduce(tensor: Tensor, op: str = "sum") -> Tensor:
     if world_size() == 1:
         return tensor
     on_cpu = tensor.detach().cpu().contiguous()
-    dist.all_reduce(on_cpu, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+    dist.all_reduce(on_cpu, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=_cpu_group())
     return on_cpu.to(tensor.device)
 
 
@@ -101,6 +144,20 @@ def gather_objects(value: Any) -> list[Any]:
     out: list[Any] = [None] * world_size()
     dist.all_gather_object(out, value, group=_cpu_group())
     return out
+
+
+def first_problem(error: Exception | None) -> str | None:
+    """What went wrong on the first rank where something did, the same on every rank; None if all went well.
+
+    A rank with an error gives the others as long as :func:`at_most` says: they may wait for it in another collective.
+    """
+    mine = None if error is None else f"{type(error).__name__}: {error}" + (f" (rank {rank()})" if rank() else "")
+    if error is None:
+        problems = gather_objects(mine)
+    else:
+        with at_most(20, error):
+            problems = gather_objects(mine)
+    return next((problem for problem in problems if problem), None)
 
 
 def on_first(action: Callable[[], T]) -> T:
@@ -138,7 +195,7 @@ def _cpu_group() -> Any:
     """Objects travel over gloo, not through GPU memory."""
     global _GLOO
     if _GLOO is None:
-        # a rank that has done its share of an evaluation may wait for hours; launchers notice ranks that died
+        # a rank may wait for hours, for another's evaluation or rank 0's checkpoint; a failure ends the wait
         _GLOO = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     return _GLOO
 
@@ -150,3 +207,65 @@ def stop() -> None:
         dist.barrier(group=_cpu_group() if world_size() > 1 else None)
         _GLOO = None
         dist.destroy_process_group()
+
+
+_CLAIMED, _FAILED = "aipo/claimed", "aipo/failed"  # keys in the store of the process group
+
+
+def _store() -> Any:
+    """That store, on a connection of its own: who waits on a connection keeps it from others."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    return store.clone()
+
+
+def fail(error: BaseException) -> int:
+    """Say what went wrong; gives the exit code, 2 for a UserError.
+
+    With several ranks it does not return. The first that fails speaks and ends, the others end silently with it: they
+    may be in a collective for which it never comes, and what they would say only follows from its error.
+    """
+    known, code = isinstance(error, UserError | TrainingError), 2 if isinstance(error, UserError) else 1
+    text = f"error: {error}" if known else "".join(traceback.format_exception(error)).rstrip()
+    several = world_size() > 1
+    if several:
+        store = _store()
+        if store.add(_CLAIMED, 1) > 1:
+            time.sleep(60)  # the thread that follows the other's failure is faster
+            os._exit(code)
+        text = f"rank {rank()}: {text}"
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends its summary with what it finds there
+            when = {"py_callstack": text, "timestamp": str(int(time.time()))}
+            Path(report).write_text(json.dumps({"message": {"message": text, "extraInfo": when}}))
+    sys.stdout.flush()
+    print(text, file=sys.stderr, flush=True)
+    if several:
+        store.set(_FAILED, text)
+        time.sleep(0.5)  # the others are silent before their connections break
+        os._exit(code)  # no destructor that waits for them
+    return code
+
+
+@contextmanager
+def at_most(seconds: float, error: BaseException) -> Iterator[None]:
+    """What a rank still does after ``error``. If others keep it longer than that, it fails then and there."""
+    timer = threading.Timer(seconds, fail, [error])
+    timer.daemon = True
+    if world_size() > 1:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _end_with_others(store: Any) -> None:
+    """On a thread: end this rank when another has failed."""
+    with suppress(dist.DistError):  # at the end of a run the store may go before this rank does
+        store.wait([_FAILED], timedelta(days=365))
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h")  # bars hide the cursor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        time.sleep(2)  # the launcher takes the rank that ends first for the cause
+        os._exit(1)

@@ -33,7 +33,7 @@ def _products(
     theta, factor, out, c, d, r, first, count, ROWS: tl.constexpr, COORDINATES: tl.constexpr, COLUMNS: tl.constexpr
 ):
     # A matrix product (c count, d) @ (d, r) whose left side is made tile by tile: row = token * count + k.
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # places in long batches pass 2**31
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     token, k = row // count, row % count
     degree = first + k

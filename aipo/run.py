@@ -177,12 +177,13 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
     rank, world = distributed.rank(), distributed.world_size()
     inputs = check_inputs(config, world)
     checkpoints = config.folder / "checkpoints"
+    locks = []  # held until the run ends
 
     def prepare() -> Path | None:
         found = resolve(checkpoints, resume)
         if found is not None:
             compare_identity(json.loads((found / "identity.json").read_text()), inputs.identity)
-        prepare_run_folder(config.folder, resume, config_text=dump_config(config))
+        locks.append(prepare_run_folder(config.folder, resume, config_text=dump_config(config)))
         return found
 
     checkpoint = distributed.on_first(prepare)
@@ -194,10 +195,11 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
         trainer = build(config, inputs, checkpoint, progress, device)
         try:
             finished = go(trainer, config, inputs, checkpoint)
-        finally:
-            trainer.generation.close()
-            trainer.tracker.close()
-            trainer.collector.rewarder.close()
+        except BaseException as error:
+            with distributed.at_most(20, error):
+                close(trainer)
+            raise
+        close(trainer)
     if finished and trainer.before and trainer.accuracy:
         peaks = distributed.gather_objects(peak_memory_bytes())
         save_final_model(trainer.sharded, inputs, config.folder / "final")
@@ -212,6 +214,13 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
             final_table(summary, console=console)
     trainer.collector.engine.close()
     return finished
+
+
+def close(trainer: Trainer) -> None:
+    """End its threads and worker processes, and what is being written."""
+    trainer.generation.close()
+    trainer.tracker.close()
+    trainer.collector.rewarder.close()
 
 
 def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None) -> bool:
@@ -319,7 +328,6 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
             config.folder / "checkpoints",
             keep_last=config.checkpoint.keep_last,
             rank=rank,
-            all_ok=distributed.all_true,
         ),
         tracker=Tracker(
             config.folder,

@@ -83,6 +83,9 @@ class DeepSpeed(Sharded):
         import deepspeed
 
         deepspeed.utils.logger.setLevel("WARNING")
+        # The dict that DeepSpeed asks whether its shared-memory all-reduce can be compiled, and then compiles it, for
+        # inference that nothing here does. AdamW is torch's, offloaded too, so no other op is ever compiled.
+        deepspeed.ops.__compatible_ops__ = {}
         self.policy = policy
         self.stage = config.sharding.zero_stage
         self.engine, self.optimizer, _, _ = deepspeed.initialize(

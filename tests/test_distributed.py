@@ -3,11 +3,62 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aipo import distributed
 from aipo.distributed import buckets
+from aipo.errors import UserError
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """As a launcher starts one of two ranks; what the process group is asked for, which is not made."""
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    groups: list[dict[str, Any]] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: groups.append({"backend": backend, **more}))
+    return groups
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_device_is_bound_where_there_are_others(
+    launched: list[dict[str, Any]], ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    device = distributed.start()
+    assert device == torch.device("cuda", 0)
+    assert launched == [{"backend": "cpu:gloo,cuda:nccl", "device_id": device if ranks > 1 else None}]
+
+
+def test_a_gpu_that_torch_cannot_use_is_an_error(
+    launched: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    distributed.start()  # no nvidia-smi
+    shown = tmp_path / "nvidia-smi"
+    shown.write_text("#!/bin/sh\necho 'NVIDIA A100-SXM4-80GB, 470.57.02'\n")
+    shown.chmod(0o755)
+    with pytest.raises(UserError, match=r"A100.*driver 470\.57\.02.*update the driver"):
+        distributed.start()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # meant
+    distributed.start()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    shown.write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
+    distributed.start()
+    assert launched == [{"backend": "gloo"}] * 3
 
 
 @given(st.lists(st.integers(0, 9)), st.integers(1, 12))

@@ -120,6 +120,18 @@ def test_exit_code_2_and_one_line(
     assert error.count("\n") == 1
 
 
+def test_under_a_launcher_only_one_rank_shows_the_plan(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "d.jsonl", GOOD)
+    keys = [f"model.path={model}", f"data.train={data}", f"data.validation={data}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "tiny.yaml", *keys, "--dry-run"])
+    for rank, times in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert train.main() == 0
+        assert capsys.readouterr().out.count("data.train: 8 questions") == times
+
+
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.parse(["--help"])

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from aipo import distributed
 from aipo.errors import TrainingError, UserError
 
 log = logging.getLogger(__name__)
@@ -38,19 +39,25 @@ class CheckpointStore:
         folder: Where checkpoints lie; the same folder for all ranks.
         keep_last: How many of the newest to keep, at least 1.
         rank: Rank of this process; rank 0 does what must be done once.
-        all_ok: True on every rank if it was called with True on every rank. It is also the barrier: each phase of a
-            save ends with it, so that a failure on one rank is a failure on all and nobody waits for ever.
+        first_problem: What went wrong, in words that are the same on every rank: that rank's exception, or None, goes
+            in. It is also the barrier: each phase of a save ends with it, so that a failure on one rank is a failure on
+            all and nobody waits for ever.
     """
 
     def __init__(
-        self, folder: Path, *, keep_last: int, rank: int = 0, all_ok: Callable[[bool], bool] = lambda ok: ok
+        self,
+        folder: Path,
+        *,
+        keep_last: int,
+        rank: int = 0,
+        first_problem: Callable[[Exception | None], str | None] = distributed.first_problem,
     ) -> None:
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1; got {keep_last}")
         self.folder = Path(folder)
         self._keep_last = keep_last
         self._rank = rank
-        self._all_ok = all_ok
+        self._first_problem = first_problem
         if rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left_over in self.folder.glob(TEMPORARY + "*"):
@@ -137,11 +144,10 @@ class CheckpointStore:
                 action()
             except Exception as caught:  # carried over the barrier below, then raised on every rank
                 error = caught
-        if not self._all_ok(error is None):
-            reason = "another rank failed" if error is None else f"{type(error).__name__}: {error}"
+        if problem := self._first_problem(error):
             good = latest(self.folder)
             rest = f"{good} is intact and is the one to resume from" if good else "there is no earlier one"
-            raise CheckpointError(f"could not save the checkpoint of {what}: {reason}; {rest}") from error
+            raise CheckpointError(f"could not save the checkpoint of {what}: {problem}; {rest}") from error
 
 
 def latest(folder: Path) -> Path | None:

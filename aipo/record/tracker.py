@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock, Timeout
 
 from aipo.errors import UserError
-from aipo.record.checkpoints import write_atomically
+from aipo.record.checkpoints import TEMPORARY, write_atomically
 from aipo.record.plots import draw_curves
 
 log = logging.getLogger(__name__)
@@ -50,26 +51,48 @@ PACKAGES = (
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 
 
-def prepare_run_folder(folder: Path, resume: str, *, config_text: str, command: Sequence[str] = sys.argv) -> None:
+STARTED = {"config.yaml", "versions.json", "git.json", "command.txt", ".lock"}
+BEFORE_THE_FIRST_STEP = STARTED | {"metrics.jsonl", "curves", "rollouts", "checkpoints", "wandb", "wandb_id.txt"}
+"""What a run may have in its folder when its first step ends; of these the first are there from its start."""
+
+
+def prepare_run_folder(folder: Path, resume: str, *, config_text: str, command: Sequence[str] = sys.argv) -> FileLock:
     """Make the run folder and note what is run: config, versions, commit, command line. Rank 0 only, at the start.
 
-    ``resume`` is what ``--resume`` was given: ``none``, ``auto`` or a checkpoint's path. Raises UserError where the
-    folder has something in it that this run would write over: a run that is not being resumed.
+    ``resume`` is what ``--resume`` was given: ``none``, ``auto`` or a checkpoint's path. Returns the lock that keeps
+    the folder for this process; the system drops it with the process. Raises UserError where another process has it,
+    and where the folder has something in it that this run would write over: a step of a run that is not being resumed,
+    or files of no run.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is to be the run folder, but is a file: give the run another name")
-    used = folder.is_dir() and any(folder.iterdir())
+    used = folder.is_dir() and has_begun(folder)
     foreign = resume not in ("none", "auto") and folder.resolve() not in Path(resume).resolve().parents
     if used and (resume == "none" or foreign):
         raise UserError(
             f"run folder {folder} exists already: continue it with --resume auto, or name this run otherwise (name=...)"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"run folder {folder}: another train.py works there: name this run otherwise (name=...)"
+        ) from None
     write_atomically(folder / "config.yaml", config_text)
     write_atomically(folder / "versions.json", json.dumps(versions(), indent=1) + "\n")
     write_atomically(folder / "git.json", json.dumps(git_state(Path(__file__).parent)) + "\n")
     with (folder / "command.txt").open("a") as file:  # a line for every start of the run
         file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')}  {shlex.join(command)}\n")
+    return lock
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a folder holds a step of a run, or what no run puts there; a start that died before has left neither."""
+    logged = any(line["step"] > 0 for line in read_jsonl(folder / "metrics.jsonl"))
+    foreign = {path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY)} - BEFORE_THE_FIRST_STEP
+    return logged or bool(foreign) or any(folder.glob("checkpoints/step-*"))
 
 
 def versions() -> dict[str, str]:

@@ -74,7 +74,7 @@ def test_the_slurm_script_starts_one_launcher_a_machine(tmp_path: Path) -> None:
     commands = {
         "scontrol": "echo host0; echo host1",
         "srun": 'shift; for i in 0 1 2 3; do SLURM_NODEID=$i "$@"; done',
-        "python": 'shift 2; printf "%s\\n" "$@" > "launcher$SLURM_NODEID"',
+        "python": 'shift 2; printf "%s\\n" "$@" > "launcher$SLURM_NODEID"; env > environment',
     }
     for name, body in commands.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -85,6 +85,7 @@ def test_the_slurm_script_starts_one_launcher_a_machine(tmp_path: Path) -> None:
         "SLURM_NNODES": "4",
         "SLURM_JOB_NODELIST": "host[0-3]",
         "SLURM_SUBMIT_DIR": str(tmp_path),
+        "NETWORK": "ib7",
     }
     subprocess.run(["bash", str(SCRIPT), "qwen3_32b.yaml", "name=a b"], env=environment, check=True)
     for number in range(4):
@@ -93,6 +94,8 @@ def test_the_slurm_script_starts_one_launcher_a_machine(tmp_path: Path) -> None:
         assert arguments[arguments.index("--main_process_ip") + 1] == "host0"
         assert arguments[-5:] == ["--resume", "auto", "--config", "qwen3_32b.yaml", "name=a b"]
         launched(arguments)
+    exported = (tmp_path / "environment").read_text().splitlines()
+    assert {"NCCL_SOCKET_IFNAME=ib7", "GLOO_SOCKET_IFNAME=ib7"} <= set(exported)
 
 
 def test_the_slurm_script_wants_a_config_and_is_clean() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from rich.console import Console
 
 from aipo.errors import UserError
@@ -29,8 +30,10 @@ from aipo.record.tracker import (
 # --- the run folder
 
 
-def prepare(folder: Path, resume: str = "none", **kwargs) -> None:
-    prepare_run_folder(folder, resume, config_text="seed: 0\n", command=["train.py", "--config", "a b.yaml"], **kwargs)
+def prepare(folder: Path, resume: str = "none", **kwargs) -> FileLock:
+    return prepare_run_folder(
+        folder, resume, config_text="seed: 0\n", command=["train.py", "--config", "a b.yaml"], **kwargs
+    )
 
 
 def test_the_run_folder_says_what_was_run(tmp_path):
@@ -49,14 +52,30 @@ def test_an_existing_run_is_not_written_over(tmp_path):
     run = tmp_path / "first"
     run.mkdir()
     prepare(run)  # empty: fine
+    Tracker(run, wandb_mode="disabled").log(0, {"validation/accuracy": 0.5})
+    prepare(run)  # a start that died before its first step: fine too
+    (run / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     for resume in ("none", str(tmp_path / "other" / "checkpoints" / "step-000001")):
         with pytest.raises(UserError, match=r"first exists already: .*--resume auto"):
             prepare(run, resume)
     prepare(run, str(run / "checkpoints" / "step-000001"))
+    (run / "metrics.jsonl").unlink()
+    prepare(run)
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        prepare(run)
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(UserError, match="is a file"):
         prepare(file, "auto")
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    lock = prepare(tmp_path / "run", "auto")
+    with pytest.raises(UserError, match="another train"):
+        prepare(tmp_path / "run", "auto")
+    lock.release()
+    prepare(tmp_path / "run", "auto")
 
 
 def test_versions_leave_out_what_is_not_installed():
