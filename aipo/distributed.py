@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aipo.errors import UserError
+from aipo.threads import cpu_threads
 
 T = TypeVar("T")
 
@@ -36,6 +37,7 @@ def start() -> torch.device:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
+    torch.set_num_threads(cpu_threads())  # also where torch was imported before the environment was settled
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
@@ -44,19 +46,8 @@ def start() -> torch.device:
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported
         device = torch.device("cpu")
-        torch.set_num_threads(cpu_threads())
         dist.init_process_group("gloo")
     return device
-
-
-def cpu_threads() -> int:
-    """CPU threads for this rank: ``OMP_NUM_THREADS`` if above 1, else its share of the cores it may run on.
-
-    A value of 1 counts as unset: torchrun and accelerate export it where the user set nothing.
-    """
-    asked = int(os.environ.get("OMP_NUM_THREADS", "1"))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return asked if asked > 1 else max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def rank() -> int:

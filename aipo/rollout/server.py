@@ -32,6 +32,7 @@ from aipo import distributed
 from aipo.errors import TrainingError, UserError
 from aipo.rollout.base import Completion, Request, Sampling, check_requests, parameter_names
 from aipo.rollout.vllm import checkpoint_stream
+from aipo.threads import SHARING
 
 if TYPE_CHECKING:
     from aipo.config import Config
@@ -378,7 +379,7 @@ def main() -> None:
     if arguments.dry_run:
         print(shlex.join([*(f"{key}={value}" for key, value in settings.items()), *command]))
     else:
-        os.execve(sys.executable, command, os.environ | settings)
+        os.execve(sys.executable, command, SHARING | os.environ | settings)
 
 
 if __name__ == "__main__":
