@@ -117,9 +117,9 @@ def main() -> None:
     text = f"""# A step beside a busy program
 
 {machine()}; Linux {platform.release()}, {packages}; load average {load_before:.1f} at the start.
-SmolLM2-135M with vLLM and ZeRO-3, ranks: {arguments.ranks}, `OMP_NUM_THREADS={os.cpu_count()}`. {steps} steps of {questions}
-questions × 8 samples, each once alone and once beside a loop that keeps one core busy; medians. Goal: at most {GOAL}
-times as long.
+SmolLM2-135M with vLLM and ZeRO-3, ranks: {arguments.ranks}, `OMP_NUM_THREADS={os.cpu_count()}`.
+{steps} steps of {questions} questions × 8 samples, each once alone and once beside a loop that keeps one core busy;
+medians. Goal: at most {GOAL} times as long.
 
 {markdown(["", "quiet, s", "loaded, s", "loaded / quiet", "min – max"], rows)}
 Peak of a rank: {peak:.2f} GiB.

@@ -375,11 +375,12 @@ def main() -> None:
     command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *serve]
     command += [f"--host={arguments.host}", f"--port={arguments.port}", *given[split + 1 :]]
     root = str(Path(__file__).resolve().parents[2])  # where vLLM's workers find this package
-    settings = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
+    settings = {key: value for key, value in SHARING.items() if key not in os.environ}
+    settings |= {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
     if arguments.dry_run:
         print(shlex.join([*(f"{key}={value}" for key, value in settings.items()), *command]))
     else:
-        os.execve(sys.executable, command, SHARING | os.environ | settings)
+        os.execve(sys.executable, command, os.environ | settings)
 
 
 if __name__ == "__main__":
