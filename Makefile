@@ -36,7 +36,7 @@ endif
 
 train: setup  ## train the embedded model end to end, or go on with it; ARGS="name=other optim.lr=1e-5" is passed on
 	python -m aipo.problems.embedded
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} accelerate launch train.py --config smollm2_135m.yaml --resume auto $(ARGS)
+	accelerate launch train.py --config smollm2_135m.yaml --resume auto $(ARGS)
 
 data: setup  ## fetch the data sets from the Hugging Face hub and check them; ARGS="--from FOLDER" reads copies instead
 	python data/prepare.py all $(ARGS)

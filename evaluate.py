@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 from aipo.errors import UserError
+from aipo.threads import settle
 
 EXAMPLES = """
 MODEL is a hub id, a Hugging Face folder, a run folder of train.py or one of its checkpoints. Without MODEL and CONFIG
@@ -110,7 +111,7 @@ def main() -> int:
             return 0
         if options.gpus and "RANK" not in os.environ:
             spread(options.gpus)
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+        settle()
         warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.dist", category=FutureWarning)
         from aipo import distributed
         from aipo.evaluation.benchmarking import run

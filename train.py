@@ -9,6 +9,7 @@ import warnings
 
 from aipo.config import Config, dump_config, help_keys, load_config
 from aipo.errors import UserError
+from aipo.threads import settle
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -65,8 +66,7 @@ def main() -> int:
         config = load_config(arguments.config, arguments.overrides, method=arguments.method)
         if arguments.dry_run:
             return dry_run(config, arguments)
-        # Threads that wait must not spin: verifier workers or a second rank would slow training several times.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+        settle()
         warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.dist", category=FutureWarning)
         from aipo import distributed  # torch and all that: only once the config is known to be right
         from aipo.run import run

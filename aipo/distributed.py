@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aipo.errors import TrainingError, UserError
+from aipo.threads import cpu_threads
 
 T = TypeVar("T")
 
@@ -59,6 +60,7 @@ def start() -> torch.device:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
+    torch.set_num_threads(cpu_threads())  # also where torch was imported before the environment was settled
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
@@ -70,7 +72,6 @@ def start() -> torch.device:
         refuse_unusable_gpu()
         os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported
         device = torch.device("cpu")
-        torch.set_num_threads(cpu_threads())
         dist.init_process_group("gloo")
     if world_size() > 1:
         threading.Thread(target=_end_with_others, args=[_store()], daemon=True).start()
@@ -90,16 +91,6 @@ def refuse_unusable_gpu() -> None:
             f"nvidia-smi shows a GPU ({name}, driver {driver}) that PyTorch cannot use: torch {torch.__version__} "
             f"{built}: update the driver or install the other torch; CUDA_VISIBLE_DEVICES= runs on the CPU"
         )
-
-
-def cpu_threads() -> int:
-    """CPU threads for this rank: ``OMP_NUM_THREADS`` if above 1, else its share of the cores it may run on.
-
-    A value of 1 counts as unset: torchrun and accelerate export it where the user set nothing.
-    """
-    asked = int(os.environ.get("OMP_NUM_THREADS", "1"))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return asked if asked > 1 else max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def rank() -> int:

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from aipo.distributed import cpu_threads
 from aipo.errors import UserError
 from aipo.rollout import Completion, Request, Sampling, make_engine
 from aipo.rollout.check import TOLERANCE, check_weight_sync, logprob_gap, perturbed
 from aipo.rollout.vllm import VllmEngine
+from aipo.threads import cpu_threads
 from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.e2e
