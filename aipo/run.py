@@ -78,9 +78,6 @@ def check_inputs(config: Config, world: int) -> Inputs:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     config.check_world_size(world)
-    require_engine(config.rollout.engine)
-    if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
-        raise UserError("model.attention: flash_attention_2 is not installed: pip install flash-attn, or use sdpa")
     path = resolve_model(config.model.path)
     loaded = {split: load_problems(getattr(config.data, split), split=split) for split in ("train", "validation")}
     try:
@@ -121,6 +118,10 @@ def check_inputs(config: Config, world: int) -> Inputs:
             f"dynamic.factor: {drawn} questions a draw exceed the {len(kept['train'])} of data.train: lower it, or "
             "rollout.questions_per_step"
         )
+    # what is not installed comes last: it must not hide what is wrong with config and data
+    require_engine(config.rollout.engine)
+    if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise UserError("model.attention: flash_attention_2 is not installed: pip install flash-attn, or use sdpa")
     held_out = kept["validation"][: config.validation.questions]
     identity = run_identity(
         config.model_dump(),

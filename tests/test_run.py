@@ -34,15 +34,21 @@ def config_with(model: Path, data: Path, *overrides: str):  # type: ignore[no-un
     )
 
 
+@pytest.fixture
+def without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setattr("aipo.rollout.find_spec", lambda name: None)
+
+
 def test_good_input(model: Path, tmp_path: Path) -> None:
-    inputs = check_inputs(config_with(model, write(tmp_path / "d.jsonl", GOOD)), world=2)
+    inputs = check_inputs(config_with(model, write(tmp_path / "d.jsonl", GOOD), "rollout.engine=hf"), world=2)
     assert len(inputs.problems) == 8
     assert len(inputs.held_out) == 4  # validation.questions
 
 
 def test_what_is_dropped_is_counted(model: Path, tmp_path: Path) -> None:
     rows = [*GOOD, {"question": "long " * 300, "answer": "1"}, GOOD[0], *({"question": "?", "answer": a} for a in "12")]
-    inputs = check_inputs(config_with(model, write(tmp_path / "d.jsonl", rows)), world=1)
+    inputs = check_inputs(config_with(model, write(tmp_path / "d.jsonl", rows), "rollout.engine=hf"), world=1)
     assert len(inputs.problems) == 8
     assert "1 duplicate" in inputs.notes[0]
     assert "2 conflicting answers" in inputs.notes[0]
@@ -61,17 +67,21 @@ def test_what_is_dropped_is_counted(model: Path, tmp_path: Path) -> None:
         (["rollout.max_tokens=100000"], 1, "exceed the"),
     ],
 )
+@pytest.mark.usefixtures("without_vllm")
 def test_bad_input(model: Path, tmp_path: Path, overrides: list[str], world: int, said: str) -> None:
+    """The same words where vLLM, which the config asks for, is not installed."""
     with pytest.raises(UserError, match=said):
         check_inputs(config_with(model, write(tmp_path / "d.jsonl", GOOD), *overrides), world=world)
 
 
+@pytest.mark.usefixtures("without_vllm")
 @pytest.mark.parametrize("row", [{"question": "a"}, {"question": "a", "answer": ""}, {"question": "a", "answer": 3}])
 def test_bad_rows_are_numbered(model: Path, tmp_path: Path, row: object) -> None:
     with pytest.raises(UserError, match=r"d\.jsonl.*9.*answer"):
         check_inputs(config_with(model, write(tmp_path / "d.jsonl", [*GOOD, row])), world=1)
 
 
+@pytest.mark.usefixtures("without_vllm")
 def test_model_without_chat_template(tmp_path: Path) -> None:
     bare = make_tiny(tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
@@ -82,11 +92,12 @@ def test_model_without_chat_template(tmp_path: Path) -> None:
 def test_flash_attention_that_is_not_installed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aipo.run.find_spec", lambda name: None)
     data = write(tmp_path / "d.jsonl", GOOD)
-    more = ["model.attention=flash_attention_2", "optim.share_prompts=false"]
+    more = ["model.attention=flash_attention_2", "optim.share_prompts=false", "rollout.engine=hf"]
     with pytest.raises(UserError, match="flash_attention_2 is not installed"):
         check_inputs(config_with(model, data, *more), world=1)
 
 
+@pytest.mark.usefixtures("without_vllm")
 def test_model_that_scales_its_logits(tmp_path: Path) -> None:
     capped = make_tiny(tmp_path / "capped")
     config = json.loads((capped / "config.json").read_text())
@@ -95,9 +106,8 @@ def test_model_that_scales_its_logits(tmp_path: Path) -> None:
         check_inputs(config_with(capped, write(tmp_path / "d.jsonl", GOOD)), world=1)
 
 
-def test_engine_that_is_not_installed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    monkeypatch.setattr("aipo.rollout.find_spec", lambda name: None)
+@pytest.mark.usefixtures("without_vllm")
+def test_engine_that_is_not_installed(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pip install vllm"):
         check_inputs(config_with(model, write(tmp_path / "d.jsonl", GOOD)), world=1)
 

@@ -156,7 +156,7 @@ class Latents(nn.Module):
     ) -> Injection:
         """A latent from the prior for each branch; ``prompts`` are question and prefix, ``seeds`` those of the
         requests."""
-        x = engine.mean_states(prompts, [len(prompt) for prompt in prompts])[:, 0].cpu()  # (B, width)
+        x = engine.mean_states(prompts, [len(prompt) for prompt in prompts])[:, 0]  # (B, width)
         # the engine draws its tokens from `seed` itself: the same numbers must not choose both
         z = self.cvae.sample(x, [seed ^ 0x5DEECE66D for seed in seeds])  # (B, latent)
         return Injection(rule, self.projections, z, scale, half_life)
@@ -270,7 +270,7 @@ def collect_pairs(
     means, block = [], 256
     with progress.task("embeddings", len(sequences)) as task:
         for start in range(0, len(sequences), block):
-            means.append(states.mean_states(sequences[start : start + block], cuts[start : start + block]).cpu())
+            means.append(states.mean_states(sequences[start : start + block], cuts[start : start + block]))
             task.advance(len(means[-1]))
     x, y = torch.cat(means).unbind(1)
     return x, y

@@ -161,7 +161,7 @@ class RewardConfig(Section):
     workers: Positive = 2
     """verifier processes per rank"""
     timeout_s: Annotated[float, Field(gt=0)] = 5.0
-    """seconds an answer may take before its worker is killed and it counts as wrong"""
+    """seconds of CPU time an answer may take before its worker is killed and it counts as wrong"""
     memory_mb: Annotated[int, Field(ge=512)] = 2048
     """memory cap of a worker"""
 

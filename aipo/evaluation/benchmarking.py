@@ -112,7 +112,6 @@ def make_job(options: argparse.Namespace, say: Say) -> Job:
     """Check everything that can be checked without weights."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    require_engine(options.engine)
     config = load_config(options.config) if options.config else None
     names = [name.strip() for name in options.benchmarks.split(",") if name.strip()] or list(PAPER)
     spec = options.model or (config.model.path if config else MODEL)
@@ -143,6 +142,7 @@ def make_job(options: argparse.Namespace, say: Say) -> Job:
     )
     if sampling.max_tokens >= context:
         raise UserError(f"--max-tokens {sampling.max_tokens}: {spec} reads {context} tokens, the prompt included")
+    require_engine(options.engine)
     prompt: dict[str, Any] = {
         "system": config.data.system if config else None,
         "examples": config.data.examples if config else (),

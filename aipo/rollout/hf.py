@@ -173,7 +173,7 @@ class HfEngine:
         none. Nothing of a sequence is seen by the tokens before it, so the first half is the prefix's own.
 
         Returns:
-            (B, 2, d) in float32.
+            (B, 2, d) in float32, on CPU, where the latents are drawn.
         """
         means = torch.zeros(len(sequences), 2, self._model.config.hidden_size, device=self._device)
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
@@ -191,7 +191,7 @@ class HfEngine:
             for half, span in enumerate((token & (at < before), token & (at >= before))):
                 weight = span / span.sum(dim=1, keepdim=True).clamp(min=1)  # (b, S)
                 means[rows, half] = torch.einsum("bs,bsd->bd", weight, states)
-        return means
+        return means.cpu()
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See :meth:`~aipo.rollout.base.RolloutEngine.sync`; copies in place."""

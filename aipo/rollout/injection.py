@@ -7,6 +7,7 @@ meant to be trained, but no gradient reaches them through the engine.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,7 +81,8 @@ class Injection:
         return replace(self, z=self.z[rows])
 
     def to(self, device: torch.device) -> Injection:
-        return replace(self, projections=self.projections.to(device), z=self.z.to(device))
+        """A copy there; the projections are the caller's own, and `Module.to` would move them away."""
+        return replace(self, projections=copy.deepcopy(self.projections).to(device), z=self.z.to(device))
 
     def strength(self, t: int) -> float:
         return self.scale * (1.0 if self.half_life is None else 2 ** (-t / self.half_life))

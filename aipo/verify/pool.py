@@ -36,6 +36,7 @@ from aipo.verify.answers import after_thinking, bare_gold, choice_letter, extrac
 __all__ = ["Verdict", "Verifier", "after_thinking", "extract_answer", "is_correct", "last_box"]
 
 REMEMBERED = 4096  # verdicts: the rollouts of one question often give the same answer
+PATIENCE = 20.0  # seconds of the clock for one of CPU time, at least a minute: then a worker is stopped or swapped out
 STARTUP_SECONDS = 120.0  # a worker imports sympy in half a second; generous, because a loaded machine is slow
 
 
@@ -59,7 +60,7 @@ def is_correct(gold: str, response: str, *, kind: str = "math", timeout: float =
     Args:
         gold: the answer, with or without ``\\boxed{}`` or dollar signs; for ``kind="choice"`` a letter.
         response: the whole completion; see :func:`extract_answer` for what counts as its answer.
-        timeout: seconds of work for one answer; the first call also pays for starting a worker.
+        timeout: seconds of CPU time for one answer; the first call also pays for starting a worker.
         lenient: take the last formula or number of a response that has neither a box nor an ``Answer:`` line.
 
     No content of ``gold`` or ``response`` raises: what cannot be parsed, takes too long or too much memory is
@@ -111,12 +112,12 @@ class _Worker:
 
     def judge(self, job: _Job) -> Verdict:
         try:
-            self.connection.send_bytes(json.dumps([job.gold, job.answer]).encode())
-            if not self.connection.poll(job.timeout):
+            self.connection.send_bytes(json.dumps([job.gold, job.answer, job.timeout]).encode())
+            if not self.connection.poll(max(PATIENCE * job.timeout, 60.0)):
                 return Verdict.TIMED_OUT
             return Verdict(self.connection.recv_bytes().decode())
         except (EOFError, OSError):
-            return Verdict.KILLED
+            return Verdict.TIMED_OUT if self.process.wait() == -signal.SIGPROF else Verdict.KILLED
 
     def await_ready(self) -> None:
         try:
@@ -139,7 +140,7 @@ class Verifier:
 
     Args:
         workers: processes, each on at most one core.
-        timeout: seconds for one answer.
+        timeout: seconds of CPU time for one answer, so that a busy machine changes no verdict.
         memory_mb: address space of a worker in MiB.
     """
 
@@ -327,6 +328,7 @@ def _limit_process(memory_mb: int) -> None:
 
     for ignored in (signal.SIGINT, signal.SIGTERM):  # a batch system sends SIGTERM to every process of a job
         signal.signal(ignored, signal.SIG_IGN)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the trainer
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
@@ -347,15 +349,17 @@ def _work(connection: Connection, memory_mb: int) -> None:
     connection.send_bytes(b"ready")
     while True:
         try:
-            gold, answer = json.loads(connection.recv_bytes())
+            gold, answer, seconds = json.loads(connection.recv_bytes())
         except (EOFError, OSError):
             return
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # the kernel counts CPU time and sends SIGPROF
         try:
             verdict = Verdict.CORRECT if equal(gold, answer) else Verdict.WRONG
         except MemoryError:
             os._exit(1)  # what is left of this process is not to be trusted; the parent starts another
         except Exception:  # sympy raises every kind of error on nonsense, RecursionError included
             verdict = Verdict.WRONG
+        signal.setitimer(signal.ITIMER_PROF, 0)
         connection.send_bytes(verdict.value.encode())
 
 

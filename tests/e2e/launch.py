@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +34,7 @@ def evaluate(*arguments: str, ranks: int = 1, expect: int = 0) -> str:
 
 
 def _run(command: list[str], expect: int) -> str:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    done = processes.run(command, cwd=ROOT)
     assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 

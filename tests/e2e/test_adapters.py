@@ -6,7 +6,6 @@ Run as a script, this file is one rank.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from aipo.rollout.base import Request, Sampling
 from aipo.rollout.check import TOLERANCE, check_weight_sync, logprob_gap
 from aipo.run import log_probs_of
 from aipo.sharding import Sharded, shard
+from tests import processes
 from tests.e2e.launch import ROOT
 from tests.tiny import make_tiny
 
@@ -165,14 +165,10 @@ def outs(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path
     for ranks in SHARES:
         out = made[ranks] = tmp_path_factory.mktemp(f"ranks{ranks}")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        done = subprocess.run(
+        done = processes.run(
             [*launcher, __file__, model, str(out)],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
         )
         assert done.returncode == 0, done.stderr[-10000:]
     return made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import processes
 from tests.e2e.launch import ROOT
 from tests.tiny import make_tiny
 
@@ -27,14 +27,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any
     for ranks in (1, 2):
         out = tmp_path_factory.mktemp(f"ranks{ranks}")
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-        done = subprocess.run(
+        done = processes.run(
             [*launcher, str(Path(__file__).with_name("update_worker.py")), str(model), str(out)],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},
-            capture_output=True,
-            text=True,
-            timeout=500,
-            check=False,
         )
         assert done.returncode == 0, done.stderr[-20000:]
         found[ranks] = torch.load(out / "result.pt", weights_only=True)

@@ -274,6 +274,14 @@ def test_latents_that_cannot_be_used(folder):
         engine.generate([*REQUESTS[:4], Request([5], 0)], SAMPLING, injection=injection)
 
 
+def test_a_latent_goes_to_a_device_as_a_copy():
+    injection = injection_for("norm_kv")
+    there = injection.to(torch.device("meta"))
+    assert there.z.is_meta
+    assert all(matrix.is_meta for matrix in there.projections.buffers())
+    assert not any(matrix.is_meta for matrix in injection.projections.buffers())  # other batches and saving need them
+
+
 def test_mean_states_are_those_of_a_full_forward(folder, model):
     sequences, cuts = [[*p, 20, 21] for p in PROMPTS], [3, 0, 5, 14, 2]
     means = engine_for(folder, batch_size=2).mean_states(sequences, cuts)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from aipo.verify import Verdict, Verifier, is_correct
 from aipo.verify.answers import MAX_CHARS
+from tests.processes import Guard, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,7 +122,7 @@ def test_an_answer_that_takes_too_long_is_refused_and_the_next_one_is_not() -> N
             worker = pool._workers[0]
             assert worker is not None
             assert pool.submit("5", boxed(answer), timeout=0.3).result() is Verdict.TIMED_OUT
-            assert worker.process.poll() == -signal.SIGKILL
+            assert worker.process.poll() == -signal.SIGPROF
         assert pool.submit("x", boxed("0 + x")).result() is Verdict.CORRECT
         assert pool.stats == {Verdict.CORRECT: 3, Verdict.TIMED_OUT: 2}
 
@@ -218,10 +219,10 @@ def test_closing_is_quick_with_work_in_flight_and_final() -> None:
     running, queued = pool.submit("5", BOMB), pool.submit("5", boxed(r"\sum_{n=1}^{10^8} n!"))
     while not running.running():
         time.sleep(0.01)
-    closing = threading.Thread(target=pool.close)
-    closing.start()
-    closing.join(timeout=30)
-    assert not closing.is_alive()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    pool.close()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime - before.ru_utime < 60  # seconds of CPU time: it did not wait for the 600
     assert queued.cancelled() or queued.exception() is not None
     assert running.done()
     with pytest.raises(RuntimeError, match="closed"):
@@ -258,12 +259,9 @@ def test_works_without_a_main_guard_silently_and_exits(how: str, tmp_path: Path)
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     arguments = {"script": [str(script)], "stdin": [], "-c": ["-c", SCRIPT]}[how]
-    done = subprocess.run(
+    done = run(
         [sys.executable, *arguments],
-        input=SCRIPT if how == "stdin" else "",
-        capture_output=True,
-        text=True,
-        timeout=60,
+        stdin=SCRIPT if how == "stdin" else "",
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
@@ -284,14 +282,13 @@ def test_a_busy_worker_dies_with_its_trainer_but_not_of_ctrl_c() -> None:
         os.kill(int(worker.name), polite)
     time.sleep(0.2)
     assert running(worker)
+    guard = Guard(int(worker.name), most=60.0)
     trainer.kill()
     trainer.wait()
     trainer.stdout.close()
-    for _ in range(200):
-        if not running(worker):
-            break
+    while running(worker):
+        guard.check()
         time.sleep(0.05)
-    assert not running(worker)
 
 
 def running(process: Path) -> bool:
@@ -306,9 +303,12 @@ def test_a_forked_child_gets_workers_of_its_own() -> None:
     assert is_correct("x", boxed("x + 0"))
     child = os.fork()
     if child == 0:
-        signal.alarm(60)  # a hang is a failure, not a stuck suite
         os._exit(0 if is_correct("x", boxed("0 + x")) else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    guard = Guard(child)
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        guard.check()
+        time.sleep(0.05)
+    assert os.waitstatus_to_exitcode(ended[1]) == 0
 
 
 def test_a_broken_installation_is_an_error_and_not_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
