@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from aipo.record.progress import Progress, final_table, summarize
 from aipo.record.tracker import Tracker, peak_memory_bytes, prepare_run_folder, read_jsonl
 from aipo.reward import Rewarder
 from aipo.rollout import make_engine, require_engine
-from aipo.rollout.check import check_weight_sync
+from aipo.rollout.check import check_weight_sync, engine_gap
 from aipo.rollout.collect import Collector
 from aipo.rollouts import MicroBatch, micro_batches
 from aipo.selection import TokenSelector
@@ -54,7 +55,9 @@ MAY_CHANGE = (
     "guards",
     "reward.workers",
     "rollout.check_sync",
+    "rollout.check_every",
     "rollout.server_url",
+    "rollout.server_timeout_s",
 )
 LABEL_BLOCK = 64  # questions a rank labels between two savings
 
@@ -263,7 +266,7 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
     options: dict[str, Any] = {"dtype": config.model.dtype}
     if rollout.mode == "server":
         urls = [rollout.server_url] if isinstance(rollout.server_url, str) else rollout.server_url
-        options |= {"urls": urls, "name": config.model.path}
+        options |= {"urls": urls, "name": config.model.path, "timeout": rollout.server_timeout_s}
     else:
         options |= {"seed": config.seed + rank, "load_weights": False}
         if rollout.engine == "vllm":
@@ -296,11 +299,10 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
     sharded = shard(policy, config, device)
     reference = frozen_reference(config, inputs.model_path, device) if config.loss.kl_beta > 0 else None
     seed_everything(config.seed, rank)  # building engines draws random numbers
+    prompts = [inputs.prompter.encode(problem.question) for problem in inputs.problems[:4]]
+    log_probs = log_probs_of(sharded, device)
     if rollout.check_sync:
-        prompts = [inputs.prompter.encode(problem.question) for problem in inputs.problems[:4]]
-        gap = check_weight_sync(
-            engine, sharded.full_parameters, log_probs_of(sharded, device), prompts, seed=config.seed
-        )
+        gap = check_weight_sync(engine, sharded.full_parameters, log_probs, prompts, seed=config.seed)
         progress.say(f"weight sync checked: {rollout.engine} and the policy differ by {gap:.4f} nats a token")
     else:
         engine.sync(sharded.full_parameters())
@@ -348,6 +350,7 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
         progress=progress,
         device=device,
         identity=inputs.identity,
+        engine_gap=partial(engine_gap, engine, log_probs, prompts, seed=config.seed),
         latents=find_latents(config, inputs.model_path),
     )
 

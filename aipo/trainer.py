@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +31,11 @@ from aipo.mask import prefix_share
 from aipo.metrics import Accuracy
 from aipo.problems.datasets import Problem
 from aipo.record.checkpoints import CheckpointStore, rng_state, set_rng_state
+from aipo.record.clock import Clock
 from aipo.record.progress import Progress
 from aipo.record.reporting import dump_batch, reduce_metrics, rollout_rows
 from aipo.record.tracker import Tracker
+from aipo.rollout.check import TOLERANCE
 from aipo.rollout.collect import Collector
 from aipo.rollouts import MicroBatch, Rollouts, balanced, filler, micro_batches, pad, shared_prompt_batches, unpad
 from aipo.selection import TokenSelector
@@ -44,29 +44,14 @@ from aipo.tokens.early_exit import postfix_ids
 from aipo.tokens.signals import Signals, diagnostics, shape, token_signals
 
 
-class Clock:
-    """Seconds by phase; the device is waited for, so that a phase pays for its own work."""
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.seconds[phase] += time.perf_counter() - start
-
-
 class Trainer:
     """Everything that a run consists of; :meth:`train` is the loop, the rest are its stages.
 
     Args:
         problems, held_out: all ranks hold all of them.
         reference: (micro-batch, mask (N,)) -> log-probabilities (K,) of the initial model; None without a KL term.
+        engine_gap: nats between the engine's log-probabilities and the policy's
+            (:func:`~aipo.rollout.check.engine_gap`); a collective.
         latents: what branches are drawn with; None without ``branch.latent``.
         identity: what a run that resumes this one must share with it; kept beside each checkpoint.
         stop_requested: asked after every step; true on any rank ends the run after a checkpoint.
@@ -88,6 +73,7 @@ class Trainer:
         progress: Progress,
         device: torch.device,
         identity: dict[str, Any],
+        engine_gap: Callable[[], float],
         latents: Latents | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -96,7 +82,7 @@ class Trainer:
         self.collector, self.sharded, self.reference = collector, sharded, reference
         self.selector, self.curriculum = selector, curriculum
         self.store, self.tracker, self.progress = store, tracker, progress
-        self.identity, self.stop_requested = identity, stop_requested
+        self.identity, self.engine_gap, self.stop_requested = identity, engine_gap, stop_requested
         postfix = postfix_ids(collector.prompter.tokenizer, thinking=config.data.thinking)
         self.generation = Generation(
             collector, config, entropies=self.entropies, log_probs=self.log_probs, postfix=postfix, latents=latents
@@ -122,9 +108,12 @@ class Trainer:
             step, clock = self.step, Clock()
             kappa, prefix = self.curriculum.kappa(step), self.prefix_share()
 
+            with clock("sync"):
+                self.check_engine()
             rollouts, metrics = self.generation.rollouts(step, self.sample_questions, clock, prefix=prefix)
             metrics |= self.set_advantages(rollouts, clock)
-            rollouts = self.balance(rollouts)
+            with clock("rollout"):
+                rollouts = self.balance(rollouts)
             metrics |= self.update(rollouts, kappa, step, clock, prefix)
             with clock("rollout"):
                 self.generation.wait()
@@ -420,10 +409,12 @@ class Trainer:
         labels trains exactly as one that finds its labels made.
         """
         config, clean = self.config, self.selector.state_dict()
+        self.wake()
         sampling = replace(
             self.generation.sampling, max_tokens=min(config.rollout.max_tokens, config.curriculum.probe_tokens)
         )
         rollouts = self.collector.collect(problems, sampling, samples=1, stream="label")
+        self.collector.engine.sleep()
         self.collector.judge(rollouts)
         prompts, completions = rollouts.prompts, [c.token_ids for c in rollouts.completions]
         self.selector.begin(rollouts, self.gold_states(rollouts), kappa=config.mask.kappa_start, step=0)
@@ -453,7 +444,29 @@ class Trainer:
             self.curriculum.relabel(self.newest_peaks)
             self.newest_peaks = {}
 
+    def wake(self) -> None:
+        """Give the engine the present weights if it sleeps: in a step it does not before its rollouts are drawn."""
+        if self.collector.engine.asleep:
+            self.collector.engine.sync(self.sharded.full_parameters())
+
+    def check_engine(self) -> None:
+        """Every ``rollout.check_every`` steps: save and stop if the engine has other weights than the policy."""
+        every = self.config.rollout.check_every
+        if every is None or self.step == 0 or self.step % every:
+            return
+        gap = self.engine_gap()
+        self.wake()
+        if not gap <= TOLERANCE:  # so written that NaN fails
+            saved = self.save()
+            raise TrainingError(
+                f"after step {self.step} the rollout engine's log-probabilities differ by {gap:.2f} nats on average "
+                f"from the policy's (at most {TOLERANCE} expected): it no longer has the trained weights, and up to "
+                f"{every} steps were trained on what it drew. The policy is saved in {saved}: go on from there with "
+                "--resume auto, or from an earlier checkpoint with --resume PATH"
+            )
+
     def validate(self) -> Accuracy:
+        self.wake()
         samples, world = self.config.validation.samples, distributed.world_size()
         with self.progress.task("validation", len(self.held_out) * samples) as task:
             self.accuracy, self._validation = validate(
@@ -486,6 +499,7 @@ class Trainer:
             torch.load(folder / f"rank-{distributed.rank()}.pt", map_location="cpu", weights_only=True)
         )
         self.sharded.load(folder)
+        self.collector.engine.sleep()  # its KV cache leaves no room for a sync
         self.collector.engine.sync(self.sharded.full_parameters())
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from aipo.config import Config, load_config
 from aipo.loss import policy_loss
 from aipo.problems.datasets import Problem
 from aipo.problems.prompts import Prompter
+from aipo.record.clock import Clock
 from aipo.rollout.base import Completion
 from aipo.rollouts import Rollouts, pad
 from aipo.run import make_policy
 from aipo.selection import TokenSelector
 from aipo.sharding import shard
-from aipo.trainer import Clock, Trainer
+from aipo.trainer import Trainer
 from tests.tiny import make_tiny
 
 LENGTHS = [9, 14, 1, 6, 11, 3, 8, 12]  # of 4 questions x 2 rollouts
@@ -80,6 +81,7 @@ def made(config: Config, model: Path) -> tuple[Trainer, Rollouts]:
         progress=None,  # type: ignore[arg-type]
         device=torch.device("cpu"),
         identity={},
+        engine_gap=lambda: 0.0,
     )
     return trainer, rollouts
 

@@ -24,13 +24,14 @@ from aipo.errors import TrainingError  # noqa: E402
 from aipo.problems.datasets import Problem  # noqa: E402
 from aipo.problems.prompts import Prompter  # noqa: E402
 from aipo.record.checkpoints import CheckpointError, CheckpointStore, latest  # noqa: E402
+from aipo.record.clock import Clock  # noqa: E402
 from aipo.record.reporting import reduce_metrics  # noqa: E402
 from aipo.rollout.base import Completion  # noqa: E402
 from aipo.rollouts import Rollouts  # noqa: E402
 from aipo.run import frozen_reference, make_policy  # noqa: E402
 from aipo.selection import TokenSelector  # noqa: E402
 from aipo.sharding import Sharded, shard  # noqa: E402
-from aipo.trainer import Clock, Trainer  # noqa: E402
+from aipo.trainer import Trainer  # noqa: E402
 
 MODEL, OUT = sys.argv[1], Path(sys.argv[2])
 RANK, WORLD = distributed.rank(), distributed.world_size()
@@ -98,6 +99,7 @@ def make_trainer(config: Config, prompter: Prompter) -> Trainer:
         progress=None,  # type: ignore[arg-type]
         device=device,
         identity={},
+        engine_gap=lambda: 0.0,
     )
 
 
