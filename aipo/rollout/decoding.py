@@ -19,7 +19,7 @@ from transformers.cache_utils import StaticLayer
 from aipo.rollout.injection import Injection
 
 ROOM = 256  # tokens that a fixed cache takes at first beyond the prompts; then it doubles
-PAYS_FROM = 32  # tokens still to come from which a graph is captured
+PAYS_FROM = 64  # tokens still to come from which a graph is captured
 
 
 def forward(
