@@ -455,7 +455,6 @@ class Trainer:
         if every is None or self.step == 0 or self.step % every:
             return
         gap = self.engine_gap()
-        self.wake()
         if not gap <= TOLERANCE:  # so written that NaN fails
             saved = self.save()
             raise TrainingError(
@@ -464,6 +463,7 @@ class Trainer:
                 f"{every} steps were trained on what it drew. The policy is saved in {saved}: go on from there with "
                 "--resume auto, or from an earlier checkpoint with --resume PATH"
             )
+        self.wake()
 
     def validate(self) -> Accuracy:
         self.wake()

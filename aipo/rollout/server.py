@@ -335,7 +335,11 @@ def check_server(url: str, names: Sequence[str], *, max_model_len: int) -> str:
         raise UserError(f"rollout.server_url: {url} has no --weight-transfer-config of nccl or gloo: {START}")
     with requests.Session() as session:  # an empty request is refused as such (400), or as not provided for
         session.trust_env = False
-        if session.post(f"{url}/inference/v1/generate", json={}, timeout=ANSWER_S).status_code != 400:
+        try:
+            refused = session.post(f"{url}/inference/v1/generate", json={}, timeout=ANSWER_S).status_code == 400
+        except requests.RequestException:
+            refused = False
+        if not refused:
             raise UserError(f"rollout.server_url: {url} takes no token ids (--tokens-only): {START}")
     return transfer["backend"]
 

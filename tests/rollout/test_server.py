@@ -51,7 +51,7 @@ def url(answers) -> Iterator[str]:
             answer = answers.get(self.path, 404)
             if isinstance(answer, threading.Event):
                 answer.wait()
-                answer = 200
+                return
             self.send_response(answer if isinstance(answer, int) else 200)
             self.end_headers()
             self.wfile.write(json.dumps(answer).encode())
@@ -95,6 +95,19 @@ def test_an_unfit_server_is_refused_in_one_line(url, answers, path, answer, word
         check_server(url, (NAME,), max_model_len=100)
     assert url in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"), [("/version", "no vLLM server answers"), ("/inference/v1/generate", "takes no token ids")]
+)
+def test_a_server_that_only_listens_is_refused(url, answers, path, words, monkeypatch):
+    monkeypatch.setattr("aipo.rollout.server.ANSWER_S", 0.2)
+    answers[path] = never = threading.Event()
+    try:
+        with pytest.raises(UserError, match=words):
+            check_server(url, (NAME,), max_model_len=100)
+    finally:
+        never.set()
 
 
 def test_a_dead_server_and_a_refusal_say_what_to_do(url):
