@@ -140,7 +140,10 @@ def test_resume_command_keeps_the_arguments(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_engine_that_loses_its_weights_stops_the_run(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the sync after step 3 on, one projection of the engine holds noise: the check after step 4 sees it."""
+    """From the sync after step 3 on, one projection of the engine holds noise: the check after step 4 sees it.
+
+    The engine sleeps as on a GPU, where nothing of its weights is left.
+    """
     syncs = 0
 
     class Faulty(HfEngine):
@@ -148,11 +151,18 @@ def test_an_engine_that_loses_its_weights_stops_the_run(
             nonlocal syncs
             super().sync(weights)
             syncs += 1
-            if syncs >= 2 + 3:  # two of the check at the start
+            # 2 of the check at the start, 3 that wake it for labels, validation and step 3, and those after each step
+            if syncs >= 2 + 3 + 3:
                 torch.nn.init.normal_(self._model.model.layers[1].mlp.down_proj.weight)
 
+        def sleep(self) -> None:
+            self.asleep = True
+            for weight in self._model.parameters():
+                torch.nn.init.zeros_(weight)
+
     monkeypatch.setattr("aipo.rollout.HfEngine", Faulty)
-    more = ["rollout.engine=hf", "model.dtype=float32", "sharding.zero_stage=0", "curriculum.enabled=false"]
+    monkeypatch.setenv("AIPO_CACHE", str(tmp_path))  # for the labels
+    more = ["rollout.engine=hf", "model.dtype=float32", "sharding.zero_stage=0"]
     more += ["loss.kl_beta=0", "validation.every=9", "rollout.check_every=2", "checkpoint.every=9"]
     config = config_with(model, write(tmp_path / "d.jsonl", GOOD), *more, f"runs={tmp_path}", "optim.steps=5")
     with pytest.raises(TrainingError, match=r"after step 4 .* up to 2 steps .*step-000004.*--resume auto"):
