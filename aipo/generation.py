@@ -71,7 +71,8 @@ class Generation:
             rollouts, metrics = self._drawn(step, draw, clock, prefix)
         self.ahead = None
         if self.config.rollout.async_depth == 0:
-            self.collector.engine.sleep()
+            with clock("rollout"):
+                self.collector.engine.sleep()
         elif step + 1 < self.config.optim.steps:
             problems = draw(step + 1, self.config.rollout.questions_per_step)
             self.ahead = step + 1, self.thread.submit(self._once, problems, f"step {step + 1}", _unmeasured)

@@ -53,7 +53,9 @@ def label(
     """
     kappa, clean, sampling = config.mask.kappa_start, selector.state_dict(), Sampling.of(config.rollout)
     sampling = replace(sampling, max_tokens=min(sampling.max_tokens, config.curriculum.probe_tokens))
+    passes.wake(collector.engine)
     rollouts = collector.collect(problems, sampling, samples=1, stream="label")
+    collector.engine.sleep()
     collector.judge(rollouts)
     selection = selector.begin(rollouts, passes.gold_states(problems), kappa=kappa, step=0)
     selection.score_all(passes.batches_of(rollouts), passes.states)

@@ -68,9 +68,10 @@ def prefix_lengths(lengths: Tensor, share: float) -> Tensor:
     return (lengths.double() * share + 1e-9).floor().long()  # 0.35 * 20 is 6.99...
 
 
-def prefix_share(stalls: int, *, start: float, step: float, end: float) -> float:
-    """eta of PPPO: from ``start`` by ``step`` for every stall of the validation accuracy, up to ``end``."""
-    return min(end, start + step * stalls)
+def prefix_share(stalls: int, config: MaskConfig) -> float:
+    """eta of PPPO: from ``prefix_start`` by ``prefix_step`` for every stall of the validation accuracy, up to
+    ``prefix_end``."""
+    return min(config.prefix_end, config.prefix_start + config.prefix_step * stalls)
 
 
 class MaskRule:

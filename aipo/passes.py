@@ -16,6 +16,7 @@ from aipo.config import Config
 from aipo.layout import MicroBatch, filler, micro_batches, shared_prompt_batches
 from aipo.problems.datasets import Problem
 from aipo.problems.prompts import Prompter
+from aipo.rollout.base import RolloutEngine
 from aipo.rollouts import Rollouts
 from aipo.sharding import Sharded
 
@@ -116,6 +117,11 @@ class Passes:
             for row, own in zip(micro.rows.tolist(), flat.split(micro.lengths.tolist())):
                 pooled[row] = own[-1] if mi.gold_pool == "last" else own.float().mean(0).to(own.dtype)
         return torch.stack([pooled[q] for q in range(len(golds))]) if golds else flat[:0]
+
+    def wake(self, engine: RolloutEngine) -> None:
+        """Give the engine the present weights if it sleeps; within a step it is awake until its rollouts are drawn."""
+        if engine.asleep:
+            engine.sync(self.sharded.full_parameters())
 
     @torch.no_grad()
     def completion_log_probs(self, prompt: Sequence[int], completion: Sequence[int], temperature: float) -> list[float]:

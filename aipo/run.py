@@ -41,7 +41,7 @@ from aipo.record.progress import Progress, final_table, summarize
 from aipo.record.tracker import Tracker, peak_memory_bytes, prepare_run_folder, read_jsonl
 from aipo.reward import Rewarder
 from aipo.rollout import make_engine, require_engine
-from aipo.rollout.check import check_weight_sync
+from aipo.rollout.check import check_weight_sync, engine_gap
 from aipo.rollout.collect import Collector
 from aipo.selection import TokenSelector
 from aipo.sharding import Sharded, deepspeed_config, shard
@@ -56,7 +56,9 @@ MAY_CHANGE = (
     "guards",
     "reward.workers",
     "rollout.check_sync",
+    "rollout.check_every",
     "rollout.server_url",
+    "rollout.server_timeout_s",
 )
 LABEL_BLOCK = 64  # questions a rank labels between two savings
 
@@ -280,7 +282,7 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
     options: dict[str, Any] = {"dtype": config.model.dtype}
     if rollout.mode == "server":
         urls = [rollout.server_url] if isinstance(rollout.server_url, str) else rollout.server_url
-        options |= {"urls": urls, "name": config.model.path}
+        options |= {"urls": urls, "name": config.model.path, "timeout": rollout.server_timeout_s}
     else:
         options |= {"seed": config.seed + rank, "load_weights": False}
         if rollout.engine == "vllm":
@@ -303,10 +305,10 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
     sharded = shard(policy, config, device)
     reference = frozen_reference(config, inputs.model_path, device) if config.loss.kl_beta > 0 else None
     seed_everything(config.seed, rank)  # building engines draws random numbers
+    prompts = [inputs.prompter.encode(problem.question) for problem in inputs.problems[:4]]
+    log_probs = Passes(config, sharded, inputs.prompter, device).completion_log_probs
     if rollout.check_sync:
-        prompts = [inputs.prompter.encode(problem.question) for problem in inputs.problems[:4]]
-        passes = Passes(config, sharded, inputs.prompter, device)
-        gap = check_weight_sync(engine, sharded.full_parameters, passes.completion_log_probs, prompts, seed=config.seed)
+        gap = check_weight_sync(engine, sharded.full_parameters, log_probs, prompts, seed=config.seed)
         progress.say(f"weight sync checked: {rollout.engine} and the policy differ by {gap:.4f} nats a token")
     else:
         engine.sync(sharded.full_parameters())
@@ -342,6 +344,7 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
         progress=progress,
         device=device,
         identity=inputs.identity,
+        engine_gap=partial(engine_gap, engine, log_probs, prompts, seed=config.seed),
         latents=find_latents(config, inputs.model_path),
     )
 

@@ -36,8 +36,9 @@ from aipo.problems.datasets import Problem
 from aipo.record.checkpoints import CheckpointStore, rng_state, set_rng_state
 from aipo.record.clock import Clock
 from aipo.record.progress import Progress
-from aipo.record.reporting import dump_batch, reduce_metrics, rollout_rows
+from aipo.record.reporting import add_up, dump_batch, reduce_metrics, rollout_rows
 from aipo.record.tracker import Tracker
+from aipo.rollout.check import TOLERANCE, lost_weights
 from aipo.rollout.collect import Collector
 from aipo.rollouts import Rollouts, balanced
 from aipo.selection import Selection, TokenSelector
@@ -51,6 +52,8 @@ class Trainer:
     Args:
         problems, held_out: all ranks hold all of them.
         reference: (micro-batch, mask (N,)) -> log-probabilities (K,) of the initial model; None without a KL term.
+        engine_gap: nats between the engine's log-probabilities and the policy's
+            (:func:`~aipo.rollout.check.engine_gap`); a collective.
         latents: what branches are drawn with; None without ``branch.latent``.
         identity: what a run that resumes this one must share with it; kept beside each checkpoint.
         stop_requested: asked after every step; true on any rank ends the run after a checkpoint.
@@ -72,6 +75,7 @@ class Trainer:
         progress: Progress,
         device: torch.device,
         identity: dict[str, Any],
+        engine_gap: Callable[[], float],
         latents: Latents | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -80,7 +84,7 @@ class Trainer:
         self.collector, self.sharded, self.reference = collector, sharded, reference
         self.selector, self.curriculum = selector, curriculum
         self.store, self.tracker, self.progress = store, tracker, progress
-        self.identity, self.stop_requested = identity, stop_requested
+        self.identity, self.engine_gap, self.stop_requested = identity, engine_gap, stop_requested
         self.passes = Passes(config, sharded, collector.prompter, device)
         self.generation = Generation(collector, config, self.passes, latents=latents)
         self.step = 0
@@ -101,11 +105,14 @@ class Trainer:
         stop = False
         while not self.finished and not stop:
             step, clock = self.step, Clock()
-            kappa, prefix = self.curriculum.kappa(step), self.prefix_share()
+            kappa, prefix = self.curriculum.kappa(step), prefix_share(self.curriculum.stalls, config.mask)
 
+            with clock("sync"):
+                self.check_engine()
             rollouts, metrics = self.generation.rollouts(step, self.sample_questions, clock, prefix=prefix)
             metrics |= self.set_advantages(rollouts, clock)
-            rollouts = self.balance(rollouts)
+            with clock("rollout"):
+                rollouts = self.balance(rollouts)
             selection, sums = self.update(rollouts, kappa, prefix, clock)
             with clock("rollout"):
                 self.generation.wait()
@@ -177,10 +184,6 @@ class Trainer:
         """This rank's share of the ``count`` questions that the curriculum draws for all ranks together."""
         drawn = self.curriculum.sample(step, count)
         return [self.problems[i] for i in drawn[distributed.rank() :: distributed.world_size()]]
-
-    def prefix_share(self) -> float:
-        mask = self.config.mask
-        return prefix_share(self.curriculum.stalls, start=mask.prefix_start, step=mask.prefix_step, end=mask.prefix_end)
 
     def set_advantages(self, rollouts: Rollouts, clock: Clock) -> dict[str, float]:
         """Advantages (B,) and which rollouts take part in the update (B,). Returns the sum of rewards for the log."""
@@ -276,8 +279,19 @@ class Trainer:
             self.curriculum.relabel(self.newest_peaks)
             self.newest_peaks = {}
 
+    def check_engine(self) -> None:
+        """Every ``rollout.check_every`` steps: save and stop if the engine has other weights than the policy."""
+        every = self.config.rollout.check_every
+        if every is None or self.step == 0 or self.step % every:
+            return
+        gap = self.engine_gap()
+        if not gap <= TOLERANCE:  # so written that NaN fails
+            raise TrainingError(lost_weights(gap, self.step, every, self.save()))
+        self.passes.wake(self.collector.engine)
+
     def validate(self) -> dict[str, float]:
         """Accuracy on the held-out questions, for the log; it stays as :attr:`accuracy`."""
+        self.passes.wake(self.collector.engine)
         samples, world = self.config.validation.samples, distributed.world_size()
         with self.progress.task("validation", len(self.held_out) * samples) as task:
             self.accuracy, metrics = validate(
@@ -310,6 +324,7 @@ class Trainer:
             torch.load(folder / f"rank-{distributed.rank()}.pt", map_location="cpu", weights_only=True)
         )
         self.sharded.load(folder)
+        self.collector.engine.sleep()  # its KV cache leaves no room for a sync
         self.collector.engine.sync(self.sharded.full_parameters())
 
     def state_dict(self) -> dict[str, Any]:
@@ -337,11 +352,3 @@ class Trainer:
         self.selector.load_state_dict(state["selector"])
         self.tracker.load_state_dict(state["tracker"])
         set_rng_state(state["rng"])
-
-
-def add_up(sums: dict[str, float], terms: LossTerms, entropy: Tensor) -> None:
-    """What a micro-batch adds to the sums of a step, of the loss and of the entropies (K,); largest values stay so."""
-    sums["loss"] += float(terms.total.detach())
-    sums["entropy"] += float(entropy.detach().sum())
-    for name, value in terms.sums.items():
-        sums[name] = max(sums[name], float(value)) if name.endswith("_max") else sums[name] + float(value)

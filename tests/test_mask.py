@@ -233,7 +233,7 @@ def test_prefix_is_the_floor_of_its_share():
     assert mask.sum(1).tolist() == [7, 2, 0, 1]  # 0.35 * 20 is not 6.99...
     assert all(row[: row.sum()].all() for row in mask)
     assert prefix_lengths(torch.tensor([32768]), 0.35).tolist() == [11468]
-    shares = [prefix_share(stalls, start=0.15, step=0.05, end=0.35) for stalls in range(6)]
+    shares = [prefix_share(stalls, MaskConfig()) for stalls in range(6)]
     assert shares == pytest.approx([0.15, 0.20, 0.25, 0.30, 0.35, 0.35])
 
 

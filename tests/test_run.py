@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from aipo.config import load_config
-from aipo.errors import UserError
-from aipo.run import check_inputs, resume_command
+from aipo.errors import TrainingError, UserError
+from aipo.record.checkpoints import damage, resolve
+from aipo.record.tracker import read_jsonl
+from aipo.rollout import HfEngine
+from aipo.run import check_inputs, resume_command, run
 from tests.tiny import make_tiny
 
 
@@ -153,3 +157,40 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 def test_resume_command_keeps_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", "a.yaml", "--resume", "none", "seed=3"])
     assert resume_command() == "accelerate launch train.py --config a.yaml seed=3 --resume auto"
+
+
+def test_an_engine_that_loses_its_weights_stops_the_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the sync after step 3 on, one projection of the engine holds noise: the check after step 4 sees it.
+
+    The engine sleeps as on a GPU, where nothing of its weights is left.
+    """
+    syncs = 0
+
+    class Faulty(HfEngine):
+        def sync(self, weights) -> None:  # type: ignore[no-untyped-def]
+            nonlocal syncs
+            super().sync(weights)
+            syncs += 1
+            # 2 of the check at the start, 3 that wake it for labels, validation and step 3, and those after each step
+            if syncs >= 2 + 3 + 3:
+                torch.nn.init.normal_(self._model.model.layers[1].mlp.down_proj.weight)
+
+        def sleep(self) -> None:
+            self.asleep = True
+            for weight in self._model.parameters():
+                torch.nn.init.zeros_(weight)
+
+    monkeypatch.setattr("aipo.rollout.HfEngine", Faulty)
+    monkeypatch.setenv("AIPO_CACHE", str(tmp_path))  # for the labels
+    more = ["rollout.engine=hf", "model.dtype=float32", "sharding.zero_stage=0"]
+    more += ["loss.kl_beta=0", "validation.every=9", "rollout.check_every=2", "checkpoint.every=9"]
+    config = config_with(model, write(tmp_path / "d.jsonl", GOOD), *more, f"runs={tmp_path}", "optim.steps=5")
+    with pytest.raises(TrainingError, match=r"after step 4 .* up to 2 steps .*step-000004.*--resume auto"):
+        run(config, device=torch.device("cpu"))
+    assert damage(config.folder / "checkpoints" / "step-000004") is None
+    assert resolve(config.folder / "checkpoints", "auto") == config.folder / "checkpoints" / "step-000004"
+    assert [line["step"] for line in read_jsonl(config.folder / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    monkeypatch.undo()  # the engine of a new process is sound
+    assert run(config, resume="auto", device=torch.device("cpu"))

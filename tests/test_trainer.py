@@ -82,6 +82,7 @@ def made(config: Config, model: Path) -> tuple[Trainer, Rollouts]:
         progress=None,  # type: ignore[arg-type]
         device=torch.device("cpu"),
         identity={},
+        engine_gap=lambda: 0.0,
     )
     return trainer, rollouts
 

@@ -75,6 +75,8 @@ class RolloutConfig(Section):
     """in each training process, on its own device, or on running vLLM servers with devices of their own"""
     server_url: str | Annotated[tuple[str, ...], Field(min_length=1)] = "http://127.0.0.1:8000"
     """of mode server: one, or a list of which rank r asks number r modulo its length"""
+    server_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """seconds after which servers that have not taken the new weights end the run"""
     questions_per_step: Positive = 128
     """over all ranks"""
     samples_per_question: Positive = 8
@@ -99,6 +101,8 @@ class RolloutConfig(Section):
     """1 draws the next batch during the update, with weights one update old; 0 is strictly on-policy"""
     check_sync: bool = True
     """at start-up, perturb and restore vLLM's weights and compare log-probabilities with ours"""
+    check_every: Positive | None = 50
+    """steps between later comparisons, of 64 tokens a rank; a mismatch saves and stops the run; null never compares"""
 
 
 class DynamicConfig(Section):

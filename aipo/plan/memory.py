@@ -5,7 +5,7 @@ which p are trained, on N ranks. The formulas follow sharding.py, policy.py and 
 ``bench/memory.py`` compares them with real runs.
 
 What is left out because it stays below the training forward at the same ``micro_tokens``: every pass without gradient
-(probes, entropies, early exits, labelling, the reference), and generation beyond the KV cache, whose size is fixed
+beside it (probes, entropies, early exits, the reference), and generation beyond the KV cache, whose size is fixed
 (branches, continuations and dynamic sampling make sequences wait, not memory grow).
 """
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from aipo.config import Config
 from aipo.mi import CACHE_ELEMENTS, CHUNK_ELEMENTS, tokens_that_fit
+from aipo.rollout.check import NOISE_ELEMENTS
 
 MIB, GIB = 2**20, 2**30
 
@@ -85,6 +86,7 @@ def activation_bytes(
     checkpointing: bool,
     masked: bool = True,
     reads: float | None = None,
+    gradient: bool = True,
 ) -> int:
     """Peak of what the decoder's forward and backward pass keep, for ``tokens`` that see up to ``row``.
 
@@ -102,16 +104,19 @@ def activation_bytes(
         masks, once     tokens + q / k row b   of all (bool), of a sequence (for the heads of a group)
 
     With checkpointing that is one layer, plus d r for the input of each. The backward pass adds 2 f b + 8 d.
+    Without ``gradient`` there is one layer, of which attention is gone before the MLP, and of that 3 f b are left.
     """
     d, f, q, k, b = model.width, model.mlp, model.queries, model.keys, compute
-    layer = 2 * d * (4 + residual + b) + 4 * f * b
-    layer += (q + k) * (4 + b) if model.qk_norm else 0
+    attention = (q + k) * (4 + b) if model.qk_norm else 0
     once = 2 * d * residual  # hidden states picked out for the mutual information and for the head
     if reads is None:
-        layer += 4 * q * b + (row * b if masked else 0)
+        attention += 4 * q * b + (row * b if masked else 0)
     else:
-        layer += 3 * q * b + int(2 * k * b * reads)
+        attention += 3 * q * b + int(2 * k * b * reads)
         once += tokens + q // k * row * b
+    if not gradient:
+        return tokens * (2 * d * (residual + b) + max(attention, 3 * f * b) + once)
+    layer = 2 * d * (4 + residual + b) + attention + 4 * f * b
     kept = model.layers * d * residual + layer if checkpointing else model.layers * layer
     return tokens * (kept + 2 * f * b + 8 * d + once)
 
@@ -135,7 +140,8 @@ def compute_bytes(config: Config) -> int:
 
 
 def phases(config: Config, model: Model, layout: Layout) -> dict[str, Bytes]:
-    """start-up, rollout, sync, update, optimizer step -> purpose -> bytes."""
+    """start-up, sync check, labelling, rollout, branching, sync, update, optimizer step (those that the config has) ->
+    purpose -> bytes."""
     resident, passing = training(config, model, layout), forward_backward(config, model, layout)
     weights, cache = engine(config, model, layout)
     on_cpu, stage = layout.device == "CPU", config.sharding.zero_stage
@@ -144,10 +150,14 @@ def phases(config: Config, model: Model, layout: Layout) -> dict[str, Bytes]:
     idle = ((weights | cache) if config.rollout.engine == "vllm" else weights) if on_cpu else {}
     # an engine that draws the next batch is awake during the update
     beside = weights | cache if config.rollout.async_depth else idle
+    reading = forward_backward(config, model, layout, gradient=False)
     made = {
         "start-up": idle | resident,
+        **({"sync check": weights | idle | resident | perturbing(config, model)} if config.rollout.check_sync else {}),
+        **({"labelling": idle | resident | reading} if config.curriculum.enabled else {}),
         "rollout": weights | cache | resident,
-        "sync": weights | idle | resident,
+        **({"branching": weights | cache | resident | reading} if config.branch.enabled else {}),
+        "sync": weights | beside | resident,
         "update": beside | resident | passing,
         "optimizer step": beside | resident,
     }
@@ -200,8 +210,16 @@ def training(config: Config, model: Model, layout: Layout) -> Bytes:
     return held
 
 
-def forward_backward(config: Config, model: Model, layout: Layout) -> Bytes:
-    """In the forward and backward pass of the largest micro-batch."""
+def perturbing(config: Config, model: Model) -> Bytes:
+    """For the check of the sync: the largest matrix, a noisy copy and a piece of the noise."""
+    stage, compute, matrix = config.sharding.zero_stage, compute_bytes(config), model.vocabulary * model.width
+    own = compute if stage else 4
+    held = {"noisy copy": (own + (0 if own == compute else compute)) * matrix + 4 * NOISE_ELEMENTS}
+    return held | ({"gathered weights": own * matrix} if stage == 3 else {})
+
+
+def forward_backward(config: Config, model: Model, layout: Layout, *, gradient: bool = True) -> Bytes:
+    """In the forward and backward pass of the largest micro-batch or, without ``gradient``, in a forward pass."""
     stage, compute, trained = config.sharding.zero_stage, compute_bytes(config), model.trained(config)
     weight = compute if stage else 4
     chunk = min(config.model.head_chunk, layout.tokens)
@@ -216,24 +234,25 @@ def forward_backward(config: Config, model: Model, layout: Layout) -> Bytes:
             checkpointing=config.model.gradient_checkpointing,
             masked=config.model.attention != "flash_attention_2",
             reads=layout.reads,
+            gradient=gradient,
         ),
         "logits and head": head_bytes(
             model,
             chunk,
             compute,
             weight,
-            trained=config.lora.rank == 0,
+            trained=config.lora.rank == 0 and gradient,
             block=tokens_that_fit(model.vocabulary, CACHE_ELEMENTS) if layout.device == "CPU" else None,
         ),
         # of a chunk of tokens, and the states of a rollout in float32 three times
         "MI features": 8 * (CACHE_ELEMENTS if cached else CHUNK_ELEMENTS) + 12 * layout.longest * model.width,
     }
-    if stage == 1 and compute == 2:
+    if stage == 1 and compute == 2 and gradient:
         passing["bfloat16 gradients"] = 2 * trained  # before they are added to the float32 ones
     if stage == 0 and compute == 2:
         passing["bfloat16 copy (autocast)"] = 2 * model.parameters
     if stage == 3:
-        models = 2 if config.loss.kl_beta > 0 else 1  # policy and reference
+        models = 2 if config.loss.kl_beta > 0 and gradient else 1  # policy and reference
         passing["gathered weights"] = models * compute * min(model.parameters, LIVE)
     return passing
 

@@ -50,7 +50,7 @@ class Plan:
     ranks: int
     device: str  # "GPU" or "CPU"
     capacity: int  # bytes a rank may use
-    phases: dict[str, Bytes]  # start-up, rollout, sync, update, optimizer step -> purpose -> bytes
+    phases: dict[str, Bytes]  # start-up, ..., optimizer step -> purpose -> bytes
     tokens: dict[str, str]
     problems: list[str]
     warnings: list[str]

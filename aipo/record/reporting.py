@@ -8,12 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from aipo import distributed
 from aipo.layout import MicroBatch
+from aipo.loss import LossTerms
 from aipo.rollouts import Rollouts
 from aipo.selection import Selection
+
+
+def add_up(sums: dict[str, float], terms: LossTerms, entropy: Tensor) -> None:
+    """What a micro-batch adds to the sums of a step, of the loss and of the entropies (K,); largest values stay so."""
+    sums["loss"] += float(terms.total.detach())
+    sums["entropy"] += float(entropy.detach().sum())
+    for name, value in terms.sums.items():
+        sums[name] = max(sums[name], float(value)) if name.endswith("_max") else sums[name] + float(value)
 
 
 def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str, float]) -> dict[str, float]:

@@ -33,6 +33,7 @@ from filelock import FileLock, Timeout
 
 from aipo.errors import UserError
 from aipo.record.checkpoints import TEMPORARY, write_atomically
+from aipo.record.clock import device_peak
 from aipo.record.plots import draw_curves
 
 log = logging.getLogger(__name__)
@@ -334,9 +335,9 @@ class _Wandb:
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    """The most that this process has held so far: ``host`` (resident) and, with a GPU, ``device`` (allocated)."""
+    """The most so far: ``host``, resident of this process, and with a GPU ``device``, taken at the end of a phase."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if torch.cuda.is_available():
-        peak["device"] = torch.cuda.max_memory_allocated()
+        peak["device"] = device_peak()
     return peak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -31,5 +32,5 @@ def make_engine(kind: EngineKind, model_path: str, **options: Any) -> RolloutEng
         from aipo.rollout.server import ServerEngine  # also a script, so not imported with the package
 
         return ServerEngine(model_path, **options)
-    engine = {"vllm": VllmEngine, "hf": HfEngine}[kind]
-    return engine(model_path, **options)
+    engines: dict[str, Callable[..., RolloutEngine]] = {"vllm": VllmEngine, "hf": HfEngine}
+    return engines[kind](model_path, **options)

@@ -69,6 +69,9 @@ class Completion:
 class RolloutEngine(Protocol):
     """``generate`` keeps the order of its requests; identical prompts of one call share their prefill."""
 
+    asleep: bool
+    """between ``sleep`` and the next ``sync`` where sleeping frees memory; it must not be asked for anything then"""
+
     def generate(
         self,
         requests: Sequence[Request],

@@ -4,14 +4,17 @@ the engine computes with a stale packed copy (vLLM on CPU does so with tied head
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
+from aipo.distributed import gather_objects
 from aipo.errors import UserError
 from aipo.rollout.base import Request, RolloutEngine, Sampling
 
 Weights = Iterable[tuple[str, torch.Tensor]]
+Logprobs = Callable[[Sequence[int], Sequence[int], float], Sequence[float]]
+"""(prompt ids, completion ids, temperature) -> log-probability of each completion token"""
 
 TOLERANCE = 0.08
 """Largest mean difference in nats between a bf16 engine and the trainer on the same weights.
@@ -21,16 +24,31 @@ layers makes 0.2-1.9, a stale tied head 1.5-17.
 """
 
 
+NOISE_ELEMENTS = 2**22
+"""Elements of a weight that are there in float32 at one time, while it is perturbed."""
+
+
 def perturbed(weights: Weights, *, seed: int = 0, strength: float = 1.0) -> Iterator[tuple[str, torch.Tensor]]:
     """Each tensor plus Gaussian noise as large, in root mean square, as ``strength`` times the tensor itself.
 
-    The noise is a function of the seed, the tensor's place in the stream and its shape.
+    The noise is a function of the seed, the tensor's place in the stream and its shape. The tensors themselves stay as
+    they are, since an engine may hold them back until a layer is complete.
     """
     for i, (name, tensor) in enumerate(weights):
-        generator = torch.Generator(tensor.device).manual_seed(seed * 1_000_003 + i)
-        noise = torch.randn(tensor.shape, generator=generator, device=tensor.device)
-        scale = strength * tensor.float().square().mean().sqrt()
-        yield name, (tensor.float() + scale * noise).to(tensor.dtype)
+        yield name, _noisy(tensor, torch.Generator(tensor.device).manual_seed(seed * 1_000_003 + i), strength)
+
+
+@torch.no_grad()
+def _noisy(tensor: torch.Tensor, generator: torch.Generator, strength: float) -> torch.Tensor:
+    """A copy in the tensor's dtype, to which noise is added in place and piece by piece: the largest weight of a large
+    model fits beside a sync once, not four times in float32."""
+    noisy = tensor.clone(memory_format=torch.contiguous_format)
+    pieces = noisy.view(-1).split(NOISE_ELEMENTS)
+    square = sum(float(torch.linalg.vector_norm(piece, dtype=torch.float32)) ** 2 for piece in pieces)
+    scale = strength * (square / tensor.numel()) ** 0.5
+    for piece in pieces:
+        piece.add_(torch.randn(len(piece), generator=generator, device=piece.device), alpha=scale)
+    return noisy
 
 
 def logprob_gap(engine_logprobs: Sequence[float], trainer_logprobs: Sequence[float]) -> float:
@@ -39,10 +57,34 @@ def logprob_gap(engine_logprobs: Sequence[float], trainer_logprobs: Sequence[flo
     return (a - b).abs().mean().item()
 
 
+def engine_gap(
+    engine: RolloutEngine,
+    logprobs: Logprobs,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seed: int = 0,
+    max_tokens: int = 16,
+) -> float:
+    """Mean absolute difference in nats between what the engine says of tokens that it draws and what the trainer says.
+
+    A collective: one ``logprobs`` call a prompt on every rank. Where the engine can sleep it does so before the first
+    of them, for the sake of memory, and afterwards wants a ``sync``.
+
+    Returns:
+        The largest among ranks, the same on all; NaN if it is that on any.
+    """
+    requests = [Request(prompt, seed + i) for i, prompt in enumerate(prompts)]
+    completions = engine.generate(requests, Sampling(max_tokens=max_tokens))
+    engine.sleep()
+    drawn = [x for c in completions for x in c.logprobs]
+    expected = [x for p, c in zip(prompts, completions) for x in logprobs(p, c.token_ids, 1.0)]
+    return float(torch.tensor(gather_objects(logprob_gap(drawn, expected))).max())  # of NaN, too
+
+
 def check_weight_sync(
     engine: RolloutEngine,
     weights: Callable[[], Weights],
-    logprobs: Callable[[Sequence[int], Sequence[int], float], Sequence[float]],
+    logprobs: Logprobs,
     prompts: Sequence[Sequence[int]],
     *,
     seed: int = 0,
@@ -52,13 +94,13 @@ def check_weight_sync(
     """Sync strongly perturbed weights, then the true ones, and compare what the engine then draws with the trainer.
 
     Every rank makes the same calls: two passes over ``weights()`` and one ``logprobs`` call a prompt, so both may be
-    collectives. Build the engine with ``load_weights=False``: weights that are right from the start hide that
+    collectives. Where the engine can sleep it does so between them, as in training, and afterwards
+    (:func:`engine_gap`). Build the engine with ``load_weights=False``: weights that are right from the start hide that
     they never arrive.
 
     Args:
         weights: the trainer's ``(name, full tensor)`` pairs.
-        logprobs: ``(prompt_ids, completion_ids, temperature)`` -> the trainer's log-probability of each completion
-            token.
+        logprobs: of the trainer.
         prompts: token ids of a few prompts.
         tolerance: largest mean difference in nats.
 
@@ -69,20 +111,23 @@ def check_weight_sync(
         UserError: on every rank, if it is above the tolerance on any.
     """
     engine.sync(perturbed(weights(), seed=seed))
+    engine.sleep()  # its KV cache leaves no room for a sync
     engine.sync(weights())
-    requests = [Request(prompt, seed + i) for i, prompt in enumerate(prompts)]
-    completions = engine.generate(requests, Sampling(max_tokens=max_tokens))
-    drawn = [x for c in completions for x in c.logprobs]
-    expected = [x for p, c in zip(prompts, completions) for x in logprobs(p, c.token_ids, 1.0)]
-    gaps: list[float] = [logprob_gap(drawn, expected)]
-    if dist.is_initialized():
-        gaps = gaps * dist.get_world_size()
-        dist.all_gather_object(gaps, gaps[dist.get_rank()])
-    worst = max(gaps)
-    if not all(gap <= tolerance for gap in gaps):  # so written that NaN fails
+    worst = engine_gap(engine, logprobs, prompts, seed=seed, max_tokens=max_tokens)
+    if not worst <= tolerance:  # so written that NaN fails
         raise UserError(
             f"the rollout engine does not follow the trained weights: after a sync its log-probabilities differ by "
             f"{worst:.2f} nats on average from the trainer's (at most {tolerance} expected); "
             f"try the other engine (vllm or hf) or another vLLM version"
         )
     return worst
+
+
+def lost_weights(gap: float, step: int, every: int, saved: Path) -> str:
+    """What a run says that stops because its engine no longer has the trained weights."""
+    return (
+        f"after step {step} the rollout engine's log-probabilities differ by {gap:.2f} nats on average from the "
+        f"policy's (at most {TOLERANCE} expected): it no longer has the trained weights, and up to {every} steps were "
+        f"trained on what it drew. The policy is saved in {saved}: go on from there with --resume auto, or from an "
+        "earlier checkpoint with --resume PATH"
+    )

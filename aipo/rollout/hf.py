@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +20,7 @@ from transformers import (
 )
 
 from aipo.rollout.base import Completion, Request, Sampling, check_complete, check_requests, keep_rng
+from aipo.rollout.decoding import Fixed, Growing, fits, forward
 from aipo.rollout.injection import Injection
 from aipo.rollout.interventions import intervene
 
@@ -36,6 +35,7 @@ class HfEngine:
         seed: of the random weights when ``load_weights`` is ``False``.
         batch_size: requests generated together.
         interventions: whether ``Sampling.intervention`` may be used, as in the vLLM engine.
+        fixed_cache: whether the KV cache has a fixed size (:mod:`aipo.rollout.decoding`); None does so on a GPU.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class HfEngine:
         load_weights: bool = True,
         batch_size: int = 64,
         interventions: bool = False,
+        fixed_cache: bool | None = None,
     ) -> None:
         self._device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -58,12 +59,15 @@ class HfEngine:
             model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
         else:
             config = AutoConfig.from_pretrained(model_path)
-            with keep_rng():
+            with keep_rng(), self._device:  # one core takes a minute for a billion of them
                 torch.manual_seed(seed)
                 model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         self._model = model.to(self._device).eval()
         self._max_model_len, self._batch_size, self._interventions = max_model_len, batch_size, interventions
         self._end_token_ids = frozenset(end_token_ids)
+        wanted = self._device.type == "cuda" if fixed_cache is None else fixed_cache
+        self._fixed_cache = wanted and fits(model.config)
+        self.asleep = False
 
     def generate(
         self,
@@ -79,6 +83,8 @@ class HfEngine:
         changes nothing (a zero latent or scale) draws exactly what it would without. Raises ``ValueError`` if it has
         another number of rows, or for a prompt of one token: nothing could be read before the latent acts.
         """
+        if self.asleep:
+            raise RuntimeError("the engine sleeps: sync weights before generating")
         check_requests(requests, sampling, max_model_len=self._max_model_len, interventions=self._interventions)
         if injection is not None:
             if len(injection.z) != len(requests):
@@ -118,20 +124,23 @@ class HfEngine:
         cache = DynamicCache(config=self._model.config)
         rows = torch.tensor([prompts.index(tuple(request.prompt_ids)) for _, request in batch], device=self._device)
         if injection is None:
-            logits = self._forward(ids, mask, cache)[rows]  # (B, V)
+            logits = forward(self._model, ids, mask, cache)[rows]  # (B, V)
             cache.batch_select_indices(rows)
         else:  # latents act from the last token of the prompt on; what stands before it is read once for all
-            self._forward(ids[:, :-1], mask[:, :-1], cache)
+            forward(self._model, ids[:, :-1], mask[:, :-1], cache)
             cache.batch_select_indices(rows)
             injection.prepend(cache)
-            logits = self._forward(ids[rows, -1:], mask[rows], cache, injection, 0)  # (B, V)
-        mask = mask[rows]  # (B, S)
-
+            logits = forward(self._model, ids[rows, -1:], mask[rows], cache, injection)  # (B, V)
         live = [
             _Draw(i, request.max_tokens or sampling.max_tokens, torch.Generator().manual_seed(request.seed))
             for i, request in batch
         ]
-        for t in itertools.count(1):
+        decoding: Fixed | Growing
+        if self._fixed_cache and injection is None:
+            decoding = Fixed(self._model, cache, mask[rows], most=width + max(d.max_tokens for d in live))
+        else:
+            decoding = Growing(self._model, cache, mask[rows], injection)
+        while True:
             tokens, logprobs = draw(logits, sampling, [d.generator for d in live])  # (B,), (B,)
             unfinished = []
             for row, (d, token, logprob) in enumerate(zip(live, tokens.tolist(), logprobs.tolist(), strict=True)):
@@ -147,25 +156,9 @@ class HfEngine:
             if len(unfinished) < len(live):
                 live = [live[row] for row in unfinished]
                 rows = torch.tensor(unfinished, device=self._device)
-                tokens, mask = tokens[rows], mask[rows]
-                cache.batch_select_indices(rows)
-                injection = None if injection is None else injection.rows(rows)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)  # (B, S + 1)
-            logits = self._forward(tokens[:, None], mask, cache, injection, t)  # (B, V)
-
-    def _forward(
-        self, ids: Tensor, mask: Tensor, cache: DynamicCache, injection: Injection | None = None, t: int = 0
-    ) -> Tensor:
-        """Logits after the last of the new ``ids``; ``mask`` covers the cached tokens too. With an injection there is
-        one new token; the next, which it predicts, is the completion's ``t``-th from 0."""
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # (B, new)
-        if injection is not None:
-            mask = injection.attention_mask(mask, self._model.dtype)
-        with nullcontext() if injection is None else injection.hooks(self._model, t):
-            output = self._model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-            )
-        return output.logits[:, -1]
+                tokens = tokens[rows]
+                decoding.keep(rows)
+            logits = decoding.step(tokens)  # (B, V)
 
     @torch.no_grad()
     def mean_states(self, sequences: Sequence[Sequence[int]], cuts: Sequence[int]) -> Tensor:
@@ -202,10 +195,12 @@ class HfEngine:
             own[name].copy_(tensor.detach())
             names.add(name)
         check_complete(names, (name for name, _ in self._model.named_parameters()))
+        self.asleep = False
 
     def sleep(self) -> None:
         """Move the weights to main memory; nothing on CPU."""
         self._model.to("cpu")
+        self.asleep = self._device.type != "cpu"
 
     def close(self) -> None:
         """Free the model."""

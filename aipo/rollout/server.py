@@ -17,8 +17,10 @@ import shlex
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 START = "start it with: python -m aipo.rollout.server --config CONFIG"
 RESTART = "read the server's log, start it again, then go on from the last checkpoint with --resume auto"
+ANSWER_S = 60  # seconds for a server to say what it is
 SERVER_MEMORY = 0.9  # of its GPUs, on which nothing else runs
 BUCKET_BYTES = 2**28
 """Weights are announced and sent in groups of about so many bytes, held twice on rank 0's device meanwhile."""
@@ -57,11 +60,14 @@ class ServerEngine:
         max_model_len: longest prompt plus completion, in tokens.
         end_token_ids: tokens that end a completion.
         dtype: that weights are sent in.
+        timeout: seconds in which all servers must have taken the weights of a ``sync``.
         name: under which the servers may know the model, if not by its folder.
 
     Raises:
         UserError: if a server cannot be reached or was not started for this: wrong version, model or settings.
     """
+
+    asleep = False
 
     def __init__(
         self,
@@ -72,6 +78,7 @@ class ServerEngine:
         end_token_ids: Sequence[int],
         dtype: str = "bfloat16",
         name: str | None = None,
+        timeout: float = 600.0,
     ) -> None:
         config = AutoConfig.from_pretrained(model_path)
         self._urls = [url.rstrip("/") for url in urls]
@@ -88,6 +95,8 @@ class ServerEngine:
             raise UserError(f"rollout.server_url: the servers take weights in different ways {backends}: {START}")
         self._backend = backends[0]
         self._group: Group | None = None  # rank 0's, from the first sync on
+        self._timeout = timeout
+        self._until = 0.0  # when the present sync must be done
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # every request is a connection
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2**16)), hard))
 
@@ -154,7 +163,7 @@ class ServerEngine:
         """See :meth:`~aipo.rollout.base.RolloutEngine.sync`; rank 0 sends, and all ranks wait until it has.
 
         Raises:
-            TrainingError: on every rank, if a server does not take them.
+            TrainingError: on every rank, if a server does not take them, or not in time.
         """
         distributed.gather_objects(None)  # nobody generates any more
         stream = checkpoint_stream(weights, dtype=self._dtype, tied=self._tied, expected=self._names)
@@ -162,6 +171,13 @@ class ServerEngine:
         if distributed.rank() == 0:
             try:
                 self._push(stream)
+            except TimeoutError:
+                if self._group is not None:
+                    background(self._group.destroy)  # ends a broadcast that waits for a server that is gone
+                problem = (
+                    f"{' or '.join(self._urls)} did not take the new weights within {self._timeout:g} s "
+                    f"(rollout.server_timeout_s): {RESTART}"
+                )
             except (TrainingError, RuntimeError, OSError) as error:  # the last two: of the group's connections
                 if not isinstance(error, TrainingError):
                     error = TrainingError(f"the new weights did not reach the rollout server ({error}): {RESTART}")
@@ -172,6 +188,7 @@ class ServerEngine:
             raise TrainingError(problem)
 
     def _push(self, stream: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self._until = time.monotonic() + self._timeout
         self._ask("pause?mode=wait")  # which also empties the prefix cache
         if self._group is None:
             self._group = self._connect()
@@ -183,7 +200,7 @@ class ServerEngine:
                 "shapes": [list(tensor.shape) for _, tensor in bucket],
             }
             receiving = self._start("update_weights", {"update_info": info})
-            finish([*receiving, background(self._group.broadcast, [tensor.contiguous() for _, tensor in bucket])])
+            self._finish([*receiving, background(self._group.broadcast, [tensor.contiguous() for _, tensor in bucket])])
         self._ask("finish_weight_update")
         self._ask("resume")
 
@@ -192,7 +209,9 @@ class ServerEngine:
         from aipo.rollout.transfer import GROUPS
 
         self._ask("shutdown_weight_transfer_engine")  # of a trainer before this one
-        sizes = [ask(url, "get_world_size", get=True)["world_size"] for url in self._urls]
+        asked = [background(partial(ask, url, "get_world_size", get=True)) for url in self._urls]
+        self._finish(asked)
+        sizes = [answer.result()["world_size"] for answer in asked]
         address, world = own_address(self._urls), 1 + sum(sizes)
         group = GROUPS[self._backend](address, world)
         infos = [
@@ -208,7 +227,7 @@ class ServerEngine:
             for i in range(len(sizes))
         ]
         joining = self._start("init_weight_transfer_engine", *infos)
-        finish([*joining, background(group.join)])
+        self._finish([*joining, background(group.join)])
         return group
 
     def _start(self, path: str, *bodies: dict[str, Any] | None) -> list[Future[Any]]:
@@ -217,7 +236,10 @@ class ServerEngine:
         return [background(ask, url, path, body) for url, body in zip(self._urls, each)]
 
     def _ask(self, path: str) -> None:
-        finish(self._start(path))
+        self._finish(self._start(path))
+
+    def _finish(self, futures: Sequence[Future[Any]]) -> None:
+        finish(futures, timeout=self._until - time.monotonic())
 
     def sleep(self) -> None:
         """Nothing: the servers' devices are theirs."""
@@ -227,7 +249,7 @@ class ServerEngine:
         if self._group is not None:
             leaving = self._start("shutdown_weight_transfer_engine")
             self._group.destroy()
-            finish(leaving)
+            finish(leaving, timeout=self._timeout)
 
 
 def parse_completion(response: dict[str, Any]) -> Completion:
@@ -254,22 +276,28 @@ def background(action: Callable[..., Any], *arguments: Any) -> Future[Any]:
     return future
 
 
-def finish(futures: Sequence[Future[Any]]) -> None:
-    """Wait for all, or raise the first error without waiting for the rest."""
-    for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+def finish(futures: Sequence[Future[Any]], *, timeout: float) -> None:
+    """Wait for all, or raise the first error without waiting for the rest; TimeoutError after so many seconds."""
+    done, waiting = wait(futures, max(timeout, 0.0), return_when=FIRST_EXCEPTION)
+    for future in done:
         future.result()
+    if waiting:
+        raise TimeoutError
 
 
 def refusal(url: str, path: str, status: int, text: str) -> str:
     return f"the rollout server {url} answered {status} to {path} ({' '.join(text.split())[:300]}): {RESTART}"
 
 
-def ask(url: str, path: str, body: dict[str, Any] | None = None, *, get: bool = False) -> Any:
-    """POST, or GET, and return the JSON answer; :class:`TrainingError` if there is none or another status than 200."""
+def ask(
+    url: str, path: str, body: dict[str, Any] | None = None, *, get: bool = False, timeout: float | None = None
+) -> Any:
+    """POST, or GET, and return the JSON answer; :class:`TrainingError` if there is none (within ``timeout`` seconds) or
+    another status than 200."""
     with requests.Session() as session:
         session.trust_env = False  # a proxy has no business between a trainer and its server
         try:
-            response = session.request("GET" if get else "POST", f"{url}/{path}", json=body, timeout=(30, 1800))
+            response = session.request("GET" if get else "POST", f"{url}/{path}", json=body, timeout=(30, timeout))
         except requests.RequestException as error:
             kind = type(error).__name__
             raise TrainingError(f"the rollout server {url} does not answer to {path} ({kind}): {RESTART}") from error
@@ -287,7 +315,7 @@ def check_server(url: str, names: Sequence[str], *, max_model_len: int) -> str:
 
     def known(path: str, otherwise: str) -> Any:
         try:
-            return ask(url, path, get=True)
+            return ask(url, path, get=True, timeout=ANSWER_S)
         except TrainingError:
             raise UserError(f"rollout.server_url: {otherwise}: {START}") from None
 
@@ -308,7 +336,11 @@ def check_server(url: str, names: Sequence[str], *, max_model_len: int) -> str:
         raise UserError(f"rollout.server_url: {url} has no --weight-transfer-config of nccl or gloo: {START}")
     with requests.Session() as session:  # an empty request is refused as such (400), or as not provided for
         session.trust_env = False
-        if session.post(f"{url}/inference/v1/generate", json={}, timeout=30).status_code != 400:
+        try:
+            refused = session.post(f"{url}/inference/v1/generate", json={}, timeout=ANSWER_S).status_code == 400
+        except requests.RequestException:
+            refused = False
+        if not refused:
             raise UserError(f"rollout.server_url: {url} takes no token ids (--tokens-only): {START}")
     return transfer["backend"]
 

@@ -49,7 +49,8 @@ class NcclGroup:
         self._group = trainer_init(self._info)
 
     def broadcast(self, tensors: list[Tensor]) -> None:
-        stream = torch.cuda.current_stream()
+        stream = torch.cuda.Stream()  # what waits for a server that is gone must not hold up the training's stream
+        stream.wait_stream(torch.cuda.current_stream())
         for tensor in tensors:
             self._group.broadcast(tensor, src=0, stream=stream)
         stream.synchronize()

@@ -161,7 +161,7 @@ class VllmEngine:
         self._max_model_len, self._end_token_ids = max_model_len, list(end_token_ids)
         self._interventions = interventions
         self._request_ids = itertools.count()
-        self._asleep = False
+        self.asleep = False
 
     def generate(
         self,
@@ -171,7 +171,7 @@ class VllmEngine:
         on_done: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
         """See :meth:`~aipo.rollout.base.RolloutEngine.generate`."""
-        if self._asleep:
+        if self.asleep:
             raise RuntimeError("the engine sleeps: sync weights before generating")
         check_requests(requests, sampling, max_model_len=self._max_model_len, interventions=self._interventions)
         from vllm.inputs import tokens_input
@@ -199,14 +199,14 @@ class VllmEngine:
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See :meth:`~aipo.rollout.base.RolloutEngine.sync`; tensors are cast to the engine's dtype one by one."""
-        if self._asleep:
+        if self.asleep:
             self._llm.wake_up(tags=["weights"])
         stream = checkpoint_stream(weights, dtype=self._dtype, tied=self._tied, expected=self._names)
         # One call: vLLM prepares all layers when a reload begins, and puts back those that got nothing when it ends.
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
-        if self._asleep:
+        if self.asleep:
             self._llm.wake_up(tags=["kv_cache"])
-            self._asleep = False
+            self.asleep = False
         self._forget_prefixes()
 
     def _params(self, request: Request, sampling: Sampling) -> Any:
@@ -234,9 +234,9 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """Give weights and KV cache back to the GPU until the next ``sync``; nothing on CPU."""
-        if self._on_gpu and not self._asleep:
+        if self._on_gpu and not self.asleep:
             self._llm.sleep(level=2)
-            self._asleep = True
+            self.asleep = True
 
     def close(self) -> None:
         """Free the engine; the caller's process group stays."""

@@ -99,6 +99,7 @@ def make_trainer(config: Config, prompter: Prompter) -> Trainer:
         progress=None,  # type: ignore[arg-type]
         device=device,
         identity={},
+        engine_gap=lambda: 0.0,
     )
 
 

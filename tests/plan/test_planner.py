@@ -24,6 +24,7 @@ from aipo.model.shared_attention import NAME
 from aipo.plan.memory import CPU_ENGINE_LIBRARIES, GIB, Model, activation_bytes, head_bytes
 from aipo.plan.planner import PUBLISHED, Plan, plan, read_model, render
 from aipo.policy import SelectedLogProbs
+from aipo.rollout.check import NOISE_ELEMENTS
 from tests.tiny import make_tiny
 
 SHAPE: dict[str, Any] = {
@@ -197,6 +198,40 @@ def test_a_heap_keeps_room_for_several_padded_micro_batches(tmp_path: Path) -> N
     assert "activations, freed" not in update("optim.share_prompts=true")
 
 
+def test_what_an_h100_reserved() -> None:
+    """The update of Qwen3-1.7B's shape on one H100, Hugging Face's engine asleep: 40.3 GiB."""
+    made = plan(qwen("1.7b", "loss.kl_beta=0", "rollout.engine=hf"), 1, gpu_memory_gb=80)
+    assert made.peak("update") / GIB == pytest.approx(40.3, rel=0.05)
+
+
+def test_what_comes_before_the_first_step_fits_where_the_steps_do() -> None:
+    """32B on 32 GPUs of 80 GiB: a noisy copy of the 151,936 x 5,120 head, in 2 bytes, beside weights that just fit."""
+    made = plan(qwen("32b"), 32, gpu_memory_gb=80)
+    matrix = 151_936 * 5_120
+    check, sync, labelling, update = (made.phases[p] for p in ("sync check", "sync", "labelling", "update"))
+    assert check["noisy copy"] == 2 * matrix + 4 * NOISE_ELEMENTS
+    assert check["gathered weights"] == 2 * matrix
+    assert check["engine weights"] == sync["engine weights"]
+    assert made.peak("sync check") == made.peak("sync") + 4 * NOISE_ELEMENTS < made.capacity
+    assert not {"KV cache", "engine weights"} & labelling.keys()  # it sleeps
+    assert made.peak("labelling") < made.peak("update")
+    assert labelling["gathered weights"] == update["gathered weights"] / 2  # without the reference
+    assert (
+        not {"sync check", "labelling"}
+        & plan(qwen("8b", "rollout.check_sync=false", "curriculum.enabled=false"), 8).phases.keys()
+    )
+    masters = plan(qwen("4b", "sharding.zero_stage=0"), 4).phases["sync check"]  # float32, cast for the engine
+    assert masters["noisy copy"] == 6 * 151_936 * 2_560 + 4 * NOISE_ELEMENTS
+    assert "gathered weights" not in masters
+
+
+def test_branching_reads_beside_an_engine_that_is_awake() -> None:
+    made = plan(qwen("8b", "branch.enabled=true"), 8).phases
+    assert made["branching"]["KV cache"] == made["rollout"]["KV cache"] > 0
+    assert 0 < made["branching"]["activations"] == made["labelling"]["activations"] < made["update"]["activations"]
+    assert plan(qwen("8b", "rollout.async_depth=1"), 8).phases["sync"]["KV cache"] > 0  # so is one that draws ahead
+
+
 @given(st.sampled_from(["1.7b", "4b", "8b"]), st.integers(0, 5))
 @settings(max_examples=6, deadline=None)
 def test_more_gpus_never_need_more_each_under_zero_3(size: str, power: int) -> None:
@@ -237,6 +272,16 @@ def traced(config: PretrainedConfig, dtype: torch.dtype, checkpointing: bool, ro
     mask = torch.ones_like(ids)
     mask[0, -5:] = 0  # real padding, or transformers drops the mask
     return pass_bytes(model, input_ids=ids, attention_mask=mask)
+
+
+def test_a_pass_without_gradient_has_one_layer_at_a_time() -> None:
+    config = Qwen3Config(vocab_size=32, num_hidden_layers=3, **SHAPE)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    ids = torch.zeros(2, 64, dtype=torch.long)
+    with PeakBytes(*model.parameters()) as memory, torch.no_grad():
+        model.base_model(ids, attention_mask=(ids + 1).tril(60), use_cache=False)
+    planned = activation_bytes(model_of(config), 128, 64, residual=2, compute=2, checkpointing=True, gradient=False)
+    assert planned == pytest.approx(memory.peak, rel=0.15)
 
 
 def pass_bytes(model: Any, **inputs: Any) -> int:

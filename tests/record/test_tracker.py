@@ -15,6 +15,7 @@ from rich.console import Console
 
 from aipo.errors import UserError
 from aipo.metrics import Accuracy
+from aipo.record import clock
 from aipo.record.plots import PANELS, draw_curves
 from aipo.record.progress import Progress, duration, final_table, summarize
 from aipo.record.tracker import (
@@ -454,6 +455,22 @@ def test_final_table_of_a_run_without_steps(tmp_path):
     summary = summarize([], before=accuracy, after=accuracy, peak_memory_bytes={}, run_folder=tmp_path)
     final_table(summary, console=Console(file=io.StringIO()))
     assert json.loads((tmp_path / "summary.json").read_text())["otf"] is None
+
+
+def test_peak_of_a_device_is_what_was_taken_at_the_end_of_a_phase(monkeypatch):
+    """Of 80 GiB; PyTorch's own count, which holds the pool of a sleeping engine, is not asked."""
+    taken = iter([30, 50, 20])
+    monkeypatch.setattr("aipo.record.clock._device_peak", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: ((80 - next(taken)) << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 70 << 30)
+    timed = clock.Clock()
+    for phase in ("rollout", "backward"):
+        with timed(phase):
+            pass
+    assert peak_memory_bytes()["device"] == 50 << 30
+    assert set(timed.seconds) == {"rollout", "backward"}
 
 
 def test_peak_memory_sees_an_allocation():

@@ -13,6 +13,7 @@ from aipo.errors import UserError
 from aipo.rollout import Completion, Request, Sampling, make_engine
 from aipo.rollout.base import keep_rng
 from aipo.rollout.check import check_weight_sync, perturbed
+from aipo.rollout.decoding import Fixed
 from aipo.rollout.hf import HfEngine, draw
 from aipo.rollout.injection import Injection, Projections
 from tests.tiny import make_tiny
@@ -56,6 +57,24 @@ def test_a_request_does_not_depend_on_its_company(folder):
         for a, b in zip(together, others):
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
     assert together[0].token_ids != together[2].token_ids  # one prompt, two seeds
+
+
+def test_a_fixed_cache_draws_what_a_growing_one_does(folder, monkeypatch):
+    """With rows that end early, so that they are dropped, and a cache that is laid out anew again and again."""
+    monkeypatch.setattr("aipo.rollout.decoding.ROOM", 3)
+    laid_out = []
+    lay_out = Fixed._lay_out
+    monkeypatch.setattr(Fixed, "_lay_out", lambda self: lay_out(self) or laid_out.append(self.mask.shape))
+    budgets = [30, 7, 2, 40, 12]
+    requests = [dataclasses.replace(r, max_tokens=b) for r, b in zip(REQUESTS, budgets)]
+    growing = engine_for(folder, fixed_cache=False).generate(requests, SAMPLING)
+    assert not laid_out
+    fixed = engine_for(folder, fixed_cache=True).generate(requests, SAMPLING)
+    assert [shape[0] for shape in laid_out][-1] < len(requests) / 2
+    assert max(shape[-1] for shape in laid_out) > min(shape[-1] for shape in laid_out)
+    for a, b in zip(growing, fixed):
+        assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
 
 
 def test_logprobs_are_those_of_a_full_forward(folder, model):

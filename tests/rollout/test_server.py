@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from aipo.config import load_config
 from aipo.errors import TrainingError, UserError
 from aipo.rollout.server import (
+    ServerEngine,
     ask,
     background,
     check_server,
@@ -20,6 +23,7 @@ from aipo.rollout.server import (
     parse_completion,
     serve_arguments,
 )
+from tests.tiny import make_tiny
 
 NAME = "owner/model"
 
@@ -45,6 +49,9 @@ def url(answers) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             answer = answers.get(self.path, 404)
+            if isinstance(answer, threading.Event):
+                answer.wait()
+                return
             self.send_response(answer if isinstance(answer, int) else 200)
             self.end_headers()
             self.wfile.write(json.dumps(answer).encode())
@@ -90,6 +97,19 @@ def test_an_unfit_server_is_refused_in_one_line(url, answers, path, answer, word
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "words"), [("/version", "no vLLM server answers"), ("/inference/v1/generate", "takes no token ids")]
+)
+def test_a_server_that_only_listens_is_refused(url, answers, path, words, monkeypatch):
+    monkeypatch.setattr("aipo.rollout.server.ANSWER_S", 0.2)
+    answers[path] = never = threading.Event()
+    try:
+        with pytest.raises(UserError, match=words):
+            check_server(url, (NAME,), max_model_len=100)
+    finally:
+        never.set()
+
+
 def test_a_dead_server_and_a_refusal_say_what_to_do(url):
     with pytest.raises(TrainingError, match=r"does not answer to pause .*--resume auto"):
         ask("http://127.0.0.1:9", "pause")
@@ -108,7 +128,43 @@ def test_the_first_error_is_not_kept_waiting():
     assert background(lambda x: x + 1, 2).result() == 3
     never = threading.Event()
     with pytest.raises(RuntimeError, match="refused"):
-        finish([background(never.wait), background(fail)])
+        finish([background(never.wait), background(fail)], timeout=60)
+
+
+class Group:
+    port = 1
+
+    def __init__(self, address: str, world_size: int) -> None: ...
+
+    def join(self) -> None: ...
+
+    def destroy(self) -> None: ...
+
+
+@pytest.mark.parametrize("silent", ["pause?mode=wait", "get_world_size", "update_weights", "resume"])
+def test_a_server_that_never_answers_ends_a_sync(silent, answers, url, monkeypatch, tmp_path):
+    """Asked to pause, for its workers, to take a bucket, whose broadcast then waits too, or to go on."""
+    monkeypatch.setattr("aipo.rollout.server.check_server", lambda *a, **k: "gloo")
+    never = threading.Event()
+
+    class Silent(Group):
+        def broadcast(self, tensors: list[torch.Tensor]) -> None:
+            if silent == "update_weights":
+                never.wait()
+
+    paths = ["pause?mode=wait", "shutdown_weight_transfer_engine", "get_world_size", "init_weight_transfer_engine"]
+    paths += ["start_weight_update", "update_weights", "finish_weight_update", "resume"]
+    answers |= {f"/{path}": {"world_size": 1} for path in paths}
+    answers[f"/{silent}"] = never
+    monkeypatch.setattr("aipo.rollout.transfer.GROUPS", {"gloo": Silent})
+    folder = str(make_tiny(tmp_path / "model"))
+    engine = ServerEngine(folder, urls=[url], max_model_len=100, end_token_ids=[2], timeout=0.5)
+    weights = list(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    try:
+        with pytest.raises(TrainingError, match=rf"{url} did not take .* 0\.5 s \(rollout\.server_timeout_s\): "):
+            engine.sync(weights)
+    finally:
+        never.set()
 
 
 def response(**choice: object) -> dict[str, object]:
