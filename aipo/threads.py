@@ -7,17 +7,15 @@ import sys
 
 from aipo.errors import UserError
 
-# Threads that spin while they wait take the core from whatever else runs there: a verifier, a second rank, a browser.
-# A thread bound to a core cannot leave it when another program comes. Both are defaults: the user's own values win.
-SHARING = {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-
 
 def settle() -> None:
     """Set the environment of OpenMP for this rank. Call it before torch is imported."""
     threads, asked = cpu_threads(), os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdecimal() and int(asked) > threads and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"OMP_NUM_THREADS={asked} exceeds the cores of a rank: {threads} used", file=sys.stderr, flush=True)
-    os.environ.update(SHARING | os.environ | {"OMP_NUM_THREADS": str(threads)})
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    # threads that spin while they wait take the core from what else runs there: a verifier, a second rank, a browser
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def cpu_threads() -> int:

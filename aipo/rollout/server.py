@@ -34,7 +34,6 @@ from aipo import distributed
 from aipo.errors import TrainingError, UserError
 from aipo.rollout.base import Completion, Request, Sampling, check_requests, parameter_names
 from aipo.rollout.vllm import checkpoint_stream
-from aipo.threads import SHARING
 
 if TYPE_CHECKING:
     from aipo.config import Config
@@ -407,8 +406,7 @@ def main() -> None:
     command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *serve]
     command += [f"--host={arguments.host}", f"--port={arguments.port}", *given[split + 1 :]]
     root = str(Path(__file__).resolve().parents[2])  # where vLLM's workers find this package
-    settings = {key: value for key, value in SHARING.items() if key not in os.environ}
-    settings |= {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
+    settings = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
     if arguments.dry_run:
         print(shlex.join([*(f"{key}={value}" for key, value in settings.items()), *command]))
     else:
