@@ -8,7 +8,8 @@ need no state at all decide before it; what is decided early need not be laid ou
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -88,6 +89,9 @@ class TokenSelector:
         self.gold, self.group_size, self.ids = gold, rollouts.group_size, rollouts.ids
         self.kappa, self.step, self.decided = kappa, step, False
         self.prefix, self.ranking = prefix, self.scores if ranking is None else ranking  # (B, T)
+        if gold is not None:
+            with self._timed(gold):
+                self.scorer.prepare(gold)
 
     def probe(self, batches: Sequence[MicroBatch], states: States) -> None:
         """Score all micro-batches, then decide every mask. Collective; does nothing where the training forward can."""
@@ -143,13 +147,18 @@ class TokenSelector:
         return unpad(self.mask[rows], micro.lengths.cpu()).to(states.device)
 
     def _score(self, micro: MicroBatch, states: Tensor) -> None:
+        with self._timed(states):
+            scores = self.scorer.score(states, self._gold_of(micro), micro.lengths)  # (N,)
+            if len(micro.rows):
+                padded = pad(scores.cpu(), micro.lengths.cpu(), float("nan"))  # (b, t)
+                self.scores[micro.rows.cpu(), : padded.shape[1]] = padded
+
+    @contextmanager
+    def _timed(self, states: Tensor) -> Iterator[None]:
         if states.is_cuda:  # or the forward still under way would be charged to the scores
             torch.cuda.synchronize(states.device)
         start = time.perf_counter()
-        scores = self.scorer.score(states, self._gold_of(micro), micro.lengths)  # (N,)
-        if len(micro.rows):
-            padded = pad(scores.cpu(), micro.lengths.cpu(), float("nan"))  # (b, t)
-            self.scores[micro.rows.cpu(), : padded.shape[1]] = padded
+        yield
         self.seconds += time.perf_counter() - start
 
     def _gold_of(self, micro: MicroBatch) -> Tensor:
