@@ -18,6 +18,7 @@ samples (when centred), and NaN or infinite states.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -165,13 +166,19 @@ def chebyshev(x: Tensor, count: int) -> Tensor:
     return basis
 
 
-def near_and_far(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scalars in bandwidths (c, d) -> x / REACH where it is within [-1, 1], else 0 (c, d); the o coordinates that
-    some row has beyond (o,); and there x where it is beyond, else 0 (c, o). NaN is beyond."""
-    within = x.abs() <= REACH
-    columns = (~within).any(0).nonzero()[:, 0]
-    far = torch.where(within[:, columns], 0, x[:, columns])
-    return torch.where(within, x, 0) / REACH, columns, far
+def columns_beyond(x: Tensor) -> Tensor:
+    """The o coordinates that some row of x (c, d), in bandwidths, has beyond REACH, or NaN: (o,)."""
+    return (~(x.abs().amax(0) <= REACH)).nonzero()[:, 0]
+
+
+def near_and_far(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Scalars in bandwidths (c, d) -> x / REACH where it is within [-1, 1], else 0 (c, d); and of ``columns`` (o,),
+    the :func:`columns_beyond` of these rows or more, x where it is beyond, else 0 (c, o). NaN stays NaN."""
+    far = x[:, columns]
+    far = torch.where(far.abs() <= REACH, 0, far)
+    near = x / REACH
+    near[:, columns] = (x[:, columns] - far) / REACH  # leaves 0 where it is far
+    return near, far
 
 
 def median_bandwidth(x: Tensor) -> Tensor:
@@ -251,66 +258,134 @@ def coordinate_scores(
     Sums over coordinates go through an :class:`Expansion`: the time is linear in T and d, and hardly depends on D.
     """
     phi_of = FourierFeatures.draw(features, 1, num_features, seed)
-    return factor_scores(hidden, gold_factor(gold, phi_of, sigma, center), phi_of, sigma, center, chunk)
+    factors, which = gold_factors(gold[None], phi_of, sigma, center), torch.zeros(len(hidden), dtype=torch.long)
+    return factor_scores(hidden, factors, which, phi_of, token_bandwidths(hidden, sigma), center, chunk)
 
 
-def gold_factor(gold: Tensor, phi_of: FourierFeatures, sigma: Sigma, center: bool) -> Tensor:
-    """F with F F^T = H Phi_y Phi_y^T H, that is || Phi_x^T H Phi_y || = || Phi_x^T F || for any x: (d,) -> fp32 (d, r).
+def gold_factors(gold: Tensor, phi_of: FourierFeatures, sigma: Sigma, center: bool) -> Tensor:
+    """F with F F^T = H Phi_y Phi_y^T H, that is || Phi_x^T H Phi_y || = || Phi_x^T F || for any x, of each gold state:
+    (Q, d) -> fp32 (Q, d, r).
 
-    r is the numerical rank, which is small (about 15) because the kernel is smooth. A gold state that cannot be
-    measured gives r = 0. In fp64, because the noise floor of fp32 cosines would hide how small the rank is.
+    r is the largest numerical rank, which is small (about 15) because the kernel is smooth; a factor of lower rank
+    starts with columns of zeros. A gold state that cannot be measured has nothing else. In fp64, because the noise
+    floor of fp32 cosines would hide how small the rank is. All states share the decompositions, as far as there is
+    room for them.
     """
-    if len(gold) < 2 or not gold.isfinite().all():
-        return gold.new_empty(len(gold), 0, dtype=torch.float32)
+    Q, d = gold.shape
+    if not Q or d < 2:
+        return gold.new_empty(Q, d, 0, dtype=torch.float32)
     with torch.autocast(gold.device.type, enabled=False):
-        gold = gold.double()
-        phi = phi_of.expansion.to(gold)
-        near, columns, far = near_and_far((gold / _bandwidth(gold[:, None], sigma)).view(1, -1))
-        # Phi_y = A W^T, A (d, m + o) being the polynomials and an indicator of each coordinate beyond. W = Q R
-        # leaves A R^T, min(D, m + o) columns instead of D.
-        W = torch.cat([phi.series, phi.beyond(far[0])], 1)  # (D, m + o)
-        R = torch.linalg.qr(W, mode="r").R  # (min(D, m + o), m + o)
-        m = phi.series.shape[1]
-        factor = chebyshev(near[0], m).T @ R[:, :m].T  # (d, min(D, m + o))
-        factor[columns] += R[:, m:].T
-        factor = _centered(factor, center)
-        eigenvalue, vector = torch.linalg.eigh(factor.T @ factor)
-        return (factor @ vector[:, eigenvalue > RANK_TOLERANCE * eigenvalue[-1]]).float()
+        measured = gold.isfinite().all(1)[:, None]  # (Q, 1)
+        samples = torch.where(measured, gold, 0).double()[:, :, None]  # (Q, d, 1)
+        x = (samples / _bandwidth(samples, sigma))[:, :, 0]  # (Q, d)
+        columns = columns_beyond(x)
+        phi = phi_of.expansion.to(x)
+        D, m = phi.series.shape
+        width = D + 2 * d  # of what a column of W, and then of the factor, takes
+        fitting = tokens_that_fit(2 * width * (m + len(columns)), _room(x))  # fp64 takes the place of two
+        factors = [_factors(part, columns, phi, center) for part in x.split(fitting)]  # (q, d, r) each
+        rank = max(part.shape[2] for part in factors)
+        padded = [torch.nn.functional.pad(part, (rank - part.shape[2], 0)) for part in factors]
+        return torch.where(measured[:, :, None], torch.cat(padded), 0)
+
+
+def _factors(x: Tensor, columns: Tensor, phi: Expansion, center: bool) -> Tensor:
+    """Gold states in bandwidths (q, d), of which ``columns`` (o,) may be beyond REACH -> fp32 (q, d, r)."""
+    near, far = near_and_far(x, columns)
+    # Phi_y = A W^T, A (d, m + o) being the polynomials and an indicator of each coordinate beyond. W = Q R
+    # leaves A R^T, min(D, m + o) columns instead of D. A coordinate that is not beyond here has a column of zeros.
+    W = torch.cat([phi.series.expand(len(x), -1, -1), phi.beyond(far).transpose(0, 1)], 2)  # (q, D, m + o)
+    R = torch.linalg.qr(W, mode="r").R  # (q, min(D, m + o), m + o)
+    m = phi.series.shape[1]
+    factor = chebyshev(near, m).permute(1, 2, 0) @ R[:, :, :m].mT  # (q, d, min(D, m + o))
+    factor[:, columns] += R[:, :, m:].mT
+    factor = _centered(factor, center)
+    eigenvalue, vector = torch.linalg.eigh(factor.mT @ factor)  # ascending
+    kept = eigenvalue > RANK_TOLERANCE * eigenvalue[:, -1:]  # (q, min(D, m + o))
+    rank = int(kept.sum(1).max())
+    return (factor @ (vector * kept[:, None])[:, :, kept.shape[1] - rank :]).float()
+
+
+def token_bandwidths(states: Tensor, sigma: Sigma) -> Tensor:
+    """One bandwidth for all of ``states`` (T, d), as :func:`factor_scores` wants it: fp32 (T, 1)."""
+    return (
+        torch.as_tensor(_bandwidth(states.reshape(-1, 1), sigma))
+        .to(states.device, torch.float32)
+        .expand(len(states), 1)
+    )
 
 
 def factor_scores(
-    hidden: Tensor, factor: Tensor, phi_of: FourierFeatures, sigma: Sigma, center: bool, chunk: int | None = None
+    hidden: Tensor,
+    factors: Tensor,
+    which: Tensor,
+    phi_of: FourierFeatures,
+    bandwidth: Tensor,
+    center: bool,
+    chunk: int | None = None,
 ) -> Tensor:
-    """|| Phi_x^T F ||_F^2 / (d - 1)^2 for every state x: hidden (T, d), F = gold_factor(...) (d, r) -> fp32 (T,)."""
-    scores = hidden.new_zeros(len(hidden), dtype=torch.float32)
-    d, r = factor.shape
-    if not r or not len(hidden):
-        return scores
-    with torch.autocast(hidden.device.type, enabled=False):
-        phi = phi_of.expansion.to(factor)
-        D, m = phi.series.shape
-        near, columns, far = near_and_far(hidden.float() / _bandwidth(hidden.reshape(-1, 1), sigma))
-        first = 1 if center else 0  # F sums to 0 then, and the constant T_0 counts for nothing
-        fused = hidden.is_cuda and find_spec("triton") is not None
-        per_token = D * (r + len(columns)) + (0 if fused else m * d)
-        chunk = chunk or tokens_that_fit(per_token, CHUNK_ELEMENTS if hidden.is_cuda else CACHE_ELEMENTS)
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            if fused:
-                from aipo.mi_kernels import chebyshev_products
+    """|| Phi_x^T F ||_F^2 / (d - 1)^2 for every state x and the factor F of its gold state -> fp32 (N,).
 
-                sums = chebyshev_products(near[part], first, m, factor)  # (m, c, r)
+    Args:
+        hidden: (N, d).
+        factors: (Q, d, r) of :func:`gold_factors`.
+        which: (N,) on the CPU, the place of each state's factor among them.
+        bandwidth: fp32 (N, 1), of each state's kernel.
+        chunk: states at a time, whatever their factors; see :func:`coordinate_scores`.
+    """
+    N, d, r = len(hidden), *factors.shape[1:]
+    scores = hidden.new_zeros(N, dtype=torch.float32)
+    if not r or not N:
+        return scores
+    fused = hidden.is_cuda and find_spec("triton") is not None
+    order = which.argsort(stable=True)  # states of one gold state follow each other
+    first = 1 if center else 0  # F sums to 0 then, and the constant T_0 counts for nothing
+    with torch.autocast(hidden.device.type, enabled=False):
+        phi, room = phi_of.expansion.to(factors), _room(hidden)
+        D, m = phi.series.shape
+        for rows in order.split(chunk or tokens_that_fit(max(d, m * r) if fused else m * d + D * r, room)):
+            part = rows.to(hidden.device)
+            x = hidden.index_select(0, part).float()  # (c, d)
+            low, high = x.amin(1), x.amax(1)  # (c,) each
+            measured = (low > -torch.inf) & (high < torch.inf)  # NaN is neither
+            if center:
+                measured &= low < high  # constant samples score 0, not what rounding leaves of them
+            x = x / bandwidth[part]
+            columns = columns_beyond(x)
+            near, far = near_and_far(x, columns)  # (c, d), (c, o)
+            golds, counts = which[rows].unique_consecutive(return_counts=True)
+            spans = list(zip(golds.tolist(), counts.tolist()))  # how many states in a row take which factor
+            outer = factors[:, columns]  # (Q, o, r)
+            if fused:
+                from aipo.mi_kernels import chebyshev_products, squared_norms
+
+                sums = chebyshev_products(near, first, m, factors, spans)  # (c, m - first, r)
+                norms = squared_norms(sums, far, outer, which[rows].to(part), phi, first)  # (c,)
             else:
-                sums = chebyshev(near[part], m)[first:] @ factor  # (m, c, r)
-            c = sums.shape[1]
-            product = phi.series[:, first:] @ sums.flatten(1)  # (D, c r)
-            if len(columns):
-                beyond = phi.beyond(far[part]).flatten(0, 1)  # (D c, o)
-                product.view(D * c, r).addmm_(beyond, factor[columns])
-            scores[part] = product.view(D, c, r).square().sum((0, 2)) / (d - 1) ** 2
-        if center:
-            scores[(hidden == hidden[:, :1]).all(1)] = 0  # constant samples, up to rounding in the factor
+                sums = _chebyshev_products(near, first, m, factors, spans)
+                norms = torch.empty_like(scores[part])
+                for some in torch.arange(len(rows)).split(chunk or tokens_that_fit(D * (r + len(columns)), room)):
+                    span = slice(int(some[0]), int(some[-1]) + 1)
+                    norms[span] = _squared_norms(sums[span], far[span], outer[which[rows[span]]], phi, first)
+            scores[part] = torch.where(measured, norms / (d - 1) ** 2, 0)
     return _measured(scores)
+
+
+def _chebyshev_products(x: Tensor, first: int, count: int, factors: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """``chebyshev(x, count)[first:] @ factor``, each factor for its span of rows: x (c, d), factors (Q, d, r) ->
+    (c, count - first, r)."""
+    basis = chebyshev(x, count)[first:]  # (count - first, c, d)
+    parts = basis.split([length for _, length in spans], 1)
+    return torch.cat([part @ factors[gold] for part, (gold, _) in zip(parts, spans)], 1).transpose(0, 1)
+
+
+def _squared_norms(sums: Tensor, far: Tensor, outer: Tensor, phi: Expansion, first: int) -> Tensor:
+    """|| series sums + beyond(far) outer ||_F^2: (c, m - first, r), (c, o), (c, o, r) -> (c,)."""
+    product = torch.bmm(phi.series[:, first:].expand(len(sums), -1, -1), sums)  # (c, D, r)
+    if far.shape[1]:
+        product.baddbmm_(phi.beyond(far).transpose(0, 1), outer)
+    product = product.flatten(1)
+    return torch.linalg.vecdot(product, product)
 
 
 def _check_pairs(x: Tensor, y: Tensor) -> None:
@@ -347,6 +422,10 @@ def _centered(phi: Tensor, center: bool) -> Tensor:
 
 def _measured(score: Tensor) -> Tensor:
     return torch.nan_to_num(score, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _room(like: Tensor) -> int:
+    return CHUNK_ELEMENTS if like.is_cuda else CACHE_ELEMENTS
 
 
 def tokens_that_fit(elements: int, room: int = CHUNK_ELEMENTS) -> int:

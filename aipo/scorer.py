@@ -18,9 +18,10 @@ from aipo.mi import (
     FourierFeatures,
     Sigma,
     factor_scores,
-    gold_factor,
+    gold_factors,
     median_bandwidth,
     positive,
+    token_bandwidths,
     tokens_that_fit,
 )
 
@@ -154,6 +155,8 @@ class TokenScorer:
         self.bandwidth = None if sigma == "median" else torch.tensor(positive(sigma), dtype=torch.float64)
         # Vectors get their draw when their size is known.
         self.phi_of = FourierFeatures.draw(features, 1, num_features, seed) if self.local else None
+        self.factors: Tensor | None = None  # (Q, d, r) of the gold states last seen
+        self.places: dict[bytes, int] = {}  # a gold state's place among them
         self.batch: Moments | None = None  # sums over this step's micro-batches so far
         self.running: Moments | None = None  # what scores are made from
         self.steps = 0
@@ -165,17 +168,9 @@ class TokenScorer:
     @torch.no_grad()
     def score(self, hidden: Tensor, gold: Tensor, lengths: Tensor) -> Tensor:
         """hidden (N, d): states of B rollouts one after another; gold (B, d); lengths (B,), sum N -> fp32 (N,)."""
-        scores = [hidden.new_zeros(0, dtype=torch.float32)]
         if self.local:
-            assert self.phi_of is not None
-            options = self.phi_of, self.sigma, self.center
-            factors: dict[bytes, Tensor] = {}  # the rollouts of a question share one
-            for states, answer in self._rollouts(hidden, gold, lengths):
-                key = answer.float().cpu().numpy().tobytes()
-                if key not in factors:
-                    factors[key] = gold_factor(answer, *options)
-                scores.append(factor_scores(states, factors[key], *options))
-            return torch.cat(scores)
+            return self._score_alone(hidden, gold, lengths)
+        scores = [hidden.new_zeros(0, dtype=torch.float32)]
         if not len(lengths):
             return scores[0]
         if self.running is None:
@@ -191,6 +186,16 @@ class TokenScorer:
                 score = (phi_x - mean_x) @ (covariance[0] @ (phi_y - mean_y[0]))
             scores.append((score * measured).float())
         return torch.cat(scores)
+
+    @torch.no_grad()
+    def prepare(self, gold: Tensor) -> None:
+        """Do what depends on the gold states (Q, d) of a step alone, for all of its micro-batches at once.
+
+        Not needed for :meth:`score`, which otherwise does it for every micro-batch. Only ``local`` scorers gain, and
+        none with "zscore", where every rollout moves its gold state.
+        """
+        if self.local and self.normalize != "zscore":
+            self._factors_of(_normalized(gold, gold, self.normalize)[1])
 
     @torch.no_grad()
     def observe(self, hidden: Tensor, gold: Tensor, lengths: Tensor) -> None:
@@ -258,12 +263,40 @@ class TokenScorer:
         self.phi_of = FourierFeatures(**phi) if phi else None
         self.running = Moments(**running) if running else None
         self.bandwidth = state.get("bandwidth")
-        self.steps, self.batch = int(state["steps"]), None
+        self.steps, self.batch, self.factors = int(state["steps"]), None, None
 
     def _fit_score(self, hidden: Tensor, gold: Tensor, lengths: Tensor) -> Tensor:
         self.observe(hidden, gold, lengths)
         self.reduce()
         return self.score(hidden, gold, lengths)
+
+    def _score_alone(self, hidden: Tensor, gold: Tensor, lengths: Tensor) -> Tensor:
+        rollouts = list(self._rollouts(hidden, gold, lengths))
+        if not rollouts:
+            return hidden.new_zeros(0, dtype=torch.float32)
+        states, answers = zip(*rollouts)  # (T, d), (d,) each
+        counts = torch.tensor([len(each) for each in states])
+        if self.sigma == "median":
+            bandwidth = torch.cat([token_bandwidths(each, self.sigma) for each in states])
+        else:
+            bandwidth = token_bandwidths(hidden, self.sigma)  # (N, 1)
+        factors, which = self._factors_of(torch.stack(answers))
+        all_states = hidden if self.normalize == "none" else torch.cat(states)
+        assert self.phi_of is not None
+        return factor_scores(all_states, factors, which.repeat_interleave(counts), self.phi_of, bandwidth, self.center)
+
+    def _factors_of(self, gold: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors (Q, d, r) of the different ones among gold (B, d), and the place (B,) of each, on the CPU.
+
+        The last ones stay: the rollouts of a question share a gold state, and lie in several micro-batches.
+        """
+        keys = [state.tobytes() for state in gold.float().cpu().numpy()]
+        if self.factors is None or not self.places.keys() >= set(keys):
+            assert self.phi_of is not None
+            rows = dict(zip(keys, range(len(keys))))  # one of each
+            self.places = {key: place for place, key in enumerate(rows)}
+            self.factors = gold_factors(gold[list(rows.values())], self.phi_of, self.sigma, self.center)
+        return self.factors, torch.tensor([self.places[key] for key in keys])
 
     def _rollouts(self, hidden: Tensor, gold: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The normalised states (T, d) and gold state (d,) of each rollout that has tokens."""

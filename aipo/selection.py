@@ -8,7 +8,8 @@ need no state at all decide before it; what is decided early need not be laid ou
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -100,6 +101,9 @@ class Selection:
         self.kappa, self.step, self.prefix = kappa, step, prefix
         self.ranking = self.scores if ranking is None else ranking  # (B, T)
         self.decided, self.seconds = False, 0.0
+        if gold is not None:
+            with self._timed(gold):
+                selector.scorer.prepare(gold)
 
     def probe(self, batches: Sequence[MicroBatch], states: States) -> None:
         """Score all micro-batches, then decide every mask. Collective; does nothing where the training forward can."""
@@ -159,11 +163,16 @@ class Selection:
         return micro.ragged_of(self.mask)
 
     def _score(self, micro: MicroBatch, states: Tensor) -> None:
+        with self._timed(states):
+            scores = self.selector.scorer.score(states, self._gold_of(micro), micro.lengths)  # (N,)
+            micro.write(self.scores, scores.cpu())
+
+    @contextmanager
+    def _timed(self, states: Tensor) -> Iterator[None]:
         if states.is_cuda:  # or the forward still under way would be charged to the scores
             torch.cuda.synchronize(states.device)
         start = time.perf_counter()
-        scores = self.selector.scorer.score(states, self._gold_of(micro), micro.lengths)  # (N,)
-        micro.write(self.scores, scores.cpu())
+        yield
         self.seconds += time.perf_counter() - start
 
     def _gold_of(self, micro: MicroBatch) -> Tensor:

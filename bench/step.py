@@ -163,7 +163,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=10 if cuda else 1, help="steps of a process, after a warm-up")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--micro-tokens", type=int, default=8192 if cuda else 4096, help="padding included")
-    parser.add_argument("--model", default="Qwen/Qwen3-1.7B" if cuda else "embedded:smollm2-135m")
+    parser.add_argument(
+        "--model",
+        default="Qwen/Qwen3-1.7B" if cuda else "embedded:smollm2-135m",
+        help="a checkpoint; with --random a published shape, or one as JSON",
+    )
     parser.add_argument("--random", action="store_true", default=cuda, help="random weights (default on a GPU)")
     parser.add_argument("--scale", type=float, default=16.0 if cuda else 1.0, help="of completions; 1 is 130 tokens")
     parser.add_argument("--checkpointing", action="store_true", default=cuda, help="of gradients, in all variants")
@@ -180,7 +184,7 @@ def main() -> None:
     names = [name for name in arguments.variants.split(",") if python or name not in TRL]
     flash = find_spec("flash_attn") is not None and not python  # TRL's environment has none
     if arguments.random:
-        shape = PUBLISHED[arguments.model]
+        shape = json.loads(arguments.model) if arguments.model.startswith("{") else PUBLISHED[arguments.model]
         spec, changed = json.dumps(shape), {"scale": arguments.scale, "vocabulary": shape["vocab_size"]}
     else:
         from aipo.problems.embedded import resolve_model

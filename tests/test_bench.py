@@ -5,29 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-import train
 from aipo.config import load_config
-from bench import step
+from bench import gpu, step
+from bench.batches import load
 from bench.compare import distinguishable
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "bench" / "gpu.sh"
-
-STAND_IN = """#!/bin/bash
-if [ "$1" = -c ]; then
-    case "$2" in *vllm*) echo hf ;; *slug*) echo stand-in ;; esac
-else
-    printf '%s\\n' "$*" >> "$SEEN"
-    for word in "$@"; do
-        case "$word" in runs=*) mkdir -p "${word#runs=}/gpu"; touch "${word#runs=}/gpu/summary.md" ;; esac
-    done
-fi
-"""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -38,24 +28,43 @@ def test_without_a_gpu_it_says_so() -> None:
 
 
 def test_what_it_starts_takes_its_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    python, seen = tmp_path / "python", tmp_path / "seen"
-    python.write_text(STAND_IN)
-    python.chmod(0o755)
-    copy = tmp_path / "repository" / "bench" / "gpu.sh"  # it writes beside itself
-    copy.parent.mkdir(parents=True)
-    copy.write_bytes(SCRIPT.read_bytes())
-    environment = os.environ | {"PYTHON": str(python), "SEEN": str(seen)}
-    subprocess.run(["bash", copy, "--trl"], env=environment, check=True)
-    assert (copy.parent / "results" / "train-stand-in.md").exists()
+    started: list[list[str]] = []
 
-    started = [line.split() for line in seen.read_text().splitlines()]
-    assert [line[0] for line in started] == ["-m", "bench/step.py", "bench/head.py", "bench/mi.py", "train.py"]
-    assert all((ROOT / word).exists() for line in started for word in line if word.endswith(".py"))
-    monkeypatch.setattr(sys, "argv", started[1])
-    assert (step.parse().rounds, step.parse().trl) == (2, ROOT / ".venv-trl")
-    parsed = train.parse(started[4][1:])
-    config = load_config(parsed.config, parsed.overrides)
-    assert (config.rollout.engine, config.optim.steps) == ("hf", 10)
+    class Recorded(gpu.Job):
+        def __init__(self, command: list[str], log: Path, deadline: float) -> None:
+            started.append(command)
+            if "--out" in command:
+                Path(command[-1]).write_text("# Title\n")
+
+        def wait(self, *_: object, **__: object) -> None:
+            pass
+
+    monkeypatch.setattr(gpu, "Job", Recorded)
+    assert gpu.step(tmp_path, 0, small=False) == "## Title\n"
+    monkeypatch.setattr(sys, "argv", started[0][1:])
+    parsed = step.parse()
+    assert (parsed.scale, parsed.quick, parsed.random, parsed.micro_tokens) == (60, True, True, 12288)
+    longest = max(map(len, load(questions=1, scale=parsed.scale, vocabulary=9).completions))
+    assert 10_000 < longest <= parsed.micro_tokens - 200  # and its prompt
+    config = load_config("qwen3_1.7b.yaml", [*gpu.RUN, *gpu.LARGE_RUN])
+    assert (config.rollout.engine, config.sharding.zero_stage) == ("hf", 3)
+    assert sum(share for _, share in gpu.PARTS.values()) == pytest.approx(1)
+
+
+def test_a_part_ends_with_its_time_and_says_why_it_failed(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    hanging = gpu.Job(["sh", "-c", "sleep 600 & echo $!; wait"], log, time.monotonic() + 60)
+    hanging.wait(lambda: log.read_text().endswith("\n"))
+    hanging.deadline = time.monotonic()
+    with pytest.raises(gpu.NotDone, match="not done in its time"):
+        hanging.wait()
+    child, limit = Path("/proc") / log.read_text().strip() / "stat", time.monotonic() + 60
+    while child.exists() and " Z " not in child.read_text():  # a zombie is one whose exit code nobody has fetched
+        assert time.monotonic() < limit, "the child lives on"
+        time.sleep(0.01)
+    with pytest.raises(gpu.NotDone, match="ended with 4: out of memory"):
+        gpu.Job(["sh", "-c", "echo out of memory; exit 4"], log, time.monotonic() + 60).wait()
+    gpu.Job(["sh", "-c", "exit 3"], log, time.monotonic() + 60).wait(code=gpu.STOPPED)
 
 
 def test_a_difference_is_one_that_every_seed_shows() -> None:

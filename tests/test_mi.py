@@ -22,9 +22,11 @@ from aipo.mi import (
     chebyshev,
     coordinate_scores,
     exact_hsic,
+    factor_scores,
     fast_hsic,
-    gold_factor,
+    gold_factors,
     median_bandwidth,
+    token_bandwidths,
 )
 
 KINDS = ["random", "orthogonal", "quadrature"]
@@ -286,7 +288,7 @@ def test_the_gold_factor_has_the_gram_matrix_of_the_features_and_few_columns(cen
     features = phi_of(gold.double()[:, None], 50.0)
     if center:
         features = features - features.mean(0)
-    factor = gold_factor(gold, phi_of, 50.0, center).double()
+    factor = gold_factors(gold[None], phi_of, 50.0, center)[0].double()
     torch.testing.assert_close(factor @ factor.T, features @ features.T, rtol=0, atol=1e-6)
     assert factor.shape[1] < 20
 
@@ -320,6 +322,34 @@ def test_coordinate_scores_with_outliers_anywhere(kind, count, d, tokens, chunk,
     scale = plain_scores(hidden, gold, **{**options, "center": False}).max().item()
     angle = torch.cat([hidden, gold[None]]).abs().max().item() / sigma
     torch.testing.assert_close(scores, plain, rtol=2e-4, atol=1e-6 * scale + 1e-7 * angle)
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_gold_states_together_are_each_alone_and_exact(monkeypatch, center, chunk):
+    """Tokens in any order, each with one of many gold states, whose outliers, ranks and faults differ."""
+    gold = 20 * normal(7, 90, seed=1)
+    gold[0, :5], gold[1, 70:], gold[2] = 8 * gold[0, :5], 8 * gold[1, 70:], 20 * gold[2].sign()
+    gold[3], gold[4, 7], gold[5, 0] = 1.5, float("nan"), float("inf")
+    hidden, which = 20 * normal(40, 90, seed=2), torch.arange(40) * 3 % 7
+    hidden[::4, 30:33] *= 8
+    hidden[8], hidden[9, 1], hidden[10, 2] = 2.5, float("nan"), -float("inf")
+    options: dict[str, Any] = {"num_features": 256, "sigma": 50.0, "center": center, "features": "quadrature"}
+    phi_of = FourierFeatures.draw("quadrature", 1, 256, seed=0)
+    if chunk:
+        monkeypatch.setattr(mi, "CACHE_ELEMENTS", 1)  # one gold state at a time
+    factors = gold_factors(gold, phi_of, 50.0, center)
+    assert len(gold_factors(gold[:0], phi_of, 50.0, center)) == 0
+    scores = factor_scores(hidden, factors, which, phi_of, token_bandwidths(hidden, 50.0), center, chunk)
+    alone = torch.cat([coordinate_scores(hidden[[t]], gold[q], **options) for t, q in enumerate(which)])
+    scale = alone.max().item()
+    torch.testing.assert_close(scores, alone, rtol=1e-5, atol=1e-6 * scale)
+    assert (scores[[8, 9, 10]] == 0).tolist() == [center, True, True]
+    assert (scores[(which == 4) | (which == 5)] == 0).all()
+    if center:
+        assert (scores[which == 3] == 0).all()
+        exact = exact_hsic(hidden[:, :, None], gold[which][:, :, None], sigma=50.0)
+        torch.testing.assert_close(scores, exact, rtol=1e-3, atol=1e-4 * scale)
 
 
 def test_chunks_fit_the_cache(monkeypatch):

@@ -196,22 +196,27 @@ def test_coordinate_scorer_takes_each_rollout_with_its_own_gold(normalize):
         torch.testing.assert_close(scores[rollout], expected, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize(("normalize", "golds"), [("none", 2), ("zscore", 4)])
-def test_rollouts_of_a_question_share_the_work_on_its_gold_state(monkeypatch, normalize, golds):
+@pytest.mark.parametrize(("normalize", "seen"), [("none", [3]), ("layernorm", [3]), ("zscore", [4])])
+def test_the_work_on_gold_states_is_done_once_for_all(monkeypatch, normalize, seen):
+    """Of a step's questions if it is told them, else of a micro-batch's; zscore makes a gold state of each rollout."""
     hidden, gold, lengths = batch(d=64)
-    gold[2], gold[3] = gold[0], gold[1]
-    seen = []
-    monkeypatch.setattr(
-        module, "gold_factor", lambda answer, *rest: seen.append(answer) or factor(answer, *rest), raising=True
-    )
+    question = torch.tensor([2, 0, 2, 1])  # of each rollout
+    states = []
+    monkeypatch.setattr(module, "gold_factors", lambda gold, *rest: states.append(len(gold)) or factors(gold, *rest))
     scorer = make(normalize=normalize, num_features=16, sigma=2.0)
-    scores = scorer.score(hidden, gold, lengths)
-    assert len(seen) == golds  # zscore shifts the gold state by what the rollout is
+    scorer.prepare(gold[:3])
+    scores = scorer.score(hidden, gold[question], lengths)
+    repeated = scorer.score(hidden, gold[question], lengths)
     start = int(lengths[:3].sum())
-    torch.testing.assert_close(scores[start:], scorer.score(hidden[start:], gold[3:], lengths[3:]))
+    torch.testing.assert_close(scorer.score(hidden[start:], gold[question[3:]], lengths[3:]), scores[start:])
+    assert torch.equal(repeated, scores)
+    assert states == seen
+    scorer.load_state_dict(make(num_features=16, seed=1).state_dict())  # other draws: nothing is kept
+    other = make(normalize=normalize, num_features=16, sigma=2.0, seed=1)
+    assert torch.equal(scorer.score(hidden, gold[question], lengths), other.score(hidden, gold[question], lengths))
 
 
-factor = module.gold_factor
+factors = module.gold_factors
 
 
 def test_scorer_of_other_draws_loads_the_saved_ones():

@@ -244,7 +244,7 @@ def forward_backward(config: Config, model: Model, layout: Layout, *, gradient: 
             trained=config.lora.rank == 0 and gradient,
             block=tokens_that_fit(model.vocabulary, CACHE_ELEMENTS) if layout.device == "CPU" else None,
         ),
-        # of a chunk of tokens, and the states of a rollout in float32 three times
+        # of a chunk of tokens, and beside it the factors of gold states, or the states that mi.normalize makes
         "MI features": 8 * (CACHE_ELEMENTS if cached else CHUNK_ELEMENTS) + 12 * layout.longest * model.width,
     }
     if stage == 1 and compute == 2 and gradient:
