@@ -65,7 +65,9 @@ def test_nothing_is_compiled(arguments: list[str], offload: bool, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("where", "launcher"), [("forward", ACCELERATE), ("reward", TORCHRUN), ("save", TORCHRUN)], ids=lambda p: str(p[:1])
+    ("where", "launcher"),
+    [("forward", ACCELERATE), ("reward", TORCHRUN), ("save", TORCHRUN)],
+    ids=["forward", "reward", "save"],
 )
 def test_a_rank_that_fails_ends_all(arguments: list[str], where: str, launcher: list[str], tmp_path: Path) -> None:
     """Rank 0 waits in a collective for which rank 1 never comes, and the launcher, as on a cluster, for rank 0."""
