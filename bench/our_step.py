@@ -112,9 +112,9 @@ class Ours:
 
     def read(self) -> int:
         """Tokens in the forward pass, without padding."""
-        micros = [micro for part in self.trainer.lay_out(self.rollouts) for micro in part]
-        whole = self.trainer.config.optim.share_prompts  # rows without padding
-        return sum(m.input_ids.numel() if whole else int(m.attention_mask.sum()) for m in micros)  # type: ignore[union-attr]
+        if not self.trainer.config.optim.share_prompts:
+            return sum(self.rollouts.loads(share_prompts=False))
+        return sum(micro.input_ids.numel() for part in self.trainer.lay_out(self.rollouts) for micro in part)
 
 
 class Loop:

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 import train
 from aipo.config import load_config
 from aipo.errors import UserError
-from aipo.run import check_inputs, resume_command
+from aipo.run import check_inputs, check_model, resume_command
 from tests.tiny import make_tiny
 
 
@@ -93,6 +94,17 @@ def test_model_that_scales_its_logits(tmp_path: Path) -> None:
     (capped / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 30.0}))
     with pytest.raises(UserError, match="final_logit_softcapping"):
         check_inputs(config_with(capped, write(tmp_path / "d.jsonl", GOOD)), world=1)
+
+
+@pytest.mark.parametrize("key", ["share_prompts", "packing"])
+def test_layers_that_would_carry_one_sequence_into_the_next(model: Path, tmp_path: Path, key: str) -> None:
+    layout = [f"optim.{each}={str(each == key).lower()}" for each in ("share_prompts", "packing")]
+    config = config_with(model, write(tmp_path / "d.jsonl", GOOD), *layout)
+    architecture = AutoConfig.from_pretrained(model)
+    check_model(config, architecture)
+    architecture.layer_types = ["sliding_attention", "conv"]
+    with pytest.raises(UserError, match=f"optim.{key}: .* kind conv"):
+        check_model(config, architecture)
 
 
 def test_engine_that_is_not_installed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
