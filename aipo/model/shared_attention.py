@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "sdpa_shared"
 """``attn_implementation`` of a model: sdpa, and this where the forward pass gets a ``tree``"""
 SIMILAR = 0.5  # of the longest segment of a block
+LONG = 512  # tokens of a block from which skipping half of the products is worth more than short keys (on two cores)
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Block:
     queries: Tensor  # (g, q) where in the row; what is behind the end of a segment repeats something
     keys: Tensor  # (g, k) likewise
     before: Tensor  # (g,) tokens of the sequence before the segment
+    first: bool  # every segment begins its sequence, so that queries and keys are the same tokens
     biases: dict[tuple[torch.dtype, int, int | None], Tensor] = field(default_factory=dict)
 
     @staticmethod
@@ -50,6 +52,7 @@ class Block:
             rows([own for _, own in segments]),
             rows([torch.cat(each) for each in segments]),
             torch.tensor([len(before) for before, _ in segments], device=device),
+            not any(len(before) for before, _ in segments),
         )
 
     def bias(self, dtype: torch.dtype, heads: int, window: int | None) -> Tensor:
@@ -67,17 +70,23 @@ class Block:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, dropout: float, window: int | None
     ) -> Tensor:
-        """query (s, heads, h), key and value (s, groups, h) -> (g * q, heads, h)."""
+        """query (s, groups * heads, h), key and value (s, groups, h) -> (g * q, groups * heads, h)."""
         g, q = self.queries.shape
         groups, size = key.shape[1:]
         heads = query.shape[1] // groups
-        # Heads of a group stand beside each other as queries, so that their keys are not repeated.
-        asked = query.index_select(0, self.queries.flatten())  # (g * q, heads, h)
-        asked = asked.view(g, q, groups, heads, size).permute(0, 2, 3, 1, 4).reshape(g, groups, heads * q, size)
+        asked = query.index_select(0, self.queries.flatten())  # (g * q, groups * heads, h)
         k, v = (
             each.index_select(0, self.keys.flatten()).view(g, -1, *each.shape[1:]).transpose(1, 2)
             for each in (key, value)
         )  # (g, groups, k, h)
+        if self.first and q >= LONG and window is None and not value.is_cuda:
+            asked = asked.view(g, q, -1, size).transpose(1, 2)  # (g, groups * heads, q, h)
+            out = F.scaled_dot_product_attention(
+                asked, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+            )
+            return out.transpose(1, 2).reshape(g * q, groups * heads, -1)
+        # Heads of a group stand beside each other as queries, so that their keys are not repeated.
+        asked = asked.view(g, q, groups, heads, size).permute(0, 2, 3, 1, 4).reshape(g, groups, heads * q, size)
         # of the value's type: under autocast, rotation has made query and key float32 until sdpa converts them
         bias = self.bias(value.dtype, heads, window)  # (g, 1, heads * q, k)
         out = F.scaled_dot_product_attention(asked, k, v, bias, dropout_p=dropout, scale=scaling)
@@ -99,18 +108,10 @@ class Spans:
         query, key = query.to(value.dtype), key.to(value.dtype)  # autocast does not know the operator
         if self.keys is not None:
             key, value = key.index_select(0, self.keys), value.index_select(0, self.keys)
-        return varlen_attn(
-            query,
-            key,
-            value,
-            self.query_ends,
-            self.key_ends,
-            self.longest_query,
-            self.longest_key,
-            scale=scaling,
-            window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=True,
-        )
+        ends = self.query_ends, self.key_ends, self.longest_query, self.longest_key
+        left = -1 if window is None else window - 1
+        out: Any = varlen_attn(query, key, value, *ends, scale=scaling, window_size=(left, 0), enable_gqa=True)
+        return out
 
 
 @dataclass(eq=False)
@@ -157,9 +158,11 @@ class Tree:
     def spans(self) -> Spans:
         filled = [each for each in self.segments if len(each[1])]
         queries, keys = [len(own) for _, own in filled], [len(before) + len(own) for before, own in filled]
-        ends = [torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=self.device) for each in (queries, keys)]
+        asked, read = (
+            torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=self.device) for each in (queries, keys)
+        )
         at = None if queries == keys else torch.cat([torch.cat(each) for each in filled]).to(self.device)
-        return Spans(at, *ends, max(queries), max(keys))
+        return Spans(at, asked, read, max(queries), max(keys))
 
     def sees(self, tokens: Tensor) -> Tensor:
         """Which tokens of the row some of its tokens may see, (n,) -> (n, s) bool."""
@@ -172,8 +175,8 @@ class Tree:
         return ancestors.to(tokens.device)[owner[tokens]][:, owner] & (index <= tokens[:, None])
 
 
-def takes_varlen(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
-    """What PyTorch's variable-length flash attention can do: half precision, heads of one size, NVIDIA's Ampere on."""
+def takes_flash(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+    """What PyTorch's flash attention can do on a GPU: half precision, heads of one size, from NVIDIA's Ampere on."""
     size = value.shape[-1]
     return (
         value.is_cuda
@@ -185,6 +188,11 @@ def takes_varlen(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> b
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(value.device) >= (8, 0)
     )
+
+
+def knows_groups(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether a fused kernel reads keys that several heads share; without one, sdpa makes all (s, s) weights."""
+    return not value.is_cuda or takes_flash(query, key, value, dropout)
 
 
 def forward(
@@ -205,11 +213,15 @@ def forward(
     With a ``tree`` the mask, which says no more, is not looked at.
     """
     if tree is None:  # the mask has the window in it
+        if attention_mask is None and not knows_groups(query, key, value, dropout):
+            key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value))
+            out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
+            return out.transpose(1, 2).contiguous(), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))  # (s, heads or groups, h)
-    if takes_varlen(query, key, value, dropout):
+    if takes_flash(query, key, value, dropout):
         return tree.spans.attend(query, key, value, scaling=scaling, window=sliding_window)[None], None
     blocks, places = tree.blocks
     settings: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "window": sliding_window}

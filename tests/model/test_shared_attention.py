@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aipo.model import shared_attention
-from aipo.model.shared_attention import Tree, forward, takes_varlen
+from aipo.model.shared_attention import Tree, forward, takes_flash
 
 HEADS, GROUPS, SIZE = 6, 2, 4
 Drawn = tuple[list[int], list[int | None]]
@@ -72,15 +72,16 @@ def tensors(s: int, seed: int, size: int = SIZE, **kind: Any) -> list[Tensor]:
     return [*(each.to(**kind).requires_grad_() for each in made), weight]
 
 
-@pytest.mark.parametrize("by", ["blocks", "spans"])
+@pytest.mark.parametrize("by", ["blocks", "long blocks", "spans"])
 @given(trees(), st.none() | st.integers(1, 20), st.integers(0, 2**16))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_equal_to_a_dense_mask_with_gradients(
     monkeypatch: pytest.MonkeyPatch, by: str, tree: Drawn, window: int | None, seed: int
 ) -> None:
     """``spans`` is the way of a GPU, with the operator that PyTorch has for GPUs alone written out."""
-    monkeypatch.setattr(shared_attention, "takes_varlen", lambda *_: by == "spans")
+    monkeypatch.setattr(shared_attention, "takes_flash", lambda *_: by == "spans")
     monkeypatch.setattr(shared_attention, "varlen_attn", varlen)
+    monkeypatch.setattr(shared_attention, "LONG", 1 if by == "long blocks" else 512)
     query, key, value, weight = tensors(sum(tree[0]), seed)
     ours, _ = forward(nn.Module(), query, key, value, None, tree=Tree(*tree), scaling=0.3, sliding_window=window)
     repeated = [each.repeat_interleave(HEADS // GROUPS, 1) for each in (key, value)]
@@ -95,6 +96,24 @@ def test_equal_to_a_dense_mask_with_gradients(
         assert torch.equal(Tree(*tree).sees(torch.arange(len(mask))), mask)
 
 
+@pytest.mark.parametrize("grouped", [True, False])
+def test_padded_rows_are_causal_with_keys_of_groups_repeated_or_not(
+    monkeypatch: pytest.MonkeyPatch, grouped: bool
+) -> None:
+    """Repeated as on a GPU without flash attention, whose other kernels know no groups."""
+    monkeypatch.setattr(shared_attention, "knows_groups", lambda *_: grouped)
+    query, key, value, weight = tensors(11, 0)
+    module = nn.Module()
+    module.num_key_value_groups = HEADS // GROUPS  # type: ignore[assignment]
+    ours, _ = forward(module, query, key, value, None, scaling=0.3)
+    theirs, _ = forward(nn.Module(), query, key, value, None, tree=Tree([11], [None]), scaling=0.3)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(
+        torch.autograd.grad((weight * ours).sum(), (query, key, value)),
+        torch.autograd.grad((weight * theirs).sum(), (query, key, value)),
+    )
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention for variable lengths needs an NVIDIA GPU")
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("tree", [([70, 300, 1, 129], [None] * 4), ([50, 60, 200, 7, 300], [None, 0, 1, 1, 0])])
@@ -103,7 +122,7 @@ def test_flash_attention_is_as_near_to_float64_as_blocks_are(tree: Drawn, window
 
     def run(dtype: torch.dtype) -> list[Tensor]:
         query, key, value, weight = tensors(sum(tree[0]), 0, 64, dtype=dtype, device="cuda")
-        assert takes_varlen(query, key, value, 0.0) == (dtype == torch.bfloat16)
+        assert takes_flash(query, key, value, 0.0) == (dtype == torch.bfloat16)
         out, _ = forward(nn.Module(), query, key, value, None, tree=made, scaling=0.2, sliding_window=window)
         return [out, *torch.autograd.grad((weight * out).sum(), (query, key, value))]
 
