@@ -20,6 +20,7 @@ from bench.measure import Clock, build_model, matmul_peak, measured, sizes
 OURS: dict[str, tuple[str, list[str]]] = {
     "aipo": ("AIPO, a prompt once for its answers", ["optim.share_prompts=true"]),
     "aipo-padded": ("AIPO, padded as all below", []),
+    "aipo-packed": ("AIPO, packed", ["optim.packing=true"]),
     "aipo-probe": ("AIPO, separate probe (`mask.scope: batch`)", ["mask.scope=batch"]),
     "grpo": ("GRPO on all tokens, this package", ["mask.rule=all"]),
 }
