@@ -25,12 +25,12 @@ class MicroBatch:
     rows: Tensor  # (b,) positions in Rollouts
     input_ids: Tensor  # (r, s): r = b rows padded on the right, or r = 1 packed row
     position_ids: Tensor  # (r, s): start at 0 for every sequence
-    # (r, s); None when packed, where the positions tell sequences apart; (1, 1, s, s) bool where prompts are shared
-    attention_mask: Tensor | None
     predictors: Tensor  # (N,) where in the flattened (r * s) states each completion token is predicted
     targets: Tensor  # (N,) completion token ids
     lengths: Tensor  # (b,) completion lengths
-    tree: Tree | None = None  # where prompts are shared, the mask again as attention wants it
+    tree: Tree | None = None  # of a row that holds several sequences, or a prompt for several completions
+    attention_mask: Tensor | None = None  # (1, 1, s, s) bool; None where a tree says it, and where rows are padded:
+    # on the right, which no token of a causal model looks at
 
     def with_empty(self, rows: Tensor) -> MicroBatch:
         """The same with more rollouts (e,) of which no token is laid out."""
@@ -144,15 +144,15 @@ def _share(rows: list[int], prompts: Sequence[Sequence[int]], completions: Seque
         shortest = min(map(len, distinct)) - 1  # every prompt keeps its last token, which predicts
         first, last = distinct[0], distinct[-1]
         common = next((i for i in range(shortest) if first[i] != last[i]), shortest)
-    tokens: list[int] = []  # s, as are positions and segment
+    tokens: list[int] = []  # s, as are positions
     positions: list[int] = []
-    segment: list[int] = []
+    sizes: list[int] = []  # of segments
     parents: list[int | None] = []
 
     def add(ids: Sequence[int], start: int, parent: int | None) -> int:
         tokens.extend(ids)
         positions.extend(range(start, start + len(ids)))
-        segment.extend([len(parents)] * len(ids))
+        sizes.append(len(ids))
         parents.append(parent)
         return len(parents) - 1
 
@@ -165,20 +165,14 @@ def _share(rows: list[int], prompts: Sequence[Sequence[int]], completions: Seque
         parent, end = ends[tuple(prompt)]
         predictors += [end, *range(len(tokens), len(tokens) + len(completion) - 1)][: len(completion)]
         add(completion[:-1], len(prompt), parent)
-    sees = torch.eye(len(parents), dtype=torch.bool)  # (segments, segments)
-    for child, ancestor in enumerate(parents):  # parents come before their children
-        if ancestor is not None:
-            sees[child] |= sees[ancestor]
-    own = torch.tensor(segment)  # (s,)
     return MicroBatch(
         rows=torch.tensor(rows, dtype=torch.long),
         input_ids=torch.tensor([tokens]),
         position_ids=torch.tensor([positions]),
-        attention_mask=sees[own][:, own].tril()[None, None],  # (1, 1, s, s)
         predictors=torch.tensor(predictors, dtype=torch.long),
         targets=torch.tensor([t for c in completions for t in c], dtype=torch.long),
         lengths=torch.tensor([len(c) for c in completions], dtype=torch.long),
-        tree=Tree.of(own.bincount(minlength=len(parents)).tolist(), parents),
+        tree=Tree(sizes, parents),
     )
 
 
@@ -205,10 +199,10 @@ def _lay_out(
         rows=torch.tensor(rows, dtype=torch.long),
         input_ids=input_ids,
         position_ids=position_ids,
-        attention_mask=None if packing else token_grid(sizes, width).long(),
         predictors=torch.cat(
             [start + len(p) - 1 + torch.arange(len(c)) for start, p, c in zip(starts, prompts, completions)]
         ),
         targets=torch.tensor([t for c in completions for t in c], dtype=torch.long),
         lengths=torch.tensor([len(c) for c in completions], dtype=torch.long)[: len(rows)],
+        tree=Tree(sizes.tolist(), [None] * len(sizes)) if packing else None,
     )

@@ -47,7 +47,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         if model.config._attn_implementation == "sdpa":  # type: ignore[union-attr]
-            model.set_attn_implementation(SHARED)  # type: ignore[operator]  # the same but where prompts are shared
+            model.set_attn_implementation(SHARED)  # type: ignore[operator]  # the same but for rows of several sequences
         self.temperature = temperature
         self.head_chunk = head_chunk
         self.entropy_gradient = entropy_gradient
@@ -65,16 +65,20 @@ class Policy(nn.Module):
             With ``select``: ``mask`` (N,) bool as selected and, for its K true positions, ``logp`` (K,) with gradient
             and ``entropy`` (K,), with gradient if ``entropy_gradient``. All float32, in nats and after temperature.
         """
+        mask, by_tree = micro.attention_mask, {}
+        if micro.tree is not None and self.model.config._attn_implementation == SHARED:  # type: ignore[union-attr]
+            # 4-d, so that transformers makes none of (s, s); empty, so that what looked at it would fail
+            mask, by_tree = micro.input_ids.new_empty(1, 1, 0, 0), {"tree": micro.tree}
         captured: list[Tensor] = []
         # only for this forward: gradient checkpointing runs the layer again in the backward pass
         hook = self.probed_layer.register_forward_hook(lambda _m, _i, output: captured.append(_first(output).detach()))
         try:
             last = self.model.base_model(  # type: ignore[operator]
                 input_ids=micro.input_ids,
-                attention_mask=micro.attention_mask,
+                attention_mask=mask,
                 position_ids=micro.position_ids,
                 use_cache=False,
-                **({} if micro.tree is None else {"tree": micro.tree}),
+                **by_tree,
             ).last_hidden_state  # (r, s, d)
         finally:
             hook.remove()

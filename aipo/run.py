@@ -149,6 +149,13 @@ def check_model(config: Config, architecture: Any) -> None:
             f"data.max_prompt_tokens + rollout.max_tokens ({longest}) exceed the {context} tokens that "
             f"{config.model.path} can read: lower one of them"
         )
+    kinds = getattr(architecture, "layer_types", None) or getattr(architecture, "layers_block_type", None) or ()
+    others = sorted({*kinds} - {"full_attention", "sliding_attention"})
+    if others and (config.optim.share_prompts or config.optim.packing):
+        raise UserError(
+            f"optim.{'packing' if config.optim.packing else 'share_prompts'}: {config.model.path} has layers of kind "
+            f"{', '.join(others)}, which would carry one sequence into the next: set it to false"
+        )
     scalings = ("final_logit_softcapping", "logit_scale", "logits_scaling")
     if changed := [key for key in scalings if getattr(architecture, key, None) not in (None, 1.0)]:
         raise UserError(f"{config.model.path} changes its logits after the head ({changed[0]}): not supported")

@@ -20,6 +20,7 @@ from bench.measure import Clock, build_model, matmul_peak, measured, sizes
 OURS: dict[str, tuple[str, list[str]]] = {
     "aipo": ("AIPO, a prompt once for its answers", ["optim.share_prompts=true"]),
     "aipo-padded": ("AIPO, padded as all below", []),
+    "aipo-packed": ("AIPO, packed", ["optim.packing=true"]),
     "aipo-probe": ("AIPO, separate probe (`mask.scope: batch`)", ["mask.scope=batch"]),
     "grpo": ("GRPO on all tokens, this package", ["mask.rule=all"]),
 }
@@ -113,9 +114,11 @@ class Ours:
 
     def read(self) -> int:
         """Tokens in the forward pass, without padding."""
-        micros = [micro for part in self.trainer.passes.update_batches(self.rollouts) for micro in part]
-        whole = self.trainer.config.optim.share_prompts  # rows without padding
-        return sum(m.input_ids.numel() if whole else int(m.attention_mask.sum()) for m in micros)  # type: ignore[union-attr]
+        if not self.trainer.config.optim.share_prompts:
+            return sum(self.rollouts.loads(share_prompts=False))
+        return sum(
+            micro.input_ids.numel() for part in self.trainer.passes.update_batches(self.rollouts) for micro in part
+        )
 
 
 class Loop:

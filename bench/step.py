@@ -6,7 +6,8 @@ float32 weights under bfloat16 autocast, attention, micro-batches and optimizer.
 own; the variants take turns over the rounds, so that a machine that drifts hits all of them alike.
 
 On a CPU it is SmolLM2-135M-Instruct; on a GPU the shape of Qwen3-1.7B with random weights, the lengths of the
-recorded completions scaled and their ids random. The table goes to bench/results/step-MACHINE.md.
+recorded completions scaled and their ids random. The table goes to bench/results/step-MACHINE.md. Long ones, of up
+to 12,000 tokens: --scale 60 --micro-tokens 16384, with --quick for the eight of one question.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ GOALS = [
         None,
         None,
     ),
+    ("time, AIPO packed / AIPO padded", "seconds", "aipo-packed", "aipo-padded", None, None),
     ("time, AIPO padded / our GRPO", "seconds", "aipo-padded", "grpo", None, None),
     ("time, separate probe / one forward, both padded", "seconds", "aipo-probe", "aipo-padded", 1.35, 1.35),
 ]

@@ -13,9 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3ForCausalLM
+from transformers import (
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
-from aipo.layout import MicroBatch, filler, micro_batches, pad, shared_prompt_batches, unpad
+from aipo.layout import MicroBatch, filler, micro_batches, pad, shared_prompt_batches, token_grid, unpad
+from aipo.model.shared_attention import NAME as SHARED
 from aipo.policy import Policy, SelectedLogProbs, load_model
 from tests.tiny import make_tiny
 
@@ -59,7 +70,7 @@ def llama(tied: bool, seed: int = 0) -> LlamaForCausalLM:
             intermediate_size=48,
             num_hidden_layers=3,
             num_attention_heads=4,
-            num_key_value_heads=2,
+            num_key_value_heads=2 if tied else 4,
             max_position_embeddings=64,
             initializer_range=0.2,
             tie_word_embeddings=tied,
@@ -102,11 +113,16 @@ def reference(model: nn.Module, chosen: Tensor) -> tuple[Tensor, Tensor, dict[st
     return logp.detach(), pad(torch.cat(entropies).detach(), LENGTHS), dict(zip(names, gradients))
 
 
-def ours(policy: Policy, chosen: Tensor, **layout: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def ours(
+    policy: Policy, chosen: Tensor, masked: bool = False, **layout: Any
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The same three through micro-batches; zeros where nothing was chosen."""
     policy.zero_grad()
     logp, entropy = torch.zeros(GRID), torch.zeros(GRID)
     for micro in laid_out(**layout):
+        if masked:
+            sizes = torch.tensor([len(PROMPTS[i]) + len(COMPLETIONS[i]) for i in micro.rows])
+            micro = replace(micro, attention_mask=token_grid(sizes, micro.input_ids.shape[1]).long())
         out = policy(micro, select=picked(chosen, micro))
         assert torch.equal(out["mask"], ragged(chosen, micro))
         assert out["logp"].dtype == out["entropy"].dtype == torch.float32
@@ -170,13 +186,73 @@ def test_all_tokens_and_gradient_checkpointing(model: nn.Module) -> None:
         assert_same(ours(policy, chosen, **LAYOUTS[layout]), expected, chosen)
 
 
-def test_attention_where_prompts_are_shared_goes_by_segments(model: nn.Module) -> None:
-    """A wrong mask changes nothing, since only a model whose attention knows no segments looks at it."""
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_layout_makes_a_mask_over_its_rows(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention takes none, and transformers repeats keys and values where there is one."""
+    asked: list[tuple[int, Tensor | None]] = []
+
+    def recorded(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **rest: Any) -> Tensor:
+        asked.append((key.shape[1], attn_mask))
+        assert (attn_mask is None) == rest.get("is_causal", False) == rest.get("enable_gqa", False)
+        return attend(query, key, value, attn_mask, **rest)
+
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    monkeypatch.setitem(
+        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, SHARED, lambda **call: made.append(sdpa_mask(**call))
+    )
+    made: list[Tensor | None] = []
+    policy = Policy(llama(tied=True), temperature=TEMPERATURE)
+    for micro in laid_out(**LAYOUTS[layout]):
+        policy(micro)
+        assert {groups for groups, _ in asked} == {2}
+        if micro.tree is None:
+            assert all(mask is None for _, mask in asked)
+        asked.clear()
+    assert all(mask is None for mask in made)
+
+
+def others() -> dict[str, Callable[[], nn.Module]]:
+    """Decoders with layers that are no plain causal attention: windows, short convolutions, linear attention."""
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+        "pad_token_id": None,
+    }
+    windows = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    linear = {f"linear_{key}": 2 for key in ("num_key_heads", "num_value_heads", "conv_kernel_dim")}
+    linear |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 0}
+    return {
+        "sliding": lambda: Qwen3ForCausalLM(Qwen3Config(**sizes, **windows)),
+        "convolution": lambda: Lfm2ForCausalLM(Lfm2Config(**sizes, layer_types=["conv", "full_attention"])),
+        "linear": lambda: Qwen3NextForCausalLM(
+            Qwen3NextConfig(**sizes, **linear, layer_types=["linear_attention", "full_attention"])
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("llama", "padded"), ("sliding", "packed"), ("sliding", "shared prompts")]
+    + [(kind, "padded") for kind in ("sliding", "convolution", "linear")],
+)
+def test_padding_needs_no_mask_and_windows_are_kept(kind: str, layout: str) -> None:
+    """Nothing of a causal model looks to the right; a mask of the padding says no more."""
+    torch.manual_seed(0)
+    model = (llama(tied=True) if kind == "llama" else others()[kind]()).train()
+    expected = reference(model, CHOSEN)
     policy = Policy(model, temperature=TEMPERATURE)
-    (micro,) = laid_out(**LAYOUTS["one shared row"])
-    assert micro.attention_mask is not None
-    wrong = replace(micro, attention_mask=torch.eye(micro.input_ids.numel(), dtype=torch.bool)[None, None])
-    torch.testing.assert_close(policy(wrong)["states"], policy(micro)["states"])
+    assert_same(ours(policy, CHOSEN, **LAYOUTS[layout]), expected, CHOSEN)
+    if layout == "padded":
+        assert_same(ours(policy, CHOSEN, **LAYOUTS[layout], masked=True), expected, CHOSEN)
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -91,7 +91,8 @@ def test_micro_batches(rows: list[tuple[list[int], list[int]]], budget: int, pac
         assert micro.input_ids.shape[0] == (1 if packing else len(members))
         assert micro.lengths.tolist() == [len(completions[i]) for i in members]
         assert micro.targets.tolist() == [t for i in members for t in completions[i]]
-        assert (micro.attention_mask is None) == packing
+        assert (micro.tree is not None) == packing
+        assert micro.attention_mask is None
 
         ids, positions = micro.input_ids.flatten(), micro.position_ids.flatten()
         predictors, used = micro.predictors.tolist(), 0
@@ -99,10 +100,10 @@ def test_micro_batches(rows: list[tuple[list[int], list[int]]], budget: int, pac
             whole = prompts[i] + completions[i]
             assert ids[span].tolist() == whole
             assert positions[span].tolist() == list(range(len(whole)))
-            if micro.attention_mask is not None:
-                attended = micro.attention_mask.flatten()
-                assert attended[span].all()
-                assert not attended[span.stop : span.start + micro.input_ids.shape[1]].any()
+            if micro.tree is not None:
+                assert (
+                    micro.tree.sees(torch.tensor([span.stop - 1])).nonzero()[:, 1].tolist() == [*range(len(ids))][span]
+                )
             for t, token in enumerate(completions[i]):
                 where = predictors[used + t]
                 assert where == span.start + len(prompts[i]) - 1 + t  # the state before the token
@@ -129,8 +130,6 @@ def test_by_hand() -> None:
     assert padded.input_ids.tolist() == [[3, 5, 6, 7], [1, 2, 4, 0]]
     assert padded.predictors.tolist() == [0, 1, 2, 5]
     assert padded.targets.tolist() == [5, 6, 7, 4]
-    assert padded.attention_mask is not None
-    assert padded.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     (packed,) = micro_batches(prompts, completions, budget=7, packing=True)
     assert packed.input_ids.tolist() == [[3, 5, 6, 7, 1, 2, 4]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
@@ -154,15 +153,16 @@ def test_shared_prompts(rows: list[tuple[list[int], list[int]]], budget: int) ->
     micros = shared_prompt_batches(prompts, completions, budget=budget)
     assert sorted(i for micro in micros for i in micro.rows.tolist()) == list(range(len(rows)))
     for micro in micros:
-        ids, sees = micro.input_ids[0], micro.attention_mask
-        assert sees is not None
+        ids = micro.input_ids[0]
+        assert micro.tree is not None
+        sees = micro.tree.sees(torch.arange(len(ids)))  # (s, s)
         assert len(micro.rows) == 1 or ids.numel() <= budget
         at = 0
         for row, length in zip(micro.rows.tolist(), micro.lengths.tolist()):
             sequence = [*prompts[row], *completions[row]]
             assert micro.targets[at : at + length].tolist() == completions[row]
             for t in range(length):
-                seen = sees[0, 0, micro.predictors[at + t]].nonzero()[:, 0]
+                seen = sees[micro.predictors[at + t]].nonzero()[:, 0]
                 before = len(prompts[row]) + t
                 assert ids[seen].tolist() == sequence[:before]
                 assert micro.position_ids[0, seen].tolist() == list(range(before))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import train
 from aipo.config import load_config
@@ -15,7 +16,7 @@ from aipo.errors import TrainingError, UserError
 from aipo.record.checkpoints import damage, resolve
 from aipo.record.tracker import read_jsonl
 from aipo.rollout import HfEngine
-from aipo.run import check_inputs, resume_command, run
+from aipo.run import check_inputs, check_model, resume_command, run
 from tests.tiny import make_tiny
 
 
@@ -108,6 +109,17 @@ def test_model_that_scales_its_logits(tmp_path: Path) -> None:
     (capped / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 30.0}))
     with pytest.raises(UserError, match="final_logit_softcapping"):
         check_inputs(config_with(capped, write(tmp_path / "d.jsonl", GOOD)), world=1)
+
+
+@pytest.mark.parametrize("key", ["share_prompts", "packing"])
+def test_layers_that_would_carry_one_sequence_into_the_next(model: Path, tmp_path: Path, key: str) -> None:
+    layout = [f"optim.{each}={str(each == key).lower()}" for each in ("share_prompts", "packing")]
+    config = config_with(model, write(tmp_path / "d.jsonl", GOOD), *layout)
+    architecture = AutoConfig.from_pretrained(model)
+    check_model(config, architecture)
+    architecture.layer_types = ["sliding_attention", "conv"]
+    with pytest.raises(UserError, match=f"optim.{key}: .* kind conv"):
+        check_model(config, architecture)
 
 
 @pytest.mark.usefixtures("without_vllm")

@@ -355,7 +355,7 @@ class OptimConfig(Section):
     micro_tokens: Positive = 16384
     """tokens of a micro-batch, padding included; one sequence always fits"""
     packing: bool = False
-    """pack sequences without padding into one row (wants flash_attention_2); else length-sorted padding"""
+    """pack sequences without padding into one row (sdpa or flash_attention_2); else length-sorted padding"""
     share_prompts: bool = False
     """compute a prompt once for all its rollouts of a micro-batch, exactly; pays where prompts are long (sdpa only)"""
 

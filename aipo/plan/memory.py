@@ -72,48 +72,39 @@ class Layout:
     rollouts: int  # of the rank in a step
     longest: int  # tokens of the longest sequence
     tokens: int  # of the largest micro-batch
-    row: int  # keys that each token may attend to
-    reads: float | None = None  # where prompts are shared, keys that attention copies for each token
+    reads: float = 1.0  # keys that attention has for each token, more than one where prompts are shared
+    row: int = 0  # where attention goes by blocks of segments, keys in their masks for each token
 
 
 def activation_bytes(
     model: Model,
     tokens: int,
-    row: int,
     *,
     residual: int,
     compute: int,
     checkpointing: bool,
-    masked: bool = True,
-    reads: float | None = None,
+    reads: float = 1.0,
+    row: int = 0,
     gradient: bool = True,
 ) -> int:
-    """Peak of what the decoder's forward and backward pass keep, for ``tokens`` that see up to ``row``.
+    """Peak of what the decoder's forward and backward pass keep, for ``tokens``.
 
     With r bytes in the residual stream and b in the products, autograd keeps of a layer, per token::
 
         2 norms         2 d (4 + r + b)    float32 input, normalised, output
         q and k norms   (q + k) (4 + b)    where there are such
-        attention       4 q b              q, output, and k and v repeated to all heads
-        mask            row b              sdpa converts it in every layer; not with flash attention
+        attention       2 q b + 2 k b reads    q, output, k and v; where prompts are shared, copied to ``reads`` tokens
+        blocks (row)    q b                output in the order of the row
         MLP             4 f b              gate, up, activation, their product
 
-    Where prompts are shared, k and v are copied to ``reads`` tokens each, and the masks are the same in all layers::
-
-        attention       3 q b + 2 k b reads    q, output, output in the order of the row
-        masks, once     tokens + q / k row b   of all (bool), of a sequence (for the heads of a group)
-
-    With checkpointing that is one layer, plus d r for the input of each. The backward pass adds 2 f b + 8 d.
+    and for all layers together q / k row b of the masks of blocks, for the heads of a group. With checkpointing that
+    is one layer, plus d r for the input of each. The backward pass adds 2 f b + 8 d. (Eager attention keeps more.)
     Without ``gradient`` there is one layer, of which attention is gone before the MLP, and of that 3 f b are left.
     """
     d, f, q, k, b = model.width, model.mlp, model.queries, model.keys, compute
     attention = (q + k) * (4 + b) if model.qk_norm else 0
-    once = 2 * d * residual  # hidden states picked out for the mutual information and for the head
-    if reads is None:
-        attention += 4 * q * b + (row * b if masked else 0)
-    else:
-        attention += 3 * q * b + int(2 * k * b * reads)
-        once += tokens + q // k * row * b
+    attention += 2 * q * b + int(2 * k * b * reads) + (q * b if row else 0)
+    once = 2 * d * residual + q // k * row * b  # hidden states picked out for the mutual information and for the head
     if not gradient:
         return tokens * (2 * d * (residual + b) + max(attention, 3 * f * b) + once)
     layer = 2 * d * (4 + residual + b) + attention + 4 * f * b
@@ -180,7 +171,7 @@ def phases(config: Config, model: Model, layout: Layout) -> dict[str, Bytes]:
                 made["optimizer step"][f"{purpose}, freed"] = passing[purpose]
         # Padded or packed micro-batches differ in shape, and the heap finds no place for one where another was.
         # (Measured; rows of shared prompts, which are cut at the same number of tokens, fit.)
-        if layout.reads is None and layout.rollouts * layout.longest > layout.tokens:
+        if not config.optim.share_prompts and layout.rollouts * layout.longest > layout.tokens:
             made["update"]["activations, freed"] = passing["activations"]
     return made
 
@@ -228,12 +219,11 @@ def forward_backward(config: Config, model: Model, layout: Layout, *, gradient: 
         "activations": activation_bytes(
             model,
             layout.tokens,
-            layout.row,
             residual=weight,
             compute=compute,
             checkpointing=config.model.gradient_checkpointing,
-            masked=config.model.attention != "flash_attention_2",
             reads=layout.reads,
+            row=layout.row,
             gradient=gradient,
         ),
         "logits and head": head_bytes(

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from aipo.config import Config
 from aipo.errors import UserError
-from aipo.plan.memory import GIB, Bytes, Layout, Model, kv_token_bytes, phases
+from aipo.plan.memory import GIB, Bytes, Layout, Model, compute_bytes, kv_token_bytes, phases
 from aipo.problems import embedded
 
 GPU_SCALE = 1_000_000_000  # parameters from which a machine without a GPU is taken to plan for another one
@@ -130,9 +130,10 @@ def plan(config: Config, gpus: int, *, gpu_memory_gb: float | None = None) -> Pl
     rows = config.rollout.questions_per_step * config.rollout.samples_per_question // gpus
     rows_update = rows // config.optim.updates_per_batch
     tokens = min(max(config.optim.micro_tokens, longest), rows_update * longest)
-    row = tokens if config.optim.packing else longest
-    reads = longest / config.rollout.max_tokens if config.optim.share_prompts else None
-    layout = Layout(device, capacity, gpus, rows, longest, tokens, row, reads)
+    reads = longest / config.rollout.max_tokens if config.optim.share_prompts else 1.0
+    one_row = (config.optim.packing or config.optim.share_prompts) and config.model.attention == "sdpa"
+    by_blocks = one_row and (device == "CPU" or compute_bytes(config) == 4)  # else by flash attention, without masks
+    layout = Layout(device, capacity, gpus, rows, longest, tokens, reads, longest if by_blocks else 0)
     made_phases = phases(config, model, layout)
     kv_tokens = made_phases["rollout"].get("KV cache", 0) // kv_token_bytes(config, model)
     held = kv_tokens // longest
@@ -190,8 +191,6 @@ def _judge(made: Plan, config: Config, held: int, rows: int, longest: int) -> No
         )
     if longest > config.optim.micro_tokens:
         warnings.append(f"one sequence may exceed optim.micro_tokens: activations are planned for {longest:,} tokens")
-    if config.optim.packing and config.model.attention != "flash_attention_2":
-        warnings.append("packing without flash_attention_2 builds a (tokens, tokens) mask: padding may be cheaper")
     if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         warnings.append("model.attention: flash_attention_2 needs the package flash-attn, which is not installed here")
     if made.device == "GPU" and config.sharding.offload_optimizer:

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from aipo.advantage import zscore
+from aipo.model.shared_attention import Tree
 
 
 class AttentionEntropy:
@@ -78,7 +79,8 @@ class AttentionEntropy:
         if module in self.watched:
             with torch.no_grad():
                 scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-                visible = _Visible(attention_mask, kwargs.get("position_ids"), kwargs.get("sliding_window"), key)
+                told = {name: kwargs.get(name) for name in ("position_ids", "sliding_window", "tree")}
+                visible = _Visible(attention_mask, key, **told)
                 self.found[module] = self._rows(query, key, visible, scaling)
         return self.attend(module, query, key, value, attention_mask, **kwargs)
 
@@ -97,23 +99,33 @@ class AttentionEntropy:
 class _Visible:
     """(c, s) bool: what rows of the attention matrix may see, as the attention function is told."""
 
-    def __init__(self, mask: Tensor | None, position_ids: Tensor | None, window: int | None, key: Tensor) -> None:
+    def __init__(
+        self,
+        mask: Tensor | None,
+        key: Tensor,
+        *,
+        position_ids: Tensor | None,
+        sliding_window: int | None,
+        tree: Tree | None,
+    ) -> None:
         self.mask = mask if mask is not None and mask.dim() == 4 else None  # (r or 1, 1, s, s), bool or additive
-        self.window = window
+        self.window, self.tree = sliding_window, tree
         self.index = torch.arange(key.shape[2], device=key.device)  # (s,)
-        positions = self.index[None] if position_ids is None else position_ids  # (r or 1, s)
-        jumps = positions.diff(prepend=positions[:, :1] - 1) != 1  # where another packed sequence begins
+        self.positions = self.index[None] if position_ids is None else position_ids  # (r or 1, s)
+        jumps = self.positions.diff(prepend=self.positions[:, :1] - 1) != 1  # where another packed sequence begins
         self.sequence = jumps.cumsum(1)  # (r or 1, s)
 
     def __call__(self, row: int, at: Tensor) -> Tensor:
-        if self.mask is not None:
+        if self.mask is not None and self.tree is None:
             rows = self.mask[row % len(self.mask), 0, at]  # (c, s)
             return rows if rows.dtype == torch.bool else rows == 0
-        # Causal within the sequence; flash attention is told no more. Padding on the right is never seen.
-        sequence = self.sequence[row % len(self.sequence)]  # (s,)
-        back = at[:, None] - self.index  # (c, s)
-        visible = (back >= 0) & (sequence[at, None] == sequence)
-        return visible if self.window is None else visible & (back < self.window)
+        if self.tree is not None:
+            visible = self.tree.sees(at)  # (c, s)
+        else:  # Causal within the sequence; flash attention is told no more. Padding on the right is never seen.
+            sequence = self.sequence[row % len(self.sequence)]  # (s,)
+            visible = (self.index <= at[:, None]) & (sequence[at, None] == sequence)  # (c, s)
+        positions = self.positions[row % len(self.positions)]  # (s,)
+        return visible if self.window is None else visible & (positions[at, None] - positions < self.window)
 
 
 def row_entropy(query: Tensor, key: Tensor, visible: Tensor, scaling: float) -> Tensor:

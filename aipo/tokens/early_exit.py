@@ -144,8 +144,8 @@ class ExitTree:
             rows=rows,
             input_ids=torch.tensor([self.tokens]),
             position_ids=torch.tensor([self.depths]),
-            attention_mask=torch.from_numpy(sees)[None, None],  # (1, 1, s, s)
             predictors=ends,
             targets=torch.zeros_like(ends),
             lengths=prefixes,
+            attention_mask=torch.from_numpy(sees)[None, None],  # (1, 1, s, s)
         )

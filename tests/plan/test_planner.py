@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 from aipo.config import CONFIG_FOLDER, Config, load_config
 from aipo.errors import UserError
-from aipo.layout import shared_prompt_batches
+from aipo.layout import micro_batches, shared_prompt_batches
 from aipo.model.adapters import add_adapters
 from aipo.model.shared_attention import NAME
 from aipo.plan.memory import CPU_ENGINE_LIBRARIES, GIB, Model, activation_bytes, head_bytes
@@ -169,21 +169,23 @@ def test_an_engine_on_cpu_and_one_that_draws_ahead_stay_awake(tmp_path: Path) ->
     assert ahead["update"]["KV cache"] == ahead["rollout"]["KV cache"] > 0
 
 
-def test_what_shares_a_row_pays_for_its_masks_or_keys(tmp_path: Path) -> None:
-    """Each of two layers keeps, in 2 bytes, a packed row's mask: (row - longest) more for each token; or, for shared
-    prompts, 3 q + 2 k longest / max_tokens numbers instead of 4 q + longest, and both layers together two masks."""
+def test_what_shares_a_row_pays_for_its_masks_and_keys(tmp_path: Path) -> None:
+    """On a CPU each of two layers keeps, in 2 bytes, q numbers more for each token, and for shared prompts keys and
+    values of longest / max_tokens tokens; both layers together the masks. Flash attention on a GPU has no masks."""
     folder = make_tiny(tmp_path / "model")
 
-    def activations(*overrides: str) -> int:
+    def activations(*overrides: str, gpu: float | None = None) -> int:
         fixed = ["data.max_prompt_tokens=64", "optim.micro_tokens=512", "model.gradient_checkpointing=false"]
-        made = plan(tiny_config(folder, "optim.share_prompts=false", *fixed, *overrides), 1)
+        made = plan(tiny_config(folder, "optim.share_prompts=false", *fixed, *overrides), 1, gpu_memory_gb=gpu)
         return made.phases["update"]["activations"]
 
-    padded = activations()
-    assert activations("optim.packing=true") - padded == 2 * 2 * 512 * (512 - 128)
-    reads = 128 // 64
-    attention = 2 * 2 * (3 * 128 + 2 * 64 * reads - 4 * 128 - 128)
-    assert activations("optim.share_prompts=true") - padded == 512 * (attention + 512 + 2 * 2 * 128)
+    padded, masks, keys = activations(), 2 * 2 * 128, 2 * 2 * 2 * 64 * (128 // 64 - 1)
+    packing, sharing, full = "optim.packing=true", "optim.share_prompts=true", "model.dtype=float32"
+    assert activations(packing) - padded == 512 * (2 * 2 * 128 + masks)
+    assert activations(sharing) - padded == 512 * (2 * 2 * 128 + keys + masks)
+    assert activations(gpu=80) == activations(packing, gpu=80) == padded
+    assert activations(sharing, gpu=80) - padded == 512 * keys
+    assert activations(packing, full, gpu=80) > activations(full, gpu=80)
 
 
 def test_a_heap_keeps_room_for_several_padded_micro_batches(tmp_path: Path) -> None:
@@ -268,10 +270,7 @@ def traced(config: PretrainedConfig, dtype: torch.dtype, checkpointing: bool, ro
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    ids = torch.zeros(rows, row, dtype=torch.long)
-    mask = torch.ones_like(ids)
-    mask[0, -5:] = 0  # real padding, or transformers drops the mask
-    return pass_bytes(model, input_ids=ids, attention_mask=mask)
+    return pass_bytes(model, input_ids=torch.zeros(rows, row, dtype=torch.long))
 
 
 def test_a_pass_without_gradient_has_one_layer_at_a_time() -> None:
@@ -279,8 +278,8 @@ def test_a_pass_without_gradient_has_one_layer_at_a_time() -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     ids = torch.zeros(2, 64, dtype=torch.long)
     with PeakBytes(*model.parameters()) as memory, torch.no_grad():
-        model.base_model(ids, attention_mask=(ids + 1).tril(60), use_cache=False)
-    planned = activation_bytes(model_of(config), 128, 64, residual=2, compute=2, checkpointing=True, gradient=False)
+        model.base_model(ids, use_cache=False)
+    planned = activation_bytes(model_of(config), 128, residual=2, compute=2, checkpointing=True, gradient=False)
     assert planned == pytest.approx(memory.peak, rel=0.15)
 
 
@@ -308,7 +307,6 @@ def test_activations_are_those_of_a_traced_pass(
     estimate = activation_bytes(
         model_of(config),
         rows * row,
-        row,
         residual=dtype.itemsize,
         compute=dtype.itemsize,
         checkpointing=checkpointing,
@@ -316,21 +314,27 @@ def test_activations_are_those_of_a_traced_pass(
     assert estimate == pytest.approx(traced(config, dtype, checkpointing, rows, row), rel=0.15)
 
 
-def test_activations_where_prompts_are_shared() -> None:
+@pytest.mark.parametrize("packing", [False, True])
+def test_activations_of_several_sequences_in_a_row(packing: bool) -> None:
     """A prompt of 64 tokens and 8 completions, of which 32 are in the row: each reads 96 keys."""
     config = LlamaConfig(vocab_size=32, num_hidden_layers=3, **SHAPE)
-    (micro,) = shared_prompt_batches([[1] * 64] * 8, [[2] * 33] * 8, budget=1000)
+    prompts, completions = [[1] * 64] * 8, [[2] * 33] * 8
+    if packing:
+        (micro,) = micro_batches(prompts, completions, budget=1000, packing=True)
+    else:
+        (micro,) = shared_prompt_batches(prompts, completions, budget=1000)
     tokens = micro.input_ids.numel()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=NAME).train()
     measured = pass_bytes(
         model,
         input_ids=micro.input_ids,
-        attention_mask=micro.attention_mask,
+        attention_mask=torch.empty(1, 1, 0, 0),
         position_ids=micro.position_ids,
         tree=micro.tree,
     )
+    reads = 1.0 if packing else (64 + 8 * 96) / tokens
     estimate = activation_bytes(
-        model_of(config), tokens, 96, residual=2, compute=2, checkpointing=False, reads=(64 + 8 * 96) / tokens
+        model_of(config), tokens, residual=2, compute=2, checkpointing=False, reads=reads, row=97 if packing else 96
     )
     assert estimate == pytest.approx(measured, rel=0.15)
 

@@ -131,6 +131,7 @@ def test_rows_are_those_of_eager_attention(kind: str, layers: tuple[int, ...], l
         ("qwen3", "varlen", "packed"),
         ("sliding", "sdpa", "padded"),
         ("sliding", "sdpa", "packed"),
+        ("sliding", "sdpa", "shared prompts"),
         ("sliding", "varlen", "packed"),
     ],
 )
