@@ -26,8 +26,8 @@ class Guard:
         most: CPU seconds after which the tree is taken to go round in circles.
     """
 
-    def __init__(self, pid: int, *, most: float = MOST) -> None:
-        self._root, self._most = psutil.Process(pid), most
+    def __init__(self, pid: int, *, most: float | None = None) -> None:
+        self._root, self._most = psutil.Process(pid), MOST if most is None else most
         self._used, self._since = 0.0, time.monotonic()
         self._next = self._since + EVERY
 

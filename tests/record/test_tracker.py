@@ -197,7 +197,7 @@ def test_wandb_offline_without_a_login(tmp_path, monkeypatch, caplog):
     assert not caplog.records
     run_id = t.state_dict()["wandb_id"]
     (file,) = (run / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb")
-    for _ in range(100):  # wandb's own process closes the file a moment after it says so
+    for _ in range(1200):  # wandb's own process closes the file a moment after it says so
         if b"reward/mean" in file.read_bytes():
             break
         time.sleep(0.1)
