@@ -31,6 +31,7 @@ from aipo.labelling import label, label_folder, label_questions
 from aipo.layout import MicroBatch
 from aipo.model.adapters import add_adapters
 from aipo.model.export import model_stamp
+from aipo.model.precision import Precision, choose
 from aipo.passes import Passes
 from aipo.policy import Policy, load_model
 from aipo.problems.datasets import Problem, fingerprint, load_problems
@@ -38,6 +39,7 @@ from aipo.problems.embedded import cache_folder, resolve_model
 from aipo.problems.prompts import Prompter
 from aipo.record.checkpoints import CheckpointStore, compare_identity, resolve, run_identity
 from aipo.record.progress import Progress, final_table, summarize
+from aipo.record.slowness import Slowness
 from aipo.record.tracker import Tracker, peak_memory_bytes, prepare_run_folder, read_jsonl
 from aipo.reward import Rewarder
 from aipo.rollout import make_engine, require_engine
@@ -185,22 +187,31 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
     import json
 
     rank, world = distributed.rank(), distributed.world_size()
+
+    def look_back() -> tuple[Path | None, dict[str, Any], Precision]:
+        found = resolve(config.folder / "checkpoints", resume)
+        saved = {} if found is None else json.loads((found / "identity.json").read_text())
+        return found, saved, choose(config.model.dtype, device.type, begun=saved.get("model.dtype"))
+
+    checkpoint, saved, precision = distributed.on_first(look_back)  # ranks agree, on whatever machines they are
+    config = precision.settle(config)
     inputs = check_inputs(config, world)
-    checkpoints = config.folder / "checkpoints"
     locks = []  # held until the run ends
 
-    def prepare() -> Path | None:
-        found = resolve(checkpoints, resume)
-        if found is not None:
-            compare_identity(json.loads((found / "identity.json").read_text()), inputs.identity)
+    def prepare() -> None:
+        if checkpoint is not None:
+            compare_identity(saved, inputs.identity)
         locks.append(prepare_run_folder(config.folder, resume, config_text=dump_config(config)))
-        return found
 
-    checkpoint = distributed.on_first(prepare)
+    distributed.on_first(prepare)
     seed_everything(config.seed, rank)
     console = Console(stderr=False)
-    with Progress(config.optim.steps, active=rank == 0, console=console) as progress:
-        for note in inputs.notes:
+    slowness = Slowness(precision, device.type)
+    passes = {"validation": config.validation.every}
+    with Progress(
+        config.optim.steps, active=rank == 0, console=console, every=passes, why_long=slowness.reasons
+    ) as progress:
+        for note in (*inputs.notes, *precision.lines):
             progress.say(note)
         trainer = build(config, inputs, checkpoint, progress, device)
         try:

@@ -156,7 +156,7 @@ class Plain(Sharded):
         self.policy = policy.float().to(device)
         self.optimizer = make_optimizer(policy, config, device)
         self.max_norm = config.optim.max_grad_norm
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16")
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.model.bfloat16)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         with self.autocast:
@@ -242,7 +242,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,  # a step has as many backward passes as come before step()
         "gradient_clipping": config.optim.max_grad_norm,
-        "bf16": {"enabled": config.model.dtype == "bfloat16", "check_grad_overflow": True},
+        "bf16": {"enabled": config.model.bfloat16, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},  # sums over micro-batches lose nothing to bfloat16
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,

@@ -49,6 +49,7 @@ class Ours:
             "model.gradient_checkpointing": str(options["checkpointing"]).lower(),
             "optim.micro_tokens": options["micro_tokens"],
             "optim.lr": 1e-6,  # as in the others, whose second step is measured, too
+            "model.dtype": "bfloat16",  # the others compute in it
             "optim.share_prompts": "false",
             "rollout.samples_per_question": SAMPLES,
             "rollout.importance_correction": "none",  # the others have none, and so the same gradient

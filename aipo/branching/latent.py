@@ -304,18 +304,23 @@ def train(args: argparse.Namespace) -> None:
 
     from aipo.config import load_config
     from aipo.model.export import find_model
+    from aipo.model.precision import choose, this_device
     from aipo.record.progress import Progress
     from aipo.run import check_inputs
 
     if min(args.questions * args.samples // 10, args.steps, args.batch, args.hidden, args.latent) < 1:
         raise UserError("--steps, --batch, --hidden and --latent must be 1 or more, --questions * --samples 10 or more")
     config = load_config(args.config, [f"model.path={find_model(args.model).path}"] if args.model else [])
+    precision = choose(config.model.dtype, this_device())
+    config = precision.settle(config)
     inputs = check_inputs(config, world=1)
     latents = Latents(
         AutoConfig.from_pretrained(inputs.model_path), hidden=args.hidden, latent=args.latent, seed=args.seed
     )
     cvae = latents.cvae
     with Progress() as progress:
+        for line in precision.lines:
+            progress.say(line)
         x, y = collect_pairs(
             config, inputs, questions=args.questions, samples=args.samples, seed=args.seed, progress=progress
         )

@@ -41,14 +41,21 @@ class Section(BaseModel):
 class ModelConfig(Section):
     path: str
     """Hugging Face folder (such as runs/NAME/final), hub id, or embedded:smollm2-135m"""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """of the forward and backward pass; optimizer masters are float32 either way"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """of engine and trainer; auto: bfloat16 where the hardware multiplies it, else float32; kept by a resumed run"""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """attention implementation of transformers"""
     gradient_checkpointing: bool = True
     """recompute each layer in the backward pass: less memory, about a third more compute"""
     head_chunk: Positive = 1024
     """positions whose logits exist at one time"""
+
+    @property
+    def bfloat16(self) -> bool:
+        """Whether the passes compute in it, once aipo.model.precision has put a dtype in the place of ``auto``."""
+        if self.dtype == "auto":
+            raise ValueError("model.dtype is still auto: aipo.model.precision.choose settles it")
+        return self.dtype == "bfloat16"
 
 
 class DataConfig(Section):

@@ -33,6 +33,7 @@ from aipo.evaluation.results import (
 )
 from aipo.evaluation.scoring import CompletionFiles, complete, pending, requests_for
 from aipo.model.export import NamedModel, find_model, model_stamp
+from aipo.model.precision import choose, this_device
 from aipo.problems.embedded import MODEL
 from aipo.problems.prompts import Prompter
 from aipo.record.checkpoints import flatten, write_atomically
@@ -153,6 +154,9 @@ def make_job(options: argparse.Namespace, say: Say) -> Job:
         kind: Prompter(tokenizer, **prompt, suffix=suffix, max_prompt_tokens=context, generation_config=generation)
         for kind, suffix in suffixes.items()
     }
+    precision = distributed.on_first(lambda: choose(options.dtype, this_device()))
+    for line in precision.lines:
+        say(line.replace("model.dtype", "dtype"))
     settings = {
         "model": spec,
         "files": model_stamp(model.path),
@@ -162,7 +166,7 @@ def make_job(options: argparse.Namespace, say: Say) -> Job:
         "seed": options.seed,
         "lenient": options.lenient,
         "engine": options.engine,
-        "dtype": options.dtype,
+        "dtype": precision.dtype,
     }
     count = sum(len(benchmark.problems) for benchmark in benchmarks) * options.samples
     which = ", ".join(f"{benchmark.name} ({len(benchmark.problems)})" for benchmark in benchmarks)
@@ -300,7 +304,7 @@ class Evaluator:
     def _parts(self, plan: Job, max_model_len: int) -> tuple[RolloutEngine, Verifier]:
         if self._engine is None or self._verifier is None:
             options = self.options
-            more: dict[str, Any] = {"dtype": options.dtype, "seed": options.seed}
+            more: dict[str, Any] = {"dtype": plan.settings["dtype"], "seed": options.seed}
             if options.engine == "vllm":
                 more |= {
                     "gpu_memory_utilization": options.gpu_memory,

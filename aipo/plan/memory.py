@@ -127,7 +127,7 @@ def head_bytes(
 
 
 def compute_bytes(config: Config) -> int:
-    return 2 if config.model.dtype == "bfloat16" else 4
+    return 2 if config.model.bfloat16 else 4
 
 
 def phases(config: Config, model: Model, layout: Layout) -> dict[str, Bytes]:

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from aipo.config import Config
 from aipo.errors import UserError
+from aipo.model.precision import Precision, choose
 from aipo.plan.memory import GIB, Bytes, Layout, Model, compute_bytes, kv_token_bytes, phases
 from aipo.problems import embedded
 
@@ -50,6 +51,7 @@ class Plan:
     ranks: int
     device: str  # "GPU" or "CPU"
     capacity: int  # bytes a rank may use
+    precision: Precision
     phases: dict[str, Bytes]  # start-up, ..., optimizer step -> purpose -> bytes
     tokens: dict[str, str]
     problems: list[str]
@@ -127,6 +129,8 @@ def plan(config: Config, gpus: int, *, gpu_memory_gb: float | None = None) -> Pl
             f"({config.rollout.max_tokens}) exceed the {model.context} tokens that {config.model.path} can read"
         )
     device, capacity, assumed = _capacity(model.parameters, gpus, gpu_memory_gb)
+    precision = choose(config.model.dtype, "cuda" if device == "GPU" else "cpu")
+    config = precision.settle(config)
     rows = config.rollout.questions_per_step * config.rollout.samples_per_question // gpus
     rows_update = rows // config.optim.updates_per_batch
     tokens = min(max(config.optim.micro_tokens, longest), rows_update * longest)
@@ -148,7 +152,7 @@ def plan(config: Config, gpus: int, *, gpu_memory_gb: float | None = None) -> Pl
     }
     if config.rollout.mode == "colocate":
         table["sequences at full length"] = f"{held:,} at once in the KV cache ({kv_tokens:,} tokens)"
-    made = Plan(model, gpus, device, capacity, made_phases, table, [], [])
+    made = Plan(model, gpus, device, capacity, precision, made_phases, table, [], [])
     if assumed:
         made.warnings.append("no GPU here: planned for GPUs of 80 GiB (--gpu-memory-gb says otherwise)")
     _judge(made, config, held, rows, longest)
@@ -237,6 +241,7 @@ def render(plan: Plan) -> Group:
     verdict = [Text(f"does not fit: {line}", style="red") for line in plan.problems] or [Text("fits", style="green")]
     return Group(
         Text(f"model: {plan.model.parameters:,} parameters ({plan.model.source})"),
+        *map(Text, plan.precision.lines),
         memory,
         tokens,
         *(Text(f"note: {line}", style="yellow") for line in plan.warnings),

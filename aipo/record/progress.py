@@ -31,6 +31,7 @@ FIELDS = (
 )
 PHASES = ("rollout", "reward", "forward", "mi", "backward", "optimizer", "sync")
 NAMES = {"mi": "MI"}
+LONG = 3600.0  # seconds of a run from which it says why it takes so long
 
 
 def duration(seconds: float) -> str:
@@ -50,6 +51,8 @@ class Progress:
     Without ``total_steps`` there is no training, only passes.
 
     On a terminal: bars that stay in place. Elsewhere: a line for each step, and for a pass a line every tenth of it.
+    After the second step it says how long all will take, and for over an hour what ``why_long`` gives as reasons.
+    ``every`` names the passes that come back every so many steps and after the last, with that number.
     """
 
     def __init__(
@@ -59,11 +62,16 @@ class Progress:
         active: bool = True,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        every: Mapping[str, int] | None = None,
+        why_long: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self._total = total_steps or 0
         self._active = active
         self._console = console or Console()
         self._clock = clock
+        self._every, self._why_long = every or {}, why_long
+        self._took: dict[str, float] = {}  # seconds of the last pass of a name
+        self._began = clock()
         self._times: deque[tuple[int, float]] = deque(maxlen=21)  # (step, when): ETA from the last 20 steps
         self._shown: dict[str, str] = {}
         self._live: RichProgress | None = None
@@ -88,6 +96,19 @@ class Progress:
             self._live.update(self._bar, completed=step, detail=" · ".join(fields))
         else:
             self._line(" · ".join([f"step {step}/{self._total}", *fields]))
+        if len(self._times) == 2 and eta:
+            self._foresee(step, eta)
+
+    def _foresee(self, step: int, left: float) -> None:
+        """``left`` seconds of steps; the passes between them are taken to last as long as the last of their kind."""
+        expected = self._times[-1][1] - self._began + left
+        for name, every in self._every.items():
+            expected += self._took.get(name, 0.0) * (math.ceil(self._total / every) - step // every)
+        self._line(f"expected in all: {duration(expected)}, {left / (self._total - step):.1f} s a step")
+        if expected > LONG:
+            self._line("that is over an hour, because:")
+            for reason in self._why_long():
+                self._line(f"- {reason}")
 
     def _eta(self, step: int) -> float | None:
         first_step, first_time = self._times[0]
@@ -151,6 +172,7 @@ class Task:
             progress._line(f"{self._name} {self._done}/{self._total} ({share}) · ETA {duration(left)}")
 
     def _close(self) -> None:
+        self._progress._took[self._name] = self._progress._clock() - self._began
         if self._progress._live is not None and self._bar is not None:
             self._progress._live.remove_task(self._bar)
 

@@ -385,6 +385,7 @@ def serve_arguments(config: Config, model_path: str, *, gpu: bool) -> list[str]:
 def main() -> None:
     """Become the rollout server of a config."""
     from aipo.config import load_config
+    from aipo.model.precision import choose, this_device
     from aipo.problems.embedded import resolve_model
 
     parser = argparse.ArgumentParser(prog="python -m aipo.rollout.server", description=main.__doc__)
@@ -399,6 +400,9 @@ def main() -> None:
     arguments = parser.parse_intermixed_args(given[:split])
     try:
         config = load_config(arguments.config, arguments.overrides, method=arguments.method)
+        precision = choose(config.model.dtype, this_device())
+        print(*precision.lines, sep="\n", file=sys.stderr)
+        config = precision.settle(config)
         serve = serve_arguments(config, resolve_model(config.model.path), gpu=torch.cuda.is_available())
     except UserError as error:
         sys.exit(f"error: {error}")

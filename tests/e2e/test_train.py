@@ -205,3 +205,19 @@ def wait_for(condition, process: subprocess.Popen[str]) -> None:  # type: ignore
         assert process.poll() is None, process.communicate()[0][-5000:]
         guard.check()
         time.sleep(0.002)
+
+
+def test_a_resumed_run_keeps_the_dtype_that_auto_chose(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun where oneDNN is held to AVX2, which has no bfloat16, and gone on with where it is not."""
+    few = ["model.dtype=auto", "optim.steps=2", "curriculum.enabled=false", "sharding.zero_stage=0"]
+    small = arguments(model, data, tmp_path, "moved", *few)
+    with monkeypatch.context() as old_machine:
+        old_machine.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+        assert "model.dtype: float32 (auto: this CPU has no instructions for bfloat16)" in train(*small)
+    assert "\n  dtype: float32\n" in (tmp_path / "moved" / "config.yaml").read_text()
+    printed = train(*small, "--resume", "auto")
+    assert "model.dtype: float32 (auto: as the run began that is resumed)" in printed
+    refused = train(*small, "model.dtype=bfloat16", "--resume", "auto", expect=1)  # accelerate makes 1 of our 2
+    assert 'model.dtype is "float32" in the checkpoint and "bfloat16" here' in refused

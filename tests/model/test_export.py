@@ -26,7 +26,9 @@ def run(model: Path, tmp_path: Path) -> Path:
     """A run folder with a checkpoint of plain PyTorch, whose weights are the model's plus one."""
     folder = tmp_path / "runs" / "first"
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump_config(load_config("tiny.yaml", [f"model.path={model}"])))
+    (folder / "config.yaml").write_text(
+        dump_config(load_config("tiny.yaml", [f"model.path={model}", "model.dtype=bfloat16"]))
+    )
     loaded = load_model(str(model), dtype=torch.float32, attention="sdpa", gradient_checkpointing=False)
     policy = Policy(loaded, temperature=1.0, layer=-1, head_chunk=64)
     with torch.no_grad():

@@ -36,7 +36,7 @@ def test_tables_are_the_plans(name: str) -> None:
     sizes = [update["weights"], update["gradients"] + update["optimizer"], *(update[p] for p in purposes)]
     cells = [f"{size / GIB:.1f}" for size in [*sizes, made.peak("update")]]
     assert f"| `{name}` | {RANKS[name]} | {' | '.join(cells)} |" in DOCUMENT
-    held = rollout["KV cache"] // kv_token_bytes(config, made.model) // 12288
+    held = rollout["KV cache"] // kv_token_bytes(made.precision.settle(config), made.model) // 12288
     sizes = [rollout["engine weights"], rollout["KV cache"], made.peak("rollout")]
     weights, cache, peak = (f"{size / GIB:.1f}" for size in sizes)
     row = re.search(rf"\| `{name}` \| {weights} \| {cache} \| {held} \| {peak} \| ([\d,]+) \|", DOCUMENT)

@@ -315,6 +315,7 @@ def test_a_file_gets_a_plain_line_a_step():
     assert file.getvalue().splitlines() == [
         "step 1/50 · reward 0.412 · OTF 21.4% · tokens/s 412",
         "step 2/50 · ETA 4m00s · reward 0.412 · OTF 21.4% · tokens/s 412 · held-out 52.0%",
+        "expected in all: 4m05s, 5.0 s a step",
         "step 3/50 · ETA 3m55s · reward 0.500 · OTF 21.4% · tokens/s 412 · held-out 52.0%",
     ]
 

@@ -1,0 +1,44 @@
+"""The forecast after the second step: sums by hand on a clock that the test turns."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from aipo.record.progress import Progress
+
+
+def lines(steps: int, seconds: float) -> list[str]:
+    """What is printed over three steps, with start-up and a first validation of 100 s each."""
+    now = [0.0]
+    out = io.StringIO()
+    progress = Progress(
+        steps,
+        console=Console(file=out),
+        clock=lambda: now[0],
+        every={"validation": 20},
+        why_long=lambda: ["two threads wait: let them"],
+    )
+    now[0] += 100
+    with progress.task("validation", 1):
+        now[0] += 100
+    for step in (1, 2, 3):
+        now[0] += seconds
+        progress.update(step, {})
+    return [line for line in out.getvalue().splitlines() if not line.startswith("step ")]
+
+
+def test_the_time_of_all_is_said_once_after_the_second_step() -> None:
+    # 200 s before, 40 steps, validations after 20 and 40
+    assert lines(40, 10.0) == ["expected in all: 13m20s, 10.0 s a step"]
+    assert lines(2, 10.0) == []  # nothing is left
+
+
+def test_beyond_an_hour_the_reasons_follow() -> None:
+    # 200 + 42 * 100 + 3 * 100: the last step is validated, too
+    assert lines(42, 100.0) == [
+        "expected in all: 1h18m, 100.0 s a step",
+        "that is over an hour, because:",
+        "- two threads wait: let them",
+    ]
