@@ -46,8 +46,8 @@ def dry_run(config: Config, arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
+    from aipo.inputs import describe_data
     from aipo.plan.planner import plan, render
-    from aipo.run import describe_data
 
     print(dump_config(config))
     for line in describe_data(config):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aipo import distributed
-from aipo.config.schema import AdvantageConfig
+from aipo.config.sections import AdvantageConfig
 from aipo.layout import token_grid
 from aipo.mask import NOISE
 from aipo.rollouts import Rollouts

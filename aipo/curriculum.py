@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from aipo.config.schema import BucketBy, CurriculumConfig, KappaSchedule, MaskConfig
+from aipo.config.sections import BucketBy, CurriculumConfig, KappaSchedule, MaskConfig
 from aipo.mask import MAX_PEAKS, peaks
 
 Mixture = tuple[float, float, float]

@@ -25,7 +25,7 @@ from aipo.branching.branches import (
     mean_log_prob,
     plan_branches,
 )
-from aipo.branching.latent import Latents
+from aipo.branching.cvae import Latents
 from aipo.config import Config
 from aipo.errors import TrainingError
 from aipo.mask import prefix_lengths

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aipo import distributed
 from aipo.config import Config
-from aipo.config.schema import CurriculumConfig
+from aipo.config.sections import CurriculumConfig
 from aipo.curriculum import peak_label
 from aipo.passes import Passes
 from aipo.problems.datasets import Problem

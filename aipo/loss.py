@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aipo.config.schema import LossConfig
+from aipo.config.sections import LossConfig
 
 AGGREGATIONS = ("sequence", "token", "constant", "all_tokens")
 RATIOS = ("token", "sequence", "clipped_weight")
@@ -48,14 +48,13 @@ def loss_terms(
     config: LossConfig,
     *,
     max_length: int | None = None,
-    correction: str = "none",
-    cap: float = 2.0,
+    correction: tuple[str, float] = ("none", 2.0),
 ) -> LossTerms:
     """Unnormalised eq. 2 with the rules of a config's section ``loss``; see :func:`policy_loss`.
 
     Args:
         max_length: of a completion, for the aggregation ``constant``.
-        correction, cap: rule of :func:`importance_weights`, where ``logp_engine`` is there; its sums are among the
+        correction: rule and cap of :func:`importance_weights`, where ``logp_engine`` is there; its sums are among the
             terms' as ``mismatch_*``, its largest ratio as ``weight_max``.
     """
     clip_low, clip_high, kl_beta, aggregation = config.clip_low, config.clip_high, config.kl_beta, config.aggregation
@@ -73,7 +72,8 @@ def loss_terms(
     weight: Tensor | None = inputs.importance_weight
     mismatch: dict[str, Tensor] = {}
     if inputs.logp_engine is not None:
-        weight, mismatch = importance_weights(logp_old, inputs.logp_engine, mask, rule=correction, cap=cap)  # (B, T)
+        rule, cap = correction
+        weight, mismatch = importance_weights(logp_old, inputs.logp_engine, mask, rule=rule, cap=cap)  # (B, T)
     mask = mask.bool()  # (B, T)
     selected = mask.sum(1)  # (B,)
     # what is not selected must not reach the gradient even where it is inf or NaN: replace it before any arithmetic

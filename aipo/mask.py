@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aipo.config.schema import MaskConfig, Statistic
+from aipo.config.sections import MaskConfig, Statistic
 from aipo.layout import token_grid
 
 MAX_PEAKS = 40

@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from aipo.config.schema import Features
+from aipo.config.sections import Features
 
 Sigma = float | Literal["median"]
 
@@ -360,7 +360,8 @@ def factor_scores(
                 from aipo.mi_kernels import chebyshev_products, squared_norms
 
                 sums = chebyshev_products(near, first, m, factors, spans)  # (c, m - first, r)
-                norms = squared_norms(sums, far, outer, which[rows].to(part), phi, first)  # (c,)
+                waves = phi.frequency, phi.phase, phi.amplitude
+                norms = squared_norms(sums, far, outer, which[rows].to(part), phi.series[:, first:], waves)  # (c,)
             else:
                 sums = _chebyshev_products(near, first, m, factors, spans)
                 norms = torch.empty_like(scores[part])

@@ -6,15 +6,11 @@ Imported only where there are CUDA tensors and Triton; aipo/mi.py does the same 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from aipo.mi import Expansion
 
 TOKENS, DEGREES, COORDINATES = 16, 8, 32  # of a tile of the products
 FEATURES, TERMS = 64, 32  # of a tile of the norms
@@ -67,13 +63,15 @@ def _products(
     tl.store(out + place, total, mask=((token < end) & (k < count))[:, None] & (column < r))
 
 
-def squared_norms(sums: Tensor, far: Tensor, outer: Tensor, which: Tensor, phi: Expansion, first: int) -> Tensor:
-    """|| series[:, first:] sums + beyond(far) outer ||_F^2 of every token, without holding the D-by-r products:
-    sums (c, m - first, r), far (c, o), outer (Q, o, r), which (c,) of them -> fp32 (c,)."""
+def squared_norms(
+    sums: Tensor, far: Tensor, outer: Tensor, which: Tensor, series: Tensor, waves: Sequence[Tensor]
+) -> Tensor:
+    """|| series sums + beyond(far) outer ||_F^2 of every token, without holding the D-by-r products: sums (c, m, r),
+    far (c, o), outer (Q, o, r), which (c,) of them, series (D, m), waves (frequency, phase, amplitude; (D,) each) of
+    :class:`aipo.mi.Expansion` -> fp32 (c,)."""
     (c, m, r), o = sums.shape, far.shape[1]
     out = sums.new_empty(c)
-    series = phi.series[:, first:].contiguous()  # (D, m)
-    arguments = [part.contiguous() for part in (sums, series, phi.frequency, phi.phase, phi.amplitude, far, outer)]
+    arguments = [part.contiguous() for part in (sums, series, *waves, far, outer)]
     _norms[(c,)](*arguments, which, out, len(series), m, o, r, FEATURES, TERMS, _columns(r))
     return out
 

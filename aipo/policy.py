@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from aipo.config import Config
 from aipo.layout import MicroBatch
 from aipo.mi import CACHE_ELEMENTS, tokens_that_fit
+from aipo.model.adapters import add_adapters
+from aipo.model.loading import load_model
 from aipo.model.shared_attention import NAME as SHARED
 
 Select = Callable[[Tensor], Tensor]
@@ -230,16 +233,21 @@ def _as_computed(weight: Tensor) -> Tensor:
     return weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight
 
 
-def load_model(path: str, *, dtype: torch.dtype, attention: str, gradient_checkpointing: bool) -> nn.Module:
-    """A causal LM ready for training, in ``dtype``, without dropout."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train()
+def make_policy(config: Config, path: str, *, trained: bool = True) -> Policy:
+    """The model in its wrapper; with adapters if they are ``trained``."""
+    model = load_model(
+        path,
+        dtype=getattr(torch, config.model.dtype),
+        attention=config.model.attention,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+    )
+    if config.lora.rank and trained:
+        lora = config.lora
+        add_adapters(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
+    return Policy(
+        model,
+        temperature=config.rollout.temperature,
+        layer=config.mi.layer,
+        head_chunk=config.model.head_chunk,
+        entropy_gradient=config.loss.entropy_weight > 0,
+    )

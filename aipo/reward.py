@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
-from aipo.config.schema import RewardConfig
+from aipo.config.sections import RewardConfig
 from aipo.verify import Verdict, Verifier, after_thinking, extract_answer, last_box
 
 Weights = tuple[float, float, float]  # correctness, format, length: none negative, sum 1 (the config checks it)

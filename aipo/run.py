@@ -2,184 +2,46 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from aipo import distributed
-from aipo.branching.latent import Latents, load_latents
 from aipo.config import Config, dump_config
 from aipo.curriculum import Curriculum
-from aipo.errors import TrainingError, UserError
+from aipo.errors import TrainingError
+from aipo.inputs import Inputs, check_inputs, find_latents
 from aipo.labelling import label, label_folder, label_questions
-from aipo.layout import MicroBatch
-from aipo.model.adapters import add_adapters
 from aipo.model.export import model_stamp
 from aipo.model.precision import Precision, choose
 from aipo.passes import Passes
-from aipo.policy import Policy, load_model
-from aipo.problems.datasets import Problem, fingerprint, load_problems
-from aipo.problems.embedded import cache_folder, resolve_model
-from aipo.problems.prompts import Prompter
-from aipo.record.checkpoints import CheckpointStore, compare_identity, resolve, run_identity
+from aipo.policy import make_policy
+from aipo.problems.embedded import cache_folder
+from aipo.record.checkpoints import CheckpointStore, compare_identity, resolve
 from aipo.record.progress import Progress, final_table, summarize
 from aipo.record.slowness import Slowness
 from aipo.record.tracker import Tracker, peak_memory_bytes, prepare_run_folder, read_jsonl
 from aipo.reward import Rewarder
-from aipo.rollout import make_engine, require_engine
+from aipo.rollout import make_engine
 from aipo.rollout.check import check_weight_sync, engine_gap
 from aipo.rollout.collect import Collector
 from aipo.selection import TokenSelector
-from aipo.sharding import Sharded, deepspeed_config, shard
+from aipo.sharding import Sharded, frozen_reference, shard
 from aipo.trainer import Trainer
 
-# what may differ between a checkpoint and the run that goes on from it: nothing of it changes what is computed
-MAY_CHANGE = (
-    "name",
-    "runs",
-    "tracking",
-    "checkpoint",
-    "guards",
-    "reward.workers",
-    "rollout.check_sync",
-    "rollout.check_every",
-    "rollout.server_url",
-    "rollout.server_timeout_s",
-)
 LABEL_BLOCK = 64  # questions a rank labels between two savings
-
-
-@dataclass
-class Inputs:
-    """All that a run reads, checked, before any model is loaded."""
-
-    model_path: str
-    problems: list[Problem]
-    held_out: list[Problem]
-    prompter: Prompter
-    notes: list[str]  # what was dropped, for the user
-    identity: dict[str, Any]
-
-
-def check_inputs(config: Config, world: int) -> Inputs:
-    """Read and check model folder, tokenizer and data. Raises UserError; loads no weights."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    config.check_world_size(world)
-    path = resolve_model(config.model.path)
-    loaded = {split: load_problems(getattr(config.data, split), split=split) for split in ("train", "validation")}
-    try:
-        architecture = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path: cannot load config and tokenizer of {config.model.path}: {reason}") from None
-    check_model(config, architecture)
-    find_latents(config, path)
-    try:
-        generation = GenerationConfig.from_pretrained(path)
-    except OSError:  # a model need not have one
-        generation = None
-    data = config.data
-    prompter = Prompter(
-        tokenizer,
-        system=data.system,
-        examples=data.examples,
-        suffix=data.suffix,
-        thinking=data.thinking,
-        max_prompt_tokens=data.max_prompt_tokens,
-        generation_config=generation,
-    )
-    notes, kept = [], {}
-    for split, content in loaded.items():
-        kept[split], too_long = prompter.filter(content.problems)
-        reasons = {**content.dropped, f"longer than {data.max_prompt_tokens} tokens": too_long}
-        notes.append(f"{split}: {len(kept[split])} questions from {getattr(data, split)}{dropped(reasons)}")
-    if config.rollout.questions_per_step > len(kept["train"]):
-        raise UserError(
-            f"rollout.questions_per_step ({config.rollout.questions_per_step}) exceeds the {len(kept['train'])} "
-            f"questions of data.train: lower it or add questions"
-        )
-    drawn = config.rollout.questions_per_step * config.dynamic.factor
-    if config.dynamic.enabled and drawn > len(kept["train"]):
-        raise UserError(
-            f"dynamic.factor: {drawn} questions a draw exceed the {len(kept['train'])} of data.train: lower it, or "
-            "rollout.questions_per_step"
-        )
-    # what is not installed comes last: it must not hide what is wrong with config and data
-    require_engine(config.rollout.engine)
-    if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
-        raise UserError("model.attention: flash_attention_2 is not installed: pip install flash-attn, or use sdpa")
-    held_out = kept["validation"][: config.validation.questions]
-    identity = run_identity(
-        config.model_dump(),
-        may_change=MAY_CHANGE,
-        world_size=world,
-        train_fingerprint=fingerprint(kept["train"]),
-        validation_fingerprint=fingerprint(held_out),
-        **({"latents": file_digest(config.branch.latent_path)} if config.branch.latent_path else {}),
-    )
-    return Inputs(path, kept["train"], held_out, prompter, notes, identity)
-
-
-def check_model(config: Config, architecture: Any) -> None:
-    """What can be wrong between a config and the model's own."""
-    layers, context = architecture.num_hidden_layers, architecture.max_position_embeddings
-    longest = config.data.max_prompt_tokens + config.rollout.max_tokens
-    if not -layers <= config.mi.layer < layers:
-        raise UserError(f"mi.layer: {config.mi.layer} is not a layer of {config.model.path}, which has {layers}")
-    if config.advantage.tokens == "attention" and not all(-layers <= i < layers for i in config.advantage.layers):
-        raise UserError(f"advantage.layers: {list(config.advantage.layers)}: {config.model.path} has {layers} layers")
-    if longest > context:
-        raise UserError(
-            f"data.max_prompt_tokens + rollout.max_tokens ({longest}) exceed the {context} tokens that "
-            f"{config.model.path} can read: lower one of them"
-        )
-    kinds = getattr(architecture, "layer_types", None) or getattr(architecture, "layers_block_type", None) or ()
-    others = sorted({*kinds} - {"full_attention", "sliding_attention"})
-    if others and (config.optim.share_prompts or config.optim.packing):
-        raise UserError(
-            f"optim.{'packing' if config.optim.packing else 'share_prompts'}: {config.model.path} has layers of kind "
-            f"{', '.join(others)}, which would carry one sequence into the next: set it to false"
-        )
-    scalings = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    if changed := [key for key in scalings if getattr(architecture, key, None) not in (None, 1.0)]:
-        raise UserError(f"{config.model.path} changes its logits after the head ({changed[0]}): not supported")
-
-
-def dropped(reasons: dict[str, int]) -> str:
-    """Counts of dropped questions as the end of a sentence; nothing where none was."""
-    text = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons.items() if count)
-    return f"; dropped {text}" if text else ""
-
-
-def describe_data(config: Config) -> list[str]:
-    """For --dry-run: how many questions there are, or that a file is not there yet. Raises UserError for bad rows."""
-    lines = []
-    for split in ("train", "validation"):
-        spec = getattr(config.data, split)
-        if not spec.startswith("embedded:") and not Path(spec).is_file():
-            lines.append(f"data.{split}: {spec} is not there yet; before the run, put a JSONL file there")
-            continue
-        loaded = load_problems(spec, split=split)
-        lines.append(f"data.{split}: {len(loaded.problems)} questions from {spec}{dropped(loaded.dropped)}")
-    return lines
 
 
 def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
@@ -365,58 +227,6 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
         engine_gap=partial(engine_gap, engine, log_probs, prompts, seed=config.seed),
         latents=find_latents(config, inputs.model_path),
     )
-
-
-def file_digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def find_latents(config: Config, path: str) -> Latents | None:
-    if not config.branch.enabled or config.branch.latent == "none" or config.branch.latent_path is None:
-        return None
-    from transformers import AutoConfig
-
-    return load_latents(config.branch.latent_path, AutoConfig.from_pretrained(path))
-
-
-def make_policy(config: Config, path: str, *, trained: bool = True) -> Policy:
-    """The model in its wrapper; with adapters if they are ``trained``."""
-    model = load_model(
-        path,
-        dtype=getattr(torch, config.model.dtype),
-        attention=config.model.attention,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-    )
-    if config.lora.rank and trained:
-        lora = config.lora
-        add_adapters(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
-    return Policy(
-        model,
-        temperature=config.rollout.temperature,
-        layer=config.mi.layer,
-        head_chunk=config.model.head_chunk,
-        entropy_gradient=config.loss.entropy_weight > 0,
-    )
-
-
-def frozen_reference(config: Config, path: str, device: torch.device) -> Callable[[MicroBatch, Tensor], Tensor]:
-    """Log-probabilities of the initial model at a given mask; sharded as the policy is under ZeRO-3."""
-    policy = make_policy(config, path, trained=False).eval().requires_grad_(False)
-    if config.sharding.zero_stage == 3:
-        import deepspeed
-
-        settings = deepspeed_config(config)
-        settings["zero_optimization"] = {"stage": 3}
-        forward, *_ = deepspeed.initialize(model=policy, config=settings, dist_init_required=False)
-    else:
-        forward = policy.to(device)
-
-    @torch.no_grad()
-    def log_probs(micro: MicroBatch, mask: Tensor) -> Tensor:
-        return forward(micro, lambda _: mask)["logp"]
-
-    return log_probs
 
 
 def save_final_model(sharded: Sharded, inputs: Inputs, folder: Path) -> None:

@@ -13,7 +13,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from aipo.config.schema import POSITION_ELEMENTS, Features, MIConfig, Normalize
+from aipo.config.sections import POSITION_ELEMENTS, Features, MIConfig, Normalize
 from aipo.mi import (
     FourierFeatures,
     Sigma,

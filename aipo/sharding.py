@@ -7,7 +7,7 @@ inside the forward). So gradients are accumulated as sums and :meth:`step` divid
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from aipo import distributed
 from aipo.config import Config
+from aipo.layout import MicroBatch
 from aipo.model.adapters import alpha_of, merge, originals
-from aipo.policy import Policy
+from aipo.policy import Policy, make_policy
 
 GATHERED = 2**24
 """Elements of weights that are gathered together for the rollout engine: a gathering costs up to a millisecond."""
@@ -253,3 +254,22 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 def shard(policy: Policy, config: Config, device: torch.device) -> Sharded:
     return (DeepSpeed if config.sharding.zero_stage > 0 else Plain)(policy, config, device)
+
+
+def frozen_reference(config: Config, path: str, device: torch.device) -> Callable[[MicroBatch, Tensor], Tensor]:
+    """Log-probabilities of the initial model at a given mask; sharded as the policy is under ZeRO-3."""
+    policy = make_policy(config, path, trained=False).eval().requires_grad_(False)
+    if config.sharding.zero_stage == 3:
+        import deepspeed
+
+        settings = deepspeed_config(config)
+        settings["zero_optimization"] = {"stage": 3}
+        forward, *_ = deepspeed.initialize(model=policy, config=settings, dist_init_required=False)
+    else:
+        forward = policy.to(device)
+
+    @torch.no_grad()
+    def log_probs(micro: MicroBatch, mask: Tensor) -> Tensor:
+        return forward(micro, lambda _: mask)["logp"]
+
+    return log_probs

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aipo import distributed
 from aipo.advantage import assign, blend
-from aipo.branching.latent import Latents
+from aipo.branching.cvae import Latents
 from aipo.config import Config
 from aipo.curriculum import Curriculum
 from aipo.errors import TrainingError
@@ -28,7 +28,7 @@ from aipo.evaluation.scoring import validate
 from aipo.generation import Generation
 from aipo.labelling import peaks
 from aipo.layout import MicroBatch
-from aipo.loss import LossInputs, LossTerms, kl_priority, loss_terms
+from aipo.loss import LossInputs, kl_priority, loss_terms
 from aipo.mask import prefix_share
 from aipo.metrics import Accuracy
 from aipo.passes import Passes
@@ -147,7 +147,8 @@ class Trainer:
         self, rollouts: Rollouts, kappa: float, prefix: float, clock: Clock
     ) -> tuple[Selection, dict[str, float]]:
         """One optimizer step on each part of the batch (one part by default); what was selected, and sums to log."""
-        config, passes = self.config, self.passes
+        config, rollout, passes = self.config, self.config.rollout, self.passes
+        correction = rollout.importance_correction, rollout.importance_cap
         with clock("forward"):
             gold = passes.gold_states(rollouts.problems) if self.selector.scored else None  # (Q, d)
             parts = passes.update_batches(rollouts)
@@ -167,7 +168,7 @@ class Trainer:
                 with clock("forward"):
                     out = self.sharded.forward(micro, partial(selection, micro))  # mask (N,), logp and entropy (K,)
                     inputs = self.loss_inputs(micro, out, old, selection, signals, rollouts)  # (b, t) each
-                    terms = self.loss(inputs)
+                    terms = loss_terms(inputs, config.loss, max_length=rollout.max_tokens, correction=correction)
                 with clock("backward"):
                     self.sharded.backward(terms.total)
                 counts += torch.tensor([float(terms.denominator), float(terms.sums["selected"])])
@@ -234,11 +235,6 @@ class Trainer:
             kl_weight=kl_weight,
             entropy=micro.grid(out["entropy"], mask) if self.config.loss.entropy_weight else None,
         )
-
-    def loss(self, inputs: LossInputs) -> LossTerms:
-        rollout = self.config.rollout
-        rule, cap = rollout.importance_correction, rollout.importance_cap
-        return loss_terms(inputs, self.config.loss, max_length=rollout.max_tokens, correction=rule, cap=cap)
 
     def optimizer_step(
         self, part: list[MicroBatch], counts: Tensor, selection: Selection, rollouts: Rollouts, sums: dict[str, float]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from aipo.config.schema import MIConfig
+from aipo.config.sections import MIConfig
 from aipo.mi import exact_hsic
 from aipo.scorer import TokenScorer
 

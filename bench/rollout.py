@@ -29,13 +29,13 @@ import torch
 
 from aipo import distributed
 from aipo.config import load_config
-from aipo.config.schema import RewardConfig
+from aipo.config.sections import RewardConfig
 from aipo.evaluation.results import markdown
+from aipo.inputs import check_inputs
 from aipo.reward import Rewarder
 from aipo.rollout import Completion, Request, Sampling, make_engine
 from aipo.rollout.collect import Collector, request_seed
 from aipo.rollout.vllm import VllmEngine
-from aipo.run import check_inputs
 from bench.machine import machine, slug
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aipo.config.schema import CurriculumConfig, MaskConfig
+from aipo.config.sections import CurriculumConfig, MaskConfig
 from aipo.curriculum import Curriculum, bucket_of, kappa_at, mixture, peak_label
 
 LABEL = (5, 20, 30)  # one count inside each bucket

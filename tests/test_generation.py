@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from aipo.config import Config, load_config
-from aipo.config.schema import RewardConfig
+from aipo.config.sections import RewardConfig
 from aipo.errors import TrainingError
 from aipo.generation import Generation, varying_groups
 from aipo.layout import MicroBatch

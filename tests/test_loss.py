@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aipo.advantage import group_advantages
-from aipo.config.schema import LossConfig
+from aipo.config.sections import LossConfig
 from aipo.loss import AGGREGATIONS, RATIOS, LossInputs, importance_weights, kl_priority, loss_terms, policy_loss
 from tests import reference
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.signal import find_peaks
 from torch import Tensor
 
-from aipo.config.schema import MaskConfig
+from aipo.config.sections import MaskConfig
 from aipo.mask import MaskRule, count_peaks, local_maxima, peaks, prefix_lengths, prefix_share, threshold_mask
 
 NAN, INF = float("nan"), float("inf")

@@ -42,7 +42,9 @@ for spans, d, r, count, o in (
         scale = float(factors.norm(dim=1).max())
         torch.testing.assert_close(found.cpu().double(), expected, rtol=0, atol=2e-6 * scale)
         arguments = [part.float().to(device) for part in (expected, far, outer)]
-        norms = squared_norms(*arguments, which.to(device), phi.to(arguments[0]), first)
+        there = phi.to(arguments[0])
+        waves = there.frequency, there.phase, there.amplitude
+        norms = squared_norms(*arguments, which.to(device), there.series[:, first:], waves)
         plain = mi._squared_norms(expected, far.double(), outer[which].double(), phi, first)
         torch.testing.assert_close(norms.cpu().double(), plain, rtol=3e-5, atol=1e-9)
 """

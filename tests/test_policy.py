@@ -26,8 +26,9 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from aipo.layout import MicroBatch, filler, micro_batches, pad, shared_prompt_batches, token_grid, unpad
+from aipo.model.loading import load_model
 from aipo.model.shared_attention import NAME as SHARED
-from aipo.policy import Policy, SelectedLogProbs, load_model
+from aipo.policy import Policy, SelectedLogProbs
 from tests.tiny import make_tiny
 
 VOCABULARY = 61

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aipo.config.schema import RewardConfig
+from aipo.config.sections import RewardConfig
 from aipo.reward import Rewarder, combine, soft_overlong, well_formed
 
 

@@ -13,10 +13,11 @@ from transformers import AutoConfig
 import train
 from aipo.config import load_config
 from aipo.errors import TrainingError, UserError
+from aipo.inputs import check_inputs, check_model
 from aipo.record.checkpoints import damage, resolve
 from aipo.record.tracker import read_jsonl
 from aipo.rollout import HfEngine
-from aipo.run import check_inputs, check_model, resume_command, run
+from aipo.run import resume_command, run
 from tests.tiny import make_tiny
 
 
@@ -95,7 +96,7 @@ def test_model_without_chat_template(tmp_path: Path) -> None:
 
 
 def test_flash_attention_that_is_not_installed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aipo.run.find_spec", lambda name: None)
+    monkeypatch.setattr("aipo.inputs.find_spec", lambda name: None)
     data = write(tmp_path / "d.jsonl", GOOD)
     more = ["model.attention=flash_attention_2", "optim.share_prompts=false", "rollout.engine=hf"]
     with pytest.raises(UserError, match="flash_attention_2 is not installed"):

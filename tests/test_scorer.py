@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aipo import scorer as module
-from aipo.config.schema import MIConfig
+from aipo.config.sections import MIConfig
 from aipo.mi import FourierFeatures, coordinate_scores, fast_hsic, median_bandwidth
 from aipo.scorer import TokenScorer, pointwise_scores, position_scores
 

@@ -12,12 +12,12 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from aipo.config import Config, load_config
 from aipo.layout import pad
 from aipo.loss import policy_loss
+from aipo.policy import make_policy
 from aipo.problems.datasets import Problem
 from aipo.problems.prompts import Prompter
 from aipo.record.clock import Clock
 from aipo.rollout.base import Completion
 from aipo.rollouts import Rollouts
-from aipo.run import make_policy
 from aipo.selection import TokenSelector
 from aipo.sharding import shard
 from aipo.trainer import Trainer

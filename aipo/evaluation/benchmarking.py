@@ -33,6 +33,7 @@ from aipo.evaluation.results import (
 )
 from aipo.evaluation.scoring import CompletionFiles, complete, pending, requests_for
 from aipo.model.export import NamedModel, find_model, model_stamp
+from aipo.model.loading import read_folder
 from aipo.model.precision import choose, this_device
 from aipo.problems.embedded import MODEL
 from aipo.problems.prompts import Prompter
@@ -111,8 +112,6 @@ def wanted(intervene: str | None) -> list[str]:
 
 def make_job(options: argparse.Namespace, say: Say) -> Job:
     """Check everything that can be checked without weights."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
     config = load_config(options.config) if options.config else None
     names = [name.strip() for name in options.benchmarks.split(",") if name.strip()] or list(PAPER)
     spec = options.model or (config.model.path if config else MODEL)
@@ -120,19 +119,10 @@ def make_job(options: argparse.Namespace, say: Say) -> Job:
     config = config or model.config
     if config is None and spec == MODEL and names == [EMBEDDED]:
         config = load_config(DEFAULT_CONFIG)  # the prompt that the embedded problems are made for
-    try:
-        architecture = AutoConfig.from_pretrained(model.path)
-        tokenizer = AutoTokenizer.from_pretrained(model.path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model: cannot load config and tokenizer of {spec}: {reason}") from None
-    try:
-        generation = GenerationConfig.from_pretrained(model.path)
-    except OSError:  # a model need not have one
-        generation = None
+    folder = read_folder(model.path, key="--model", name=spec)
     benchmarks = distributed.on_first(lambda: load_benchmarks(names, limit=options.limit, say=say))
 
-    context = architecture.get_text_config().max_position_embeddings
+    context = folder.architecture.get_text_config().max_position_embeddings
     thinking = options.thinking if options.thinking is not None else config.data.thinking if config else True
     sampling = Sampling(
         options.max_tokens or longest(context, config),
@@ -151,7 +141,13 @@ def make_job(options: argparse.Namespace, say: Say) -> Job:
     }
     suffixes = {"math": config.data.suffix if config else MATH_SUFFIX, "choice": CHOICE_SUFFIX}
     prompters = {
-        kind: Prompter(tokenizer, **prompt, suffix=suffix, max_prompt_tokens=context, generation_config=generation)
+        kind: Prompter(
+            folder.tokenizer,
+            **prompt,
+            suffix=suffix,
+            max_prompt_tokens=context,
+            generation_config=folder.generation,
+        )
         for kind, suffix in suffixes.items()
     }
     precision = distributed.on_first(lambda: choose(options.dtype, this_device()))

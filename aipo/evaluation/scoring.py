@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from aipo import distributed
-from aipo.config.schema import ValidationConfig
+from aipo.config.sections import ValidationConfig
 from aipo.errors import UserError
 from aipo.evaluation.benchmarks import Item
 from aipo.metrics import Accuracy, accuracy_summary

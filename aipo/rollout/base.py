@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from aipo.config.schema import RolloutConfig
+from aipo.config.sections import RolloutConfig
 from aipo.rollout.interventions import Intervention
 
 

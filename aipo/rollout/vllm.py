@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from aipo.config.schema import RolloutConfig
+from aipo.config.sections import RolloutConfig
 from aipo.errors import UserError
 from aipo.rollout.base import Completion, Request, Sampling, check_complete, check_requests, keep_rng, parameter_names
 from aipo.rollout.interventions import Intervention, intervene

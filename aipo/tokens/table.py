@@ -23,7 +23,7 @@ from aipo.advantage import (
     weight_tokens,
 )
 from aipo.config import Config
-from aipo.config.schema import AdvantageConfig
+from aipo.config.sections import AdvantageConfig
 from aipo.layout import MicroBatch, filler
 from aipo.model.adapters import adapters_off, residual
 from aipo.passes import Passes

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from aipo.branching.latent import CVAE, Latents, explained, fit, gaussian_kl, load_latents, main
+from aipo.branching.cvae import CVAE, Latents, explained, fit, gaussian_kl, load_latents
+from aipo.branching.latent import main
 from aipo.errors import UserError
 from aipo.rollout import HfEngine
 from tests.tiny import make_tiny

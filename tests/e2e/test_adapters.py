@@ -19,11 +19,12 @@ from aipo.config import load_config
 from aipo.layout import MicroBatch, filler, micro_batches
 from aipo.model.adapters import adapters_off, add_adapters, residual
 from aipo.model.export import weights
-from aipo.policy import Policy, load_model
+from aipo.model.loading import load_model
+from aipo.passes import Passes
+from aipo.policy import Policy
 from aipo.rollout import make_engine
 from aipo.rollout.base import Request, Sampling
 from aipo.rollout.check import TOLERANCE, check_weight_sync, logprob_gap
-from aipo.run import log_probs_of
 from aipo.sharding import Sharded, shard
 from tests import processes
 from tests.e2e.launch import ROOT
@@ -222,7 +223,7 @@ def test_exported_weights_are_merged(
 def test_vllm_follows_the_adapters(model: str) -> None:
     cpu = torch.device("cpu")
     sharded = adapted(model, "sharding.zero_stage=0", device=cpu)
-    log_probs = log_probs_of(sharded, cpu)
+    log_probs = Passes(load_config("tiny.yaml"), sharded, None, cpu).completion_log_probs  # type: ignore[arg-type]
     engine = make_engine(
         "vllm", model, max_model_len=128, end_token_ids=[2], kv_cache_gb=0.1, dtype="bfloat16", load_weights=False
     )

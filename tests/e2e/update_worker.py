@@ -21,6 +21,7 @@ device = distributed.start()
 from aipo import sharding  # noqa: E402
 from aipo.config import Config, load_config  # noqa: E402
 from aipo.errors import TrainingError  # noqa: E402
+from aipo.policy import make_policy  # noqa: E402
 from aipo.problems.datasets import Problem  # noqa: E402
 from aipo.problems.prompts import Prompter  # noqa: E402
 from aipo.record.checkpoints import CheckpointError, CheckpointStore, latest  # noqa: E402
@@ -28,9 +29,12 @@ from aipo.record.clock import Clock  # noqa: E402
 from aipo.record.reporting import reduce_metrics  # noqa: E402
 from aipo.rollout.base import Completion  # noqa: E402
 from aipo.rollouts import Rollouts  # noqa: E402
-from aipo.run import frozen_reference, make_policy  # noqa: E402
 from aipo.selection import TokenSelector  # noqa: E402
-from aipo.sharding import Sharded, shard  # noqa: E402
+from aipo.sharding import (  # noqa: E402
+    Sharded,
+    frozen_reference,
+    shard,
+)
 from aipo.trainer import Trainer  # noqa: E402
 
 MODEL, OUT = sys.argv[1], Path(sys.argv[2])

@@ -11,7 +11,8 @@ import torch
 from aipo.config import dump_config, load_config
 from aipo.errors import UserError
 from aipo.model.export import find_model
-from aipo.policy import Policy, load_model
+from aipo.model.loading import load_model
+from aipo.policy import Policy
 from aipo.record.checkpoints import CheckpointStore
 from tests.tiny import make_tiny
 

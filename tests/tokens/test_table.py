@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aipo.advantage import entropy_quadrants, reallocate_by_entropy, weight_tokens
 from aipo.config import Config, load_config
-from aipo.config.schema import AdvantageConfig
+from aipo.config.sections import AdvantageConfig
 from aipo.layout import filler, micro_batches
 from aipo.model.adapters import add_adapters
+from aipo.model.loading import load_model
 from aipo.passes import Passes
-from aipo.policy import Policy, load_model
+from aipo.policy import Policy
 from aipo.problems.datasets import Problem
 from aipo.rollout.base import Completion
 from aipo.rollouts import Rollouts

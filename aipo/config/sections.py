@@ -1,0 +1,409 @@
+"""Every key of a config by section: its type, default and meaning. What reads a section is given it whole.
+
+``train.py --help`` prints the docstrings below the keys.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+POSITION_ELEMENTS = 2**27  # float64 moments of mi.estimator: position, 1 GiB
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Statistic = Literal["mean_std", "iqr"]
+BucketBy = Literal["count", "rate", "quantile"]
+KappaSchedule = Literal["combined", "linear", "plateau", "constant"]
+Estimator = Literal["coordinate", "pointwise", "position"]
+Features = Literal["random", "orthogonal", "quadrature"]
+Normalize = Literal["none", "layernorm", "zscore"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads on, off, yes, no as booleans, and pydantic would take them for 1 and 0."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise PydanticCustomError("boolean", "input should not be a boolean")
+        return value
+
+
+class ModelConfig(Section):
+    path: str
+    """Hugging Face folder (such as runs/NAME/final), hub id, or embedded:smollm2-135m"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """of engine and trainer; auto: bfloat16 where the hardware multiplies it, else float32; kept by a resumed run"""
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """attention implementation of transformers"""
+    gradient_checkpointing: bool = True
+    """recompute each layer in the backward pass: less memory, about a third more compute"""
+    head_chunk: Positive = 1024
+    """positions whose logits exist at one time"""
+
+    @property
+    def bfloat16(self) -> bool:
+        """Whether the passes compute in it, once aipo.model.precision has put a dtype in the place of ``auto``."""
+        if self.dtype == "auto":
+            raise ValueError("model.dtype is still auto: aipo.model.precision.choose settles it")
+        return self.dtype == "bfloat16"
+
+
+class DataConfig(Section):
+    train: str
+    """JSONL file with question and answer, or embedded:chain_sum"""
+    validation: str
+    """held-out problems, same forms as data.train"""
+    system: str | None = None
+    """system prompt"""
+    examples: tuple[tuple[str, str], ...] = ()
+    """worked (user, assistant) turns before the question"""
+    suffix: str | None = None
+    """text appended to every question"""
+    thinking: bool = False
+    """thinking mode of the chat template, where it has one"""
+    max_prompt_tokens: Positive = 2048
+    """longer questions are dropped and counted"""
+
+
+class RolloutConfig(Section):
+    engine: Literal["vllm", "hf"] = "vllm"
+    """what generates"""
+    mode: Literal["colocate", "server"] = "colocate"
+    """in each training process, on its own device, or on running vLLM servers with devices of their own"""
+    server_url: str | Annotated[tuple[str, ...], Field(min_length=1)] = "http://127.0.0.1:8000"
+    """of mode server: one, or a list of which rank r asks number r modulo its length"""
+    server_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """seconds after which servers that have not taken the new weights end the run"""
+    questions_per_step: Positive = 128
+    """over all ranks"""
+    samples_per_question: Positive = 8
+    """N, the group size"""
+    max_tokens: Positive = 10240
+    """longest completion"""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """of sampling; log-probabilities everywhere are after it"""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """nucleus mass"""
+    top_k: Annotated[int, Field(ge=-1)] = -1
+    """-1 is off"""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """share of a GPU's memory that vLLM takes while it generates; handed back during the update"""
+    kv_cache_gb: Annotated[float, Field(gt=0)] = 1.0
+    """KV cache on a machine without a GPU"""
+    importance_correction: Literal["none", "token_truncated", "sequence_mask"] = "token_truncated"
+    """weight for the difference between vLLM's and our log-probabilities"""
+    importance_cap: Annotated[float, Field(ge=1)] = 2.0
+    """truncation of that weight"""
+    async_depth: Annotated[int, Field(ge=0, le=1)] = 0
+    """1 draws the next batch during the update, with weights one update old; 0 is strictly on-policy"""
+    check_sync: bool = True
+    """at start-up, perturb and restore vLLM's weights and compare log-probabilities with ours"""
+    check_every: Positive | None = 50
+    """steps between later comparisons, of 64 tokens a rank; a mismatch saves and stops the run; null never compares"""
+
+
+class DynamicConfig(Section):
+    enabled: bool = False
+    """dynamic sampling: draw questions until the batch is full of groups that vary"""
+    by: Literal["correct", "reward"] = "correct"
+    """a group varies if 0 < right answers < all, or if its rewards differ by more than dynamic.tolerance"""
+    tolerance: Annotated[float, Field(gt=0)] = 1e-6
+    """of dynamic.by: reward"""
+    factor: Annotated[int, Field(ge=1)] = 3
+    """questions drawn at a time, in multiples of rollout.questions_per_step"""
+    max_tries: Positive = 10
+    """drawings of a step, at most"""
+    on_exhausted: Literal["error", "continue"] = "error"
+    """what happens after them if the batch is not full: stop with an error, or train on what there is"""
+
+
+class BranchConfig(Section):
+    enabled: bool = False
+    """continue some rollouts anew from a token that the policy was unsure of (IIB-LPO)"""
+    base: Positive = 4
+    """rollouts of a question that are drawn whole; branches of them fill it up"""
+    total: Positive | None = None
+    """rollouts of a question with branches, filtered down to rollout.samples_per_question; null is as many"""
+    signal: Literal["entropy", "logprob"] = "entropy"
+    """unsure is high entropy, which costs a forward pass, or a low probability of the drawn token, from the engine"""
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """share of a rollout's tokens where it may branch, at least one"""
+    pick: Literal["uniform", "argmax"] = "uniform"
+    """one of them at random, or the most unsure"""
+    beta: Annotated[float, Field(ge=0)] = 0.1
+    """of the filter: I(r; a) - beta I(q; r)"""
+    latent: Literal["none", "norm_kv", "residual"] = "none"
+    """how a latent changes the branches: not, by norms and key-value pairs, or added to hidden states (engine hf)"""
+    latent_path: str | None = None
+    """checkpoint of python -m aipo.branching.latent"""
+    latent_scale: Annotated[float, Field(ge=0)] = 0.1
+    """strength of the latent"""
+    latent_half_life: Annotated[float, Field(gt=0)] | None = 64.0
+    """tokens over which its strength halves; null keeps it"""
+
+
+class RewardConfig(Section):
+    rule: Literal["verifier", "certainty", "continuations"] = "verifier"
+    """what is rewarded: the three parts below; the policy's self-certainty; right answers of continuations"""
+    continuations: Positive = 8
+    """completions of each rollout's prefix (mask.prefix_*) that reward.rule: continuations draws and counts"""
+    signed: bool = False
+    """correctness is -1 or 1 instead of 0 or 1"""
+    overlong: Annotated[float, Field(ge=0)] = 0.0
+    """weight of DAPO's soft overlong punishment, between -1 and 0, added to the reward"""
+    correctness: Fraction = 1.0
+    """weight of a right answer"""
+    format: Fraction = 0.0
+    """weight of a well-formed answer"""
+    length: Fraction = 0.0
+    """weight of DAPO's soft overlong shaping, rescaled to 0..1"""
+    overlong_buffer: NonNegative = 4096
+    """tokens before rollout.max_tokens over which the length reward falls from 1 to 0"""
+    workers: Positive = 2
+    """verifier processes per rank"""
+    timeout_s: Annotated[float, Field(gt=0)] = 5.0
+    """seconds of CPU time an answer may take before its worker is killed and it counts as wrong"""
+    memory_mb: Annotated[int, Field(ge=512)] = 2048
+    """memory cap of a worker"""
+
+    @model_validator(mode="after")
+    def _weights(self) -> RewardConfig:
+        if abs(self.correctness + self.format + self.length - 1) > 1e-6:
+            raise ValueError("reward.correctness + reward.format + reward.length must be 1")
+        return self
+
+
+class MIConfig(Section):
+    estimator: Estimator = "coordinate"
+    """what the n samples of one hidden state are (docs/mi.md)"""
+    features: Features = "random"
+    """frequencies of the Fourier features; quadrature is deterministic, for scalars (coordinate) only"""
+    num_features: Positive = 256
+    """D"""
+    sigma: Annotated[float, Field(gt=0)] | Literal["median"] = 50.0
+    """kernel bandwidth, or the median heuristic"""
+    center: bool = True
+    """subtract feature means; false is a diagnostic only"""
+    layer: int = -1
+    """decoder layer whose raw residual stream is read; -1 is the last"""
+    normalize: Normalize = "none"
+    """normalisation of the states before the kernel"""
+    gold_text: Literal["answer", "boxed", "question_answer"] = "answer"
+    """text whose state is h*"""
+    gold_pool: Literal["last", "mean"] = "last"
+    """which token's state of that text"""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """pointwise: decay of the running cross-covariance"""
+    warmup_steps: NonNegative = 10
+    """pointwise: steps before the running estimate replaces the batch's own"""
+
+
+class MaskConfig(Section):
+    rule: Literal["threshold", "top_fraction", "peaks_only", "random", "all", "prefix", "quadrant"] = "threshold"
+    """which completion tokens are trained on; all is every token"""
+    score: Literal["mi", "entropy"] = "mi"
+    """what the rules threshold, top_fraction, peaks_only look at; quadrant wants entropy"""
+    scope: Literal["sequence", "group", "micro_batch", "batch", "running"] = "sequence"
+    """over which tokens the statistics are taken; batch is over all ranks and micro-batches"""
+    statistic: Statistic = "mean_std"
+    """threshold mu + kappa * sigma, or Q3 + tau * IQR"""
+    tau: Annotated[float, Field(gt=0)] = 1.5
+    """of the iqr statistic"""
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """of the rules top_fraction and random"""
+    prefix_start: Fraction = 0.15
+    """share of a completion that rule prefix trains on at first"""
+    prefix_step: Fraction = 0.05
+    """added at every stall of the validation accuracy (curriculum.stall_patience)"""
+    prefix_end: Annotated[float, Field(gt=0, lt=1)] = 0.35
+    """largest share"""
+    quadrant: Annotated[int, Field(ge=0, le=3)] = 0
+    """of rule quadrant: advantage positive (0, 1) or negative (2, 3), entropy high (0, 2) or low (1, 3)"""
+    kappa_start: Annotated[float, Field(ge=0)] = 0.3
+    """kappa at the first step, and for labelling"""
+    kappa_end: Annotated[float, Field(ge=0)] = 0.1
+    """lowest kappa"""
+    kappa_schedule: KappaSchedule = "combined"
+    """falls with the step, with stalls of the validation accuracy, with both, or not"""
+    kappa_decay_steps: Positive | None = None
+    """T_dec; null is optim.steps"""
+
+    @model_validator(mode="after")
+    def _kappa(self) -> MaskConfig:
+        if self.kappa_end > self.kappa_start:
+            raise ValueError(f"mask.kappa_end ({self.kappa_end}) must not exceed mask.kappa_start ({self.kappa_start})")
+        if self.prefix_start > self.prefix_end:
+            raise ValueError(
+                f"mask.prefix_start ({self.prefix_start}) must not exceed mask.prefix_end ({self.prefix_end})"
+            )
+        return self
+
+
+class CurriculumConfig(Section):
+    enabled: bool = True
+    """false draws questions uniformly and labels nothing"""
+    t1: Fraction = 0.3
+    """share of the steps before which the start mixture holds"""
+    t2: Fraction = 0.7
+    """share of the steps from which the end mixture holds"""
+    start: tuple[Fraction, Fraction, Fraction] = (0.70, 0.25, 0.05)
+    """probabilities of easy, medium, hard at first"""
+    end: tuple[Fraction, Fraction, Fraction] = (0.25, 0.35, 0.40)
+    """and at last"""
+    bucket_by: BucketBy = "count"
+    """buckets by N_peak, by peaks per 512 tokens, or by thirds of the questions"""
+    cuts: tuple[NonNegative, NonNegative] = (15, 25)
+    """largest N_peak of easy and of medium"""
+    probe_tokens: Positive = 512
+    """peaks are counted in the first so many tokens"""
+    refresh_every: Positive | None = None
+    """steps between relabellings of the questions seen since, from their newest rollouts; null never does"""
+    stall_patience: Positive = 3
+    """P_val: validations without improvement that make a stall"""
+
+    @model_validator(mode="after")
+    def _order(self) -> CurriculumConfig:
+        if self.t1 > self.t2:
+            raise ValueError(f"curriculum.t1 ({self.t1}) must not exceed curriculum.t2 ({self.t2})")
+        if self.cuts[0] >= self.cuts[1]:
+            raise ValueError(f"curriculum.cuts must increase, got {list(self.cuts)}")
+        for name in ("start", "end"):
+            if abs(sum(getattr(self, name)) - 1) > 1e-6:
+                raise ValueError(f"curriculum.{name} must sum to 1, got {sum(getattr(self, name)):g}")
+        return self
+
+
+class AdvantageConfig(Section):
+    baseline: Literal["group", "batch", "leave_one_out"] = "group"
+    """what is subtracted from a reward"""
+    normalize: Literal["none", "std"] = "none"
+    """divide by the sample standard deviation of the group"""
+    mi_blend: Literal["none", "additive", "multiplicative"] = "none"
+    """A + w z(MI) or A (1 + w z(MI)), z within the sequence"""
+    mi_weight: Annotated[float, Field(ge=0)] = 0.1
+    """w"""
+    tokens: Literal["none", "entropy", "information", "residual", "attention"] = "none"
+    """how it differs by token: reallocated by entropy, plus information gained, weighted by adapter or attention"""
+    alpha: Annotated[float, Field(ge=0)] = 0.2
+    """entropy: share of |A| moved; information: weight of the gain"""
+    beta: Annotated[float, Field(ge=0)] = 0.01
+    """information: weight of the signed probability"""
+    phi: Annotated[float, Field(gt=0)] = 2.0
+    """entropy: the clip of the normalised entropy is |A| / phi"""
+    stride: Positive = 1
+    """information: every so many tokens is scored"""
+    layers: Annotated[tuple[int, ...], Field(min_length=1)] = (-1,)
+    """attention: layers whose rows are averaged"""
+    strength: Annotated[float, Field(ge=0)] = 1.0
+    """attention: 0 weights all tokens alike"""
+    favour: Literal["anchors", "explorers"] = "anchors"
+    """attention: which tokens weigh more, those of low or of high entropy"""
+    drop_constant_groups: bool = False
+    """leave groups whose rewards do not vary out of the update (and of its average); saves their forward pass"""
+
+
+class LossConfig(Section):
+    clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """epsilon_low; 1 is no lower bound"""
+    clip_high: Annotated[float, Field(ge=0)] = 0.28
+    """epsilon_high"""
+    kl_beta: Annotated[float, Field(ge=0)] = 0.001
+    """weight of the k3 KL to the initial model on selected tokens; 0 loads no reference model"""
+    aggregation: Literal["sequence", "token", "constant", "all_tokens"] = "sequence"
+    """mean in each sequence then over sequences (eq. 2), over all selected tokens, over max_tokens, over all tokens"""
+    ratio: Literal["token", "sequence", "clipped_weight"] = "token"
+    """importance ratio: of each token, of the sequence (geometric mean), or clipped and detached as a weight"""
+    kl_priority: Annotated[float, Field(ge=0)] = 0.0
+    """the KL of a token is weighted by (1 - H / log V)^power, so that uncertain tokens are free to move"""
+    entropy_weight: Annotated[float, Field(ge=0)] = 0.0
+    """weight of the self-reward A H, which raises the entropy of tokens with positive advantage"""
+
+
+class LoraConfig(Section):
+    rank: NonNegative = 0
+    """of LoRA adapters, which alone are trained then; 0 trains all weights"""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """an adapter's output is multiplied by alpha / rank"""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("all-linear",)
+    """names of the layers that get one, such as q_proj; all-linear is every linear layer but the head"""
+
+
+class OptimConfig(Section):
+    steps: Positive = 500
+    """optimizer steps' worth of rollout batches, S"""
+    generated_tokens: Positive | None = None
+    """the run ends before S once it has generated so many tokens in training; for comparisons at equal cost"""
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    """learning rate of AdamW"""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """after the warm-up; linear and cosine fall to 0 at the last step"""
+    warmup_steps: NonNegative = 0
+    """steps over which the rate rises linearly"""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """of AdamW"""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """of AdamW"""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """decoupled"""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """global gradient norm is clipped to it"""
+    updates_per_batch: Positive = 1
+    """optimizer steps a rollout batch is split into; 1 is strictly on-policy and needs no probe"""
+    micro_tokens: Positive = 16384
+    """tokens of a micro-batch, padding included; one sequence always fits"""
+    packing: bool = False
+    """pack sequences without padding into one row (sdpa or flash_attention_2); else length-sorted padding"""
+    share_prompts: bool = False
+    """compute a prompt once for all its rollouts of a micro-batch, exactly; pays where prompts are long (sdpa only)"""
+
+
+class ShardingConfig(Section):
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 3
+    """of DeepSpeed: what is sharded over ranks; 0 is nothing, plain PyTorch without DeepSpeed"""
+    offload_optimizer: bool = False
+    """keep optimizer shards in host memory"""
+
+
+class ValidationConfig(Section):
+    every: Positive = 10
+    """steps between validations; there is always one before and one after training"""
+    questions: Positive | None = None
+    """only the first so many; null is all"""
+    samples: Positive = 4
+    """a question, for avg@k"""
+    temperature: Annotated[float, Field(ge=0)] = 0.6
+    """0 is greedy"""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """nucleus mass"""
+    top_k: Annotated[int, Field(ge=-1)] = 20
+    """-1 is off"""
+
+
+class CheckpointConfig(Section):
+    every: Positive = 20
+    """steps between checkpoints; there is always one at the end"""
+    keep_last: Positive = 2
+    """older ones are removed, but for the best by held-out accuracy"""
+
+
+class GuardsConfig(Section):
+    max_bad_steps: Positive = 5
+    """stop after so many steps in a row with a non-finite loss or gradient (each is skipped and its batch dumped)"""
+
+
+class TrackingConfig(Section):
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto is online where the user is logged in, else offline"""
+    project: str = "aipo"
+    """wandb project"""
+    plot_every: Positive = 10
+    """steps between redrawings of the curves"""
+    rollouts_per_step: NonNegative = 4
+    """rollouts written out each step, with MI and mask of each token"""

@@ -1,0 +1,152 @@
+"""What a run reads, and everything that can be wrong with it, before any weight is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from aipo.branching.cvae import Latents, load_latents
+from aipo.config import Config
+from aipo.errors import UserError
+from aipo.model.loading import read_folder
+from aipo.problems.datasets import Problem, fingerprint, load_problems
+from aipo.problems.embedded import resolve_model
+from aipo.problems.prompts import Prompter
+from aipo.record.checkpoints import run_identity
+from aipo.rollout import require_engine
+
+# what may differ between a checkpoint and the run that goes on from it: nothing of it changes what is computed
+MAY_CHANGE = (
+    "name",
+    "runs",
+    "tracking",
+    "checkpoint",
+    "guards",
+    "reward.workers",
+    "rollout.check_sync",
+    "rollout.check_every",
+    "rollout.server_url",
+    "rollout.server_timeout_s",
+)
+
+
+@dataclass
+class Inputs:
+    """All that a run reads, checked, before any model is loaded."""
+
+    model_path: str
+    problems: list[Problem]
+    held_out: list[Problem]
+    prompter: Prompter
+    notes: list[str]  # what was dropped, for the user
+    identity: dict[str, Any]
+
+
+def check_inputs(config: Config, world: int) -> Inputs:
+    """Read and check model folder, tokenizer and data. Raises UserError; loads no weights."""
+    config.check_world_size(world)
+    path = resolve_model(config.model.path)
+    loaded = {split: load_problems(getattr(config.data, split), split=split) for split in ("train", "validation")}
+    folder = read_folder(path, key="model.path", name=config.model.path)
+    check_model(config, folder.architecture)
+    find_latents(config, path)
+    data = config.data
+    prompter = Prompter(
+        folder.tokenizer,
+        system=data.system,
+        examples=data.examples,
+        suffix=data.suffix,
+        thinking=data.thinking,
+        max_prompt_tokens=data.max_prompt_tokens,
+        generation_config=folder.generation,
+    )
+    notes, kept = [], {}
+    for split, content in loaded.items():
+        kept[split], too_long = prompter.filter(content.problems)
+        reasons = {**content.dropped, f"longer than {data.max_prompt_tokens} tokens": too_long}
+        notes.append(f"{split}: {len(kept[split])} questions from {getattr(data, split)}{dropped(reasons)}")
+    if config.rollout.questions_per_step > len(kept["train"]):
+        raise UserError(
+            f"rollout.questions_per_step ({config.rollout.questions_per_step}) exceeds the {len(kept['train'])} "
+            f"questions of data.train: lower it or add questions"
+        )
+    drawn = config.rollout.questions_per_step * config.dynamic.factor
+    if config.dynamic.enabled and drawn > len(kept["train"]):
+        raise UserError(
+            f"dynamic.factor: {drawn} questions a draw exceed the {len(kept['train'])} of data.train: lower it, or "
+            "rollout.questions_per_step"
+        )
+    # what is not installed comes last: it must not hide what is wrong with config and data
+    require_engine(config.rollout.engine)
+    if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise UserError("model.attention: flash_attention_2 is not installed: pip install flash-attn, or use sdpa")
+    held_out = kept["validation"][: config.validation.questions]
+    identity = run_identity(
+        config.model_dump(),
+        may_change=MAY_CHANGE,
+        world_size=world,
+        train_fingerprint=fingerprint(kept["train"]),
+        validation_fingerprint=fingerprint(held_out),
+        **({"latents": file_digest(config.branch.latent_path)} if config.branch.latent_path else {}),
+    )
+    return Inputs(path, kept["train"], held_out, prompter, notes, identity)
+
+
+def check_model(config: Config, architecture: Any) -> None:
+    """What can be wrong between a config and the model's own."""
+    layers, context = architecture.num_hidden_layers, architecture.max_position_embeddings
+    longest = config.data.max_prompt_tokens + config.rollout.max_tokens
+    if not -layers <= config.mi.layer < layers:
+        raise UserError(f"mi.layer: {config.mi.layer} is not a layer of {config.model.path}, which has {layers}")
+    if config.advantage.tokens == "attention" and not all(-layers <= i < layers for i in config.advantage.layers):
+        raise UserError(f"advantage.layers: {list(config.advantage.layers)}: {config.model.path} has {layers} layers")
+    if longest > context:
+        raise UserError(
+            f"data.max_prompt_tokens + rollout.max_tokens ({longest}) exceed the {context} tokens that "
+            f"{config.model.path} can read: lower one of them"
+        )
+    kinds = getattr(architecture, "layer_types", None) or getattr(architecture, "layers_block_type", None) or ()
+    others = sorted({*kinds} - {"full_attention", "sliding_attention"})
+    if others and (config.optim.share_prompts or config.optim.packing):
+        raise UserError(
+            f"optim.{'packing' if config.optim.packing else 'share_prompts'}: {config.model.path} has layers of kind "
+            f"{', '.join(others)}, which would carry one sequence into the next: set it to false"
+        )
+    scalings = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    if changed := [key for key in scalings if getattr(architecture, key, None) not in (None, 1.0)]:
+        raise UserError(f"{config.model.path} changes its logits after the head ({changed[0]}): not supported")
+
+
+def dropped(reasons: dict[str, int]) -> str:
+    """Counts of dropped questions as the end of a sentence; nothing where none was."""
+    text = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons.items() if count)
+    return f"; dropped {text}" if text else ""
+
+
+def describe_data(config: Config) -> list[str]:
+    """For --dry-run: how many questions there are, or that a file is not there yet. Raises UserError for bad rows."""
+    lines = []
+    for split in ("train", "validation"):
+        spec = getattr(config.data, split)
+        if not spec.startswith("embedded:") and not Path(spec).is_file():
+            lines.append(f"data.{split}: {spec} is not there yet; before the run, put a JSONL file there")
+            continue
+        loaded = load_problems(spec, split=split)
+        lines.append(f"data.{split}: {len(loaded.problems)} questions from {spec}{dropped(loaded.dropped)}")
+    return lines
+
+
+def file_digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_latents(config: Config, path: str) -> Latents | None:
+    if not config.branch.enabled or config.branch.latent == "none" or config.branch.latent_path is None:
+        return None
+    return load_latents(config.branch.latent_path, AutoConfig.from_pretrained(path))
