@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from aipo.config.sections import CurriculumConfig
 from aipo.curriculum import peak_label
 from aipo.passes import Passes
 from aipo.problems.datasets import Problem
+from aipo.record.jsonl import JsonlLog, read_jsonl
 from aipo.record.progress import Progress
 from aipo.rollout.base import Sampling
 from aipo.rollout.collect import Collector
@@ -79,15 +80,13 @@ def label_questions(
     rank, world = distributed.rank(), distributed.world_size()
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
-        with progress.task("labelling", len(problems)) as task, (folder / f"rank-{rank}.jsonl").open("a") as file:
-            file.write("\n")  # ends a line that a kill tore
+        file = JsonlLog(folder / f"rank-{rank}.jsonl")
+        with progress.task("labelling", len(problems)) as task, closing(file):
             task.advance(len(problems) - len(missing))
             for start in range(0, len(missing), block * world):
                 together = missing[start : start + block * world]
                 labels = label(together[rank::world])
-                file.write("".join(json.dumps({"id": k, "n_peak": v}) + "\n" for k, v in labels.items()))
-                file.flush()
-                os.fsync(file.fileno())
+                file.append(*({"id": question, "n_peak": peak} for question, peak in labels.items()))
                 task.advance(len(together))
                 for part in distributed.gather_objects(labels):
                     known |= part
@@ -96,12 +95,5 @@ def label_questions(
 
 def read_labels(folder: Path) -> dict[str, float]:
     """What all ranks' files say; a line torn by a kill is passed over, and its question labelled again."""
-    labels: dict[str, float] = {}
-    for file in sorted(folder.glob("rank-*.jsonl")):
-        for line in file.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # torn
-                continue
-            labels[row["id"]] = row["n_peak"]
-    return labels
+    rows = [row for file in sorted(folder.glob("rank-*.jsonl")) for row in read_jsonl(file)]
+    return {row["id"]: row["n_peak"] for row in rows}

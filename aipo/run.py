@@ -30,9 +30,10 @@ from aipo.passes import Passes
 from aipo.policy import make_policy
 from aipo.problems.embedded import cache_folder
 from aipo.record.checkpoints import CheckpointStore, compare_identity, resolve
+from aipo.record.jsonl import read_jsonl
 from aipo.record.progress import Progress, final_table, summarize
 from aipo.record.slowness import Slowness
-from aipo.record.tracker import Tracker, peak_memory_bytes, prepare_run_folder, read_jsonl
+from aipo.record.tracker import Tracker, peak_memory_bytes, prepare_run_folder
 from aipo.reward import Rewarder
 from aipo.rollout import make_engine
 from aipo.rollout.check import check_weight_sync, engine_gap

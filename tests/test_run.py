@@ -15,7 +15,7 @@ from aipo.config import load_config
 from aipo.errors import TrainingError, UserError
 from aipo.inputs import check_inputs, check_model
 from aipo.record.checkpoints import damage, resolve
-from aipo.record.tracker import read_jsonl
+from aipo.record.jsonl import read_jsonl
 from aipo.rollout import HfEngine
 from aipo.run import resume_command, run
 from tests.tiny import make_tiny

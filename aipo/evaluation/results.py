@@ -25,7 +25,7 @@ from aipo.metrics import (
     training_efficiency,
 )
 from aipo.record.checkpoints import flatten, write_atomically
-from aipo.record.tracker import read_jsonl
+from aipo.record.jsonl import read_jsonl
 from aipo.verify import Verdict
 from aipo.verify.answers import normal_form
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from aipo import distributed
 from aipo.config.sections import ValidationConfig
@@ -16,6 +15,8 @@ from aipo.evaluation.benchmarks import Item
 from aipo.metrics import Accuracy, accuracy_summary
 from aipo.problems.datasets import Problem
 from aipo.problems.prompts import Prompter
+from aipo.record.checkpoints import write_atomically
+from aipo.record.jsonl import JsonlLog, read_jsonl, to_line
 from aipo.rollout.base import Completion, Request, RolloutEngine, Sampling
 from aipo.rollout.collect import Collector
 from aipo.verify import Verdict, Verifier, after_thinking, extract_answer
@@ -68,13 +69,13 @@ class CompletionFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open: dict[str, TextIO] = {}
+        self._open: dict[str, JsonlLog] = {}
 
     def read(self, benchmark: str) -> list[Row]:
         """All rows there are of one benchmark, in order of problem and sample; what is there twice, once."""
         rows: dict[tuple[str, int], Row] = {}
         for path in self._files(benchmark):
-            for row in _complete_rows(path):
+            for row in read_jsonl(path):
                 rows[row["id"], row["sample"]] = row
         return [rows[key] for key in sorted(rows)]
 
@@ -84,10 +85,8 @@ class CompletionFiles:
         if name not in self._open:
             path = self.folder / f"rank-{distributed.rank()}" / f"{name}.jsonl"
             path.parent.mkdir(exist_ok=True)
-            _drop_torn_line(path)
-            self._open[name] = path.open("a", encoding="utf-8")
-        self._open[name].write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._open[name].flush()
+            self._open[name] = JsonlLog(path, durable=False)
+        self._open[name].append(row)
 
     def close(self) -> None:
         for file in self._open.values():
@@ -99,9 +98,7 @@ class CompletionFiles:
         rows, whole = self.read(benchmark), self.folder / f"{benchmark}.jsonl"
         parts = [path for path in self._files(benchmark) if path != whole]
         if parts:
-            temporary = self.folder / f".tmp-{benchmark}.jsonl"
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-            temporary.rename(whole)
+            write_atomically(whole, "".join(map(to_line, rows)))
             for path in parts:
                 path.unlink()
                 if not any(path.parent.iterdir()):
@@ -111,29 +108,6 @@ class CompletionFiles:
     def _files(self, benchmark: str) -> list[Path]:
         parts = [folder / f"{benchmark}.jsonl" for folder in sorted(self.folder.glob("rank-*"))]
         return [path for path in (self.folder / f"{benchmark}.jsonl", *parts) if path.is_file()]
-
-
-def _complete_rows(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                return  # torn by a kill
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise UserError(
-                    f"{path}, row {number} is damaged ({error}): delete that row, or choose another --out"
-                ) from error
-
-
-def _drop_torn_line(path: Path) -> None:
-    if not path.is_file():
-        return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
 
 
 def pending(items: Sequence[Item], files: CompletionFiles) -> list[int]:

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from aipo.metrics import Accuracy, trained_share
 from aipo.record.checkpoints import write_atomically
-from aipo.record.tracker import plain
+from aipo.record.jsonl import plain
 
 # Label, metric, format; a field without a value yet is not shown.
 FIELDS = (

@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import platform
 import queue
@@ -34,6 +33,7 @@ from filelock import FileLock, Timeout
 from aipo.errors import UserError
 from aipo.record.checkpoints import TEMPORARY, write_atomically
 from aipo.record.clock import device_peak
+from aipo.record.jsonl import JsonlLog, read_jsonl, to_line
 from aipo.record.plots import draw_curves
 
 log = logging.getLogger(__name__)
@@ -120,50 +120,6 @@ def git_state(folder: Path) -> dict[str, str | bool] | None:
         return None
 
 
-class JsonlLog:
-    """Append-only lines of JSON with a ``step``; what is written survives a kill, but for a half-written last line."""
-
-    def __init__(self, path: Path, *, keep_to_step: int) -> None:
-        """Go on after the last line of ``keep_to_step`` (-1: none); later lines will be written again, so they go."""
-        self.path = path
-        end = 0
-        if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n") or json.loads(line)["step"] > keep_to_step:
-                    break
-                end += len(line)
-            os.truncate(path, end)
-        self._file = path.open("a", encoding="utf-8")
-
-    def append(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(plain(line), ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a file that may be being written."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-
-
-def plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null. Tensors become numbers or lists."""
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
-
-
 class Tracker:
     """Writes what happens in a run to its folder and to wandb. Made on every rank, does nothing but on rank 0.
 
@@ -193,7 +149,7 @@ class Tracker:
         self._plot_every = plot_every
         if active:
             (folder / "rollouts").mkdir(parents=True, exist_ok=True)
-            self._metrics = JsonlLog(folder / "metrics.jsonl", keep_to_step=resume_step)
+            self._metrics = JsonlLog(folder / "metrics.jsonl", keep=lambda line: line["step"] <= resume_step)
             id_file = folder / "wandb_id.txt"
             if not id_file.exists():
                 write_atomically(id_file, secrets.token_hex(4))
@@ -213,8 +169,7 @@ class Tracker:
         """A sample of rollouts: one JSON line each; wandb gets those columns that are single texts and numbers."""
         if not self._active or not rows:
             return
-        lines = [json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
-        write_atomically(self.folder / "rollouts" / f"step-{step:06d}.jsonl", "".join(lines))
+        write_atomically(self.folder / "rollouts" / f"step-{step:06d}.jsonl", "".join(map(to_line, rows)))
         columns = [key for key, value in rows[0].items() if isinstance(value, str | int | float)]
         self._wandb.log_table(step, columns, [[row.get(column) for column in columns] for row in rows])
 

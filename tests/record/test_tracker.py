@@ -16,15 +16,14 @@ from rich.console import Console
 from aipo.errors import UserError
 from aipo.metrics import Accuracy
 from aipo.record import clock
+from aipo.record.jsonl import JsonlLog, read_jsonl
 from aipo.record.plots import PANELS, draw_curves
 from aipo.record.progress import Progress, duration, final_table, summarize
 from aipo.record.tracker import (
-    JsonlLog,
     Tracker,
     git_state,
     peak_memory_bytes,
     prepare_run_folder,
-    read_jsonl,
     versions,
 )
 
@@ -112,7 +111,7 @@ def test_git_state_without_git(tmp_path, monkeypatch):
 
 
 def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
-    log = JsonlLog(tmp_path / "m.jsonl", keep_to_step=-1)
+    log = JsonlLog(tmp_path / "m.jsonl", keep=lambda line: line["step"] <= -1)
     log.append({"step": 0, "loss": float("nan"), "reward": torch.tensor(0.5), "text": "κ"})
     assert (tmp_path / "m.jsonl").read_text() == '{"step": 0, "loss": null, "reward": 0.5, "text": "κ"}\n'
 
@@ -120,27 +119,27 @@ def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
 @pytest.mark.parametrize("tail", ["", '{"step": 5, "rew', '{"step": 5, "κ'])
 def test_resume_cuts_later_and_half_written_lines(tmp_path, tail):
     path = tmp_path / "m.jsonl"
-    log = JsonlLog(path, keep_to_step=-1)
+    log = JsonlLog(path, keep=lambda line: line["step"] <= -1)
     for step in range(5):
         log.append({"step": step})
     log.close()
     with path.open("a") as file:
         file.write(tail)
     assert [line["step"] for line in read_jsonl(path)] == [0, 1, 2, 3, 4]
-    again = JsonlLog(path, keep_to_step=2)
+    again = JsonlLog(path, keep=lambda line: line["step"] <= 2)
     again.append({"step": 3, "again": 1})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         *({"step": step} for step in range(3)),
         {"step": 3, "again": 1},
     ]
-    JsonlLog(path, keep_to_step=-1)
+    JsonlLog(path, keep=lambda line: line["step"] <= -1)
     assert path.read_bytes() == b""
 
 
 def test_a_line_cut_inside_a_character(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'{"step": 0}\n' + '{"step": 1, "κ'.encode()[:-1])
-    JsonlLog(path, keep_to_step=9).append({"step": 1})
+    JsonlLog(path, keep=lambda line: line["step"] <= 9).append({"step": 1})
     assert [line["step"] for line in read_jsonl(path)] == [0, 1]
 
 
