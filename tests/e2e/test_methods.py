@@ -26,11 +26,12 @@ AHEAD, QUADRANT = "aipo+rollout.async_depth=1", "dapo_ft+mask.rule=quadrant"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Untied, with a strong row for the end token: completions end at various lengths, so that rewards differ."""
+    """Untied, with a strong row for the end token: of 48 groups of four completions none has one length, so rewards
+    differ whatever the rounding. With a row half as strong 19 had."""
     path = make_tiny(tmp_path_factory.mktemp("model"), scale=0.15, tied=False)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
-        model.lm_head.weight[model.config.eos_token_id] *= 2
+        model.lm_head.weight[model.config.eos_token_id] *= 4
     model.save_pretrained(path)
     return path
 
@@ -103,6 +104,7 @@ def test_two_ranks(model: Path, data: Path, tmp_path: Path) -> None:
         "rollout.engine=hf",
         "reward.correctness=0.5",
         "reward.length=0.5",
+        "reward.overlong_buffer=15",
         "optim.steps=1",
         "curriculum.enabled=false",
     ]
