@@ -88,7 +88,8 @@ def test_what_each_rule_leaves_in_the_log(runs: Path) -> None:
     """The methods differ by what their names stand for."""
     assert last(runs, "grpo")["mask/otf"] == last(runs, "dr_grpo")["mask/otf"] == 1
     assert 0 < last(runs, "aipo")["mask/otf"] < 0.6
-    assert 0.2 < last(runs, "random_mask")["mask/otf"] < 0.45  # a fraction of 0.32, at least one token a completion
+    first = metrics(runs / "random_mask")[1]  # a step later completions may be shorter
+    assert 0.2 < first["mask/otf"] < 0.45  # a fraction of 0.32, at least one token a completion
     assert last(runs, "pppo")["mask/otf"] < 0.05  # continuations are generated too
     assert last(runs, "dapo")["dynamic/tries"] >= 1
     assert "dynamic/tries" not in last(runs, "grpo")
