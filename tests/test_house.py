@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import re
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -75,3 +76,14 @@ def resolve(name: str) -> Any:
             found = getattr(found, part)
         return found
     raise AssertionError(name)
+
+
+def test_the_documents_name_what_is_there() -> None:
+    """Paths of code and configs, and modules that are run, in README and docs."""
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = document.read_text()
+        for path in re.findall(r"\b(?:aipo|tests|bench|configs|docs)/[\w/.-]+\.(?:py|yaml|sh|slurm|md)\b", text):
+            if Path(path).stem not in ("X", "NAME", "random_sums"):  # the reader's own
+                assert (ROOT / path).exists(), f"{document.name}: {path}"
+        for name in re.findall(r"python -m (aipo[\w.]+)", text):
+            assert importlib.util.find_spec(name), f"{document.name}: {name}"
