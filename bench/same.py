@@ -160,7 +160,9 @@ def contents(run: Path) -> dict[str, bytes]:
 def difference(a: dict[str, bytes], b: dict[str, bytes]) -> str:
     """Names of what differs, with the first metrics that do; empty where nothing does."""
     names = [name for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
-    if "metrics.jsonl" in names:
+    if "metrics.jsonl" in names and not all("metrics.jsonl" in side for side in (a, b)):
+        names.append("(no metrics)")
+    elif "metrics.jsonl" in names:
         before, after = ([json.loads(line) for line in side["metrics.jsonl"].decode().splitlines()] for side in (a, b))
         for old, new in zip(before, after):
             keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]

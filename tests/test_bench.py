@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from aipo.config import load_config
 from bench import gpu, step
 from bench.batches import load
 from bench.compare import distinguishable
+from bench.same import TIMES, contents, difference
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -82,3 +84,17 @@ def test_a_difference_is_one_that_every_seed_shows() -> None:
     assert "noisy" not in text
     assert "none differs" in distinguishable({k: v for k, v in found.items() if k != "better"})
     assert "nothing can be told apart" in distinguishable({k: v for k, v in found.items() if k != "random_mask"})
+
+
+def test_what_two_runs_differ_in(tmp_path: Path) -> None:
+    """Any file and any number but times; a run against itself in nothing."""
+    for name, loss, weight in (("a", 0.5, b"w"), ("b", 0.5000001, b"v")):
+        run = tmp_path / name
+        (run / "final").mkdir(parents=True)
+        (run / "final" / "model.safetensors").write_bytes(weight)
+        lines = [{"step": 0, "loss/total": 0.1}, {"step": 1, "loss/total": loss, f"{TIMES[0]}rollout_s": loss}]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert difference(a, dict(a)) == ""
+    assert difference(a, b) == "final/model.safetensors, metrics.jsonl, (step 1: loss/total)"
+    assert difference(a, {}) == "final/model.safetensors, metrics.jsonl, (no metrics)"
