@@ -2,9 +2,10 @@
 
 The map: what the paper (Chen et al., ACL 2026) numbers, and the name that implements it. A test resolves every name.
 
-    eq. 1            aipo.mi.coordinate_scores, aipo.mi.fast_hsic; aipo.mi.exact_hsic is the O(n^2) reference
+    eq. 1            aipo.scorer.TokenScorer.score, through aipo.mi.factor_scores; one at a time
+                     aipo.mi.coordinate_scores, as printed aipo.mi.fast_hsic, in O(n^2) aipo.mi.exact_hsic
                      aipo.scorer.pointwise_scores, aipo.scorer.position_scores: other readings of its samples
-    eq. 2            aipo.loss.policy_loss; aipo.loss.loss_terms, unnormalised, is what a step sums up
+    eq. 2            aipo.loss.loss_terms, unnormalised, as a step sums it up; aipo.loss.policy_loss, as printed
     eq. 3            aipo.loss.loss_terms: log_rho
     eq. 4            aipo.advantage.group_advantages
     eq. 5            aipo.tokens.early_exit.information_gain measures it; eq. 1 is its proxy in training
@@ -18,6 +19,7 @@ The map: what the paper (Chen et al., ACL 2026) numbers, and the name that imple
     lines 18-26      aipo.curriculum.mixture
     line 28          aipo.curriculum.Curriculum.sample
     line 32          aipo.generation.Generation.rollouts, aipo.selection.Selection
+                     (DAPO's dynamic sampling: aipo.generation.varying_groups)
     line 33          aipo.mask.MaskRule.select, aipo.verify.is_correct
     line 34          aipo.advantage.assign, aipo.advantage.blend
     lines 35-38      aipo.trainer.Trainer.update

@@ -37,7 +37,7 @@ class TokenSelector:
         self.scorer = TokenScorer(mi, max_positions=longest, seed=config.seed, all_reduce=distributed.all_reduce)
         self.rule = MaskRule(mask, group_size=n, seed=config.seed)
         self.scored = (
-            (mask.score == "mi" and mask.rule in ("threshold", "top_fraction", "peaks_only"))
+            (mask.score == "mi" and mask.ranks)
             or config.advantage.mi_blend != "none"
             or config.curriculum.refresh_every is not None
         )

@@ -138,6 +138,10 @@ class Config(Section):
                 "reward.signed and reward.overlong shape what the verifier says: set reward.rule: verifier, or leave "
                 "them out"
             )
+        if self.mask.score == "residual" and self.lora.rank == 0:
+            raise ValueError("mask.score: residual is what the adapters change: set lora.rank (such as 16)")
+        if self.mask.score == "information" and self.model.attention != "sdpa":
+            raise ValueError("mask.score: information lays early exits out as trees, which needs model.attention: sdpa")
         if self.advantage.tokens == "residual" and self.lora.rank == 0:
             raise ValueError(
                 "advantage.tokens: residual weighs what the adapters change: set lora.rank (such as 16), or take "

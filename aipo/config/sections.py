@@ -21,6 +21,7 @@ KappaSchedule = Literal["combined", "linear", "plateau", "constant"]
 Estimator = Literal["coordinate", "pointwise", "position"]
 Features = Literal["random", "orthogonal", "quadrature"]
 Normalize = Literal["none", "layernorm", "zscore"]
+Measured = Literal["entropy", "certainty", "residual", "attention", "information"]  # the names of aipo.tokens.table
 
 
 class Section(BaseModel):
@@ -208,7 +209,7 @@ class MIConfig(Section):
 class MaskConfig(Section):
     rule: Literal["threshold", "top_fraction", "peaks_only", "random", "all", "prefix", "quadrant"] = "threshold"
     """which completion tokens are trained on; all is every token"""
-    score: Literal["mi", "entropy"] = "mi"
+    score: Literal["mi"] | Measured = "mi"
     """what the rules threshold, top_fraction, peaks_only look at; quadrant wants entropy"""
     scope: Literal["sequence", "group", "micro_batch", "batch", "running"] = "sequence"
     """over which tokens the statistics are taken; batch is over all ranks and micro-batches"""
@@ -234,6 +235,11 @@ class MaskConfig(Section):
     """falls with the step, with stalls of the validation accuracy, with both, or not"""
     kappa_decay_steps: Positive | None = None
     """T_dec; null is optim.steps"""
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the rule compares the scores of tokens."""
+        return self.rule in ("threshold", "top_fraction", "peaks_only")
 
     @model_validator(mode="after")
     def _kappa(self) -> MaskConfig:

@@ -1,7 +1,8 @@
 """What is measured of completion tokens beyond mutual information, and the rules that turn it into advantages.
 
-A new measure is a function and a line of :data:`MEASURES`; a new rule of ``advantage.tokens`` is a function and a line
-of :data:`RULES`. Mutual information itself is scored inside the training forward (:mod:`aipo.selection`).
+A new score of tokens is a function and a line of :data:`MEASURES`, and its name in ``Measured`` of
+:mod:`aipo.config.sections`: then ``mask.score`` can name it. A new rule of ``advantage.tokens`` is a function and a line
+of :data:`RULES`, and its name there. Mutual information itself is scored inside the training forward (:mod:`aipo.selection`).
 """
 
 from __future__ import annotations
@@ -125,9 +126,10 @@ def _unevenness(rollouts: Rollouts, signals: Mapping[str, Tensor]) -> dict[str, 
 
 def needed(config: Config) -> set[str]:
     """The measures that a config's rules read."""
-    mask, names = config.mask, set()
-    ranked = mask.score == "entropy" and mask.rule in ("threshold", "top_fraction", "peaks_only")
-    if ranked or mask.rule == "quadrant" or config.loss.kl_priority > 0:
+    mask, names = config.mask, set[str]()
+    if mask.score != "mi" and (mask.ranks or mask.rule == "quadrant"):
+        names.add(mask.score)
+    if config.loss.kl_priority > 0:
         names.add("entropy")
     if config.advantage.tokens != "none":
         names.add(RULES[config.advantage.tokens].measure)
@@ -187,7 +189,7 @@ def shape(rollouts: Rollouts, signals: Mapping[str, Tensor], config: Config) -> 
 
     A collective.
     """
-    ranking = signals.get("entropy")  # (B, T)
+    ranking = None if config.mask.score == "mi" else signals.get(config.mask.score)  # (B, T)
     if config.mask.rule == "quadrant" and ranking is not None:
         mean, _ = batch_mean_std(ranking)
         ranking = entropy_quadrants(rollouts.advantages, ranking, rollouts.lengths, threshold=mean).float()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aipo.advantage import entropy_quadrants, reallocate_by_entropy, weight_tokens
 from aipo.config import Config, load_config
-from aipo.config.sections import AdvantageConfig
+from aipo.config.sections import AdvantageConfig, Measured
 from aipo.layout import filler, micro_batches
 from aipo.model.adapters import add_adapters
 from aipo.model.loading import load_model
@@ -145,6 +145,7 @@ def test_residual_and_attention(path: Path, rollouts: Rollouts) -> None:
         (["mask.rule=all"], set()),
         (["mask.rule=top_fraction", "mask.score=entropy"], {"entropy"}),
         (["mask.rule=all", "mask.score=entropy"], set()),
+        (["mask.score=certainty"], {"certainty"}),
         (["mask.rule=quadrant", "mask.score=entropy"], {"entropy"}),
         (["loss.kl_beta=0.1", "loss.kl_priority=2"], {"entropy"}),
         (["advantage.tokens=entropy"], {"entropy"}),
@@ -166,7 +167,7 @@ def test_shapes_are_the_formulas_over_the_batch(rollouts: Rollouts) -> None:
     values[torch.arange(4) >= LENGTHS[:, None]] = float("nan")
     mean, std = batch_mean_std(values)
     ranking, shaped = shape(rollouts, {"entropy": values}, config("advantage.tokens=entropy", "mask.rule=all"))
-    assert ranking is values
+    assert ranking is None
     expected = reallocate_by_entropy(rollouts.advantages, values, LENGTHS, mean=mean, std=std)
     assert shaped is not None
     assert torch.equal(shaped, expected)
@@ -181,10 +182,13 @@ def test_shapes_are_the_formulas_over_the_batch(rollouts: Rollouts) -> None:
     assert torch.equal(shaped, weight_tokens(rollouts.advantages, values.nan_to_num(0.0), LENGTHS))
     assert shaped[0].mean() == pytest.approx(1.0)
     assert shape(rollouts, {}, config()) == (None, None)
+    # what is measured for another stage does not take the place of mutual information
+    assert shape(rollouts, {"entropy": values}, config("loss.kl_beta=0.1", "loss.kl_priority=2"))[0] is None
+    assert shape(rollouts, {"certainty": values}, config("mask.score=certainty"))[0] is values
 
 
 def test_every_rule_and_every_measure_is_an_entry_of_its_table() -> None:
     """What a YAML can name stands in the tables, and what a rule reads is measured."""
     fields = AdvantageConfig.model_fields["tokens"]
     assert {"none", *RULES} == set(get_args(fields.annotation))
-    assert {rule.measure for rule in RULES.values()} <= set(MEASURES)
+    assert {rule.measure for rule in RULES.values()} <= set(MEASURES) == set(get_args(Measured))
