@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,13 +45,41 @@ def read_folder(path: str, *, key: str, name: str) -> Folder:
 
 
 def load_model(path: str, *, dtype: torch.dtype, attention: str, gradient_checkpointing: bool) -> nn.Module:
-    """A causal LM ready for training, in ``dtype``, without dropout."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
-    for module in model.modules():
+    """A causal LM ready for training, in ``dtype``, without dropout or router noise, whatever its config says: rollouts
+    are drawn without, so with it the policy that is trained would be another one."""
+    architecture = AutoConfig.from_pretrained(path)
+    _silence(architecture)
+    model = AutoModelForCausalLM.from_pretrained(path, config=architecture, dtype=dtype, attn_implementation=attention)
+    for module in model.modules():  # rates that are not of the config
+        _silence(module)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def _silence(owner: Any) -> None:
+    """Set every rate of dropout or noise to 0 in a config, with those inside it, or in a module."""
+    for name, value in list(vars(owner).items()):
+        if isinstance(value, PretrainedConfig):
+            _silence(value)
+        elif isinstance(value, float) and ("drop" in name or "jitter" in name):
+            setattr(owner, name, 0.0)
+
+
+def save_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """A Hugging Face folder that holds the weights, or ``state`` in their place.
+
+    The generation config is written as it was read: transformers refuses to save some that are published, such as
+    ``temperature`` beside ``do_sample: false``.
+    """
+    generation, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.generation_config = generation
+    generation.to_json_file(folder / "generation_config.json")
+    tokenizer.save_pretrained(folder)

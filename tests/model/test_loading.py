@@ -1,0 +1,56 @@
+"""What a published folder may say, and what is made of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPTNeoXConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Starcoder2Config,
+)
+
+from aipo.model.loading import load_model, save_model
+from tests.tiny import make_tiny
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+}  # fmt: skip
+OTHERS = [
+    Starcoder2Config(
+        **SIZES, num_key_value_heads=1, attention_dropout=0.5, residual_dropout=0.5, embedding_dropout=0.5
+    ),
+    GPTNeoXConfig(**SIZES, hidden_dropout=0.5, attention_dropout=0.5),
+    MixtralConfig(**SIZES, num_key_value_heads=1, num_local_experts=2, router_jitter_noise=0.5, attention_dropout=0.5),
+]
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=lambda config: config.model_type)
+def test_what_is_trained_is_what_samples(config: PretrainedConfig, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    ids = torch.arange(12)[None]
+    noisy = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).train()
+    model = load_model(str(tmp_path), dtype=torch.float32, attention="sdpa", gradient_checkpointing=False)
+    with torch.no_grad():
+        expected = noisy.eval()(input_ids=ids).logits
+        assert not torch.allclose(noisy.train()(input_ids=ids).logits, expected, atol=1e-3)  # this config does say it
+        torch.testing.assert_close(model(input_ids=ids).logits, expected)
+
+
+def test_a_generation_config_that_transformers_would_not_save(tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path / "model")
+    said = {"do_sample": False, "temperature": 0.6, "top_p": 0.95, "eos_token_id": [2, 0]}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    model = load_model(str(folder), dtype=torch.float32, attention="sdpa", gradient_checkpointing=False)
+    save_model(model, AutoTokenizer.from_pretrained(folder), tmp_path / "final")
+    again = GenerationConfig.from_pretrained(tmp_path / "final")
+    assert not again.do_sample
+    assert all(getattr(again, key) == said[key] for key in ("temperature", "top_p", "eos_token_id"))
