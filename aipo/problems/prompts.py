@@ -123,3 +123,12 @@ def end_token_ids(
     if not ids:
         raise UserError(f"model {tokenizer.name_or_path} names no token that ends a completion: set its eos_token")
     return frozenset(ids)
+
+
+def token_names(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Tokens as the tokenizer spells them; :data:`NO_TOKEN` where a model has more rows than it has tokens."""
+    names = tokenizer.convert_ids_to_tokens(list(ids))
+    return [NO_TOKEN.format(i) if name is None else name for i, name in zip(ids, names)]
+
+
+NO_TOKEN = "<no token {}>"
