@@ -44,6 +44,30 @@ def read_folder(path: str, *, key: str, name: str) -> Folder:
     return Folder(architecture, tokenizer, generation)
 
 
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+
+
+def skeleton(architecture: Any, *, key: str, name: str) -> Any:
+    """The model without storage (on the meta device); UserError unless it is what :class:`~aipo.policy.Policy` takes:
+    a text-only causal LM whose decoder has ``layers``, and with a linear head."""
+    problem = ""
+    if architecture.get_text_config() is not architecture:
+        problem = "is a model of several modalities: give a text model"
+    elif missing := [size for size in (*SIZES, "max_position_embeddings") if getattr(architecture, size, None) is None]:
+        problem = f"({architecture.model_type}) has no {missing[0]} in its config"
+    else:
+        try:
+            with torch.device("meta"):
+                model: Any = AutoModelForCausalLM.from_config(architecture)
+        except ValueError as error:
+            problem = f"({architecture.model_type}) is no causal LM: {str(error).strip().splitlines()[0]}"
+        else:
+            if hasattr(model.base_model, "layers") and isinstance(model.get_output_embeddings(), nn.Linear):
+                return model
+            problem = f"({architecture.model_type}) is no decoder with layers and a linear head"
+    raise UserError(f"{key}: {name} {problem}; Llama, Qwen, Mistral and models built like them can be trained")
+
+
 def load_model(path: str, *, dtype: torch.dtype, attention: str, gradient_checkpointing: bool) -> nn.Module:
     """A causal LM ready for training, in ``dtype``, without dropout or router noise, whatever its config says: rollouts
     are drawn without, so with it the policy that is trained would be another one."""

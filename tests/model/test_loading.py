@@ -11,14 +11,19 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3Config,
     GenerationConfig,
+    GPT2Config,
     GPTNeoXConfig,
     MixtralConfig,
     PretrainedConfig,
+    Qwen2_5_VLConfig,
     Starcoder2Config,
+    ViTConfig,
 )
 
-from aipo.model.loading import load_model, save_model
+from aipo.errors import UserError
+from aipo.model.loading import load_model, save_model, skeleton
 from tests.tiny import make_tiny
 
 SIZES: dict[str, Any] = {
@@ -43,6 +48,22 @@ def test_what_is_trained_is_what_samples(config: PretrainedConfig, tmp_path: Pat
         expected = noisy.eval()(input_ids=ids).logits
         assert not torch.allclose(noisy.train()(input_ids=ids).logits, expected, atol=1e-3)  # this config does say it
         torch.testing.assert_close(model(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (GPT2Config(n_embd=32, n_layer=1, n_head=2), "gpt2. has no intermediate_size"),
+        (GPT2Config(n_embd=32, n_layer=1, n_head=2, intermediate_size=8), "gpt2. is no decoder with layers"),
+        (Gemma3Config(), "several modalities"),
+        (Qwen2_5_VLConfig(), "several modalities"),
+        (ViTConfig(vocab_size=1, max_position_embeddings=1), "vit. is no causal LM: Unrecognized"),
+    ],
+    ids=["gpt2", "gpt2 with sizes", "gemma3", "qwen2.5 vl", "vit"],
+)
+def test_models_of_another_kind_are_refused(config: PretrainedConfig, said: str) -> None:
+    with pytest.raises(UserError, match=f"^model.path: mine .*{said}[^\n]*$"):
+        skeleton(config, key="model.path", name="mine")
 
 
 def test_a_generation_config_that_transformers_would_not_save(tmp_path: Path) -> None:

@@ -210,7 +210,10 @@ def test_mining(tokenizer, tmp_path):
     write_rollouts(
         tmp_path,
         [rollout(So=[1.0, 2.0, None], GSo=[0.5] * 4, Wait=[9.0] * 9, y=[8.0, 8.0]), rollout(mm=[None] * 9)],
-        [rollout(So=[3.0, 4.0, 5.0], GSo=[0.7], x=[0.1] * 5, y=[8.0, 8.0]), rollout(**{"<think>": [9.0] * 9, "<no token 99>": [9.0] * 9})],
+        [
+            rollout(So=[3.0, 4.0, 5.0], GSo=[0.7], x=[0.1] * 5, y=[8.0, 8.0]),
+            rollout(**{"<think>": [9.0] * 9, "<no token 99>": [9.0] * 9}),
+        ],
     )
     mined = mined_tokens(tmp_path, tokenizer, 10)
     # y is scored 4 times, mm never; Wait ends a turn, <think> is added, id 99 is a row of the model only
