@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from aipo.branching.cvae import Latents, load_latents
 from aipo.config import Config
 from aipo.errors import UserError
-from aipo.model.loading import read_folder, skeleton
+from aipo.model.loading import read_folder, skeleton, weights_digest
 from aipo.problems.datasets import Problem, fingerprint, load_problems
 from aipo.problems.embedded import resolve_model
 from aipo.problems.prompts import Prompter
@@ -92,6 +92,7 @@ def check_inputs(config: Config, world: int) -> Inputs:
         world_size=world,
         train_fingerprint=fingerprint(kept["train"]),
         validation_fingerprint=fingerprint(held_out),
+        **{"weights of model.path": weights_digest(path, folder.architecture)},
         **({"latents": file_digest(config.branch.latent_path)} if config.branch.latent_path else {}),
     )
     return Inputs(path, kept["train"], held_out, prompter, notes, identity)

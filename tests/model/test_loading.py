@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from aipo.errors import UserError
-from aipo.model.loading import load_model, save_model, skeleton
+from aipo.model.loading import load_model, save_model, skeleton, weights_digest
 from tests.tiny import make_tiny
 
 SIZES: dict[str, Any] = {
@@ -75,3 +76,26 @@ def test_a_generation_config_that_transformers_would_not_save(tmp_path: Path) ->
     again = GenerationConfig.from_pretrained(tmp_path / "final")
     assert not again.do_sample
     assert all(getattr(again, key) == said[key] for key in ("temperature", "top_p", "eos_token_id"))
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_other_weights_have_another_digest(tmp_path: Path, safe: bool) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(make_tiny(tmp_path / "a"))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+
+    def digest(name: str, state: dict[str, torch.Tensor]) -> str:
+        (tmp_path / name).mkdir()
+        if safe:
+            save_file(state, tmp_path / name / "model.safetensors")
+        else:
+            torch.save(state, tmp_path / name / "pytorch_model.bin")
+        return weights_digest(str(tmp_path / name), model.config)
+
+    first = digest("first", state)
+    assert digest("same", state) == first
+    for i, name in enumerate(state):
+        others = state | {name: state[name] * 1.01}
+        assert digest(f"other {i}", others) != first, name
+    key, value = next((k, v) for k, v in state.items() if v.ndim == 2)
+    assert digest("shape", state | {key: value.reshape(-1)}) != first
+    assert weights_digest("some/model", model.config) == "None"
