@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from aipo.branching.cvae import Latents, load_latents
 from aipo.config import Config
 from aipo.errors import UserError
-from aipo.model.loading import read_folder
+from aipo.model.loading import read_folder, skeleton, weights_digest
 from aipo.problems.datasets import Problem, fingerprint, load_problems
 from aipo.problems.embedded import resolve_model
 from aipo.problems.prompts import Prompter
@@ -92,6 +92,7 @@ def check_inputs(config: Config, world: int) -> Inputs:
         world_size=world,
         train_fingerprint=fingerprint(kept["train"]),
         validation_fingerprint=fingerprint(held_out),
+        **{"weights of model.path": weights_digest(path, folder.architecture)},
         **({"latents": file_digest(config.branch.latent_path)} if config.branch.latent_path else {}),
     )
     return Inputs(path, kept["train"], held_out, prompter, notes, identity)
@@ -99,6 +100,7 @@ def check_inputs(config: Config, world: int) -> Inputs:
 
 def check_model(config: Config, architecture: Any) -> None:
     """What can be wrong between a config and the model's own."""
+    skeleton(architecture, key="model.path", name=config.model.path)
     layers, context = architecture.num_hidden_layers, architecture.max_position_embeddings
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     if not -layers <= config.mi.layer < layers:

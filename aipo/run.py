@@ -25,6 +25,7 @@ from aipo.errors import TrainingError
 from aipo.inputs import Inputs, check_inputs, find_latents
 from aipo.labelling import label, label_folder, label_questions
 from aipo.model.export import model_stamp
+from aipo.model.loading import save_model
 from aipo.model.precision import Precision, choose
 from aipo.passes import Passes
 from aipo.policy import make_policy
@@ -241,11 +242,10 @@ def save_final_model(sharded: Sharded, inputs: Inputs, folder: Path) -> None:
         temporary = folder.with_name(".tmp-final")
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            sharded.policy.model.save_pretrained(temporary, state_dict=state)  # type: ignore[operator]
-            inputs.prompter.tokenizer.save_pretrained(temporary)
+            save_model(sharded.policy.model, inputs.prompter.tokenizer, temporary, state=state)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: what transformers refuses to save
             problem = str(error)
     if not distributed.all_true(not problem):
         raise TrainingError(

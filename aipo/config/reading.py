@@ -123,7 +123,7 @@ def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str
     if path.resolve() in seen:
         raise UserError(f"{path}: base: goes in a circle")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.load(path.read_text(), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -135,6 +135,20 @@ def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str
     if not parent.is_file():
         parent = find_config(str(base), asked_by=f"{path}: base: ")
     return [*_layers(parent, (*seen, path.resolve())), (str(path), tree)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which nothing stands twice: PyYAML keeps the last of two keys and drops the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first: dict[Any, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in first and isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"{key.value} stands in line {first[key.value]} and in line {line}: join them")
+            if isinstance(key, yaml.ScalarNode):
+                first[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 def _parse_override(text: str) -> tuple[str, dict[str, Any]]:

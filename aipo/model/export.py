@@ -12,6 +12,7 @@ from filelock import FileLock
 from aipo.config import Config, load_config
 from aipo.errors import UserError
 from aipo.model.adapters import merged
+from aipo.model.loading import save_model
 from aipo.problems.embedded import resolve_model
 from aipo.record.checkpoints import damage, latest
 
@@ -67,8 +68,7 @@ def export(checkpoint: Path, folder: Path, config: Config) -> None:
         model.load_state_dict({name: state[name] for name in names}, strict=False)  # strict would want tied heads twice
         temporary = folder.with_name(f".tmp-{folder.name}")
         shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(base).save_pretrained(temporary)
+        save_model(model, AutoTokenizer.from_pretrained(base), temporary)
         temporary.rename(folder)
 
 

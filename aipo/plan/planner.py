@@ -18,6 +18,7 @@ from rich.text import Text
 
 from aipo.config import Config
 from aipo.errors import UserError
+from aipo.model.loading import skeleton
 from aipo.model.precision import Precision, choose
 from aipo.plan.memory import GIB, Bytes, Layout, Model, compute_bytes, kv_token_bytes, phases
 from aipo.problems import embedded
@@ -63,11 +64,10 @@ class Plan:
 
 def read_model(path: str) -> Model:
     """Architecture of a folder, a hub id or the embedded model; raises ``UserError`` if it cannot be had."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config, source = _architecture(path, AutoConfig)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = skeleton(config, key="model.path", name=path)
     heads = config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Model(

@@ -126,6 +126,10 @@ def _parse(line: str, where: str) -> Problem:
         raise UserError(f"{where}: not JSON ({error}); write one JSON object a line") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a JSON object but {type(row).__name__}; write one JSON object a line")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # an escape that JSON allows and no text can hold
+        raise UserError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff) is no character; mend it") from None
 
     def text(key: str, default: str | None = None) -> str:
         if key not in row and default is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Literal, cast
 
 from jinja2 import TemplateError
@@ -11,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from aipo.errors import UserError
 from aipo.problems.datasets import Problem
 
+BLOCK = "<think>", "</think>"
 GoldText = Literal["answer", "boxed", "question_answer"]
 
 
@@ -18,8 +20,8 @@ class Prompter:
     """Turns questions into prompts: system line, worked (user, assistant) turns, the question and ``suffix``.
 
     ``thinking`` reaches the template as ``enable_thinking``; templates that do not know it ignore it.
-    ``end_ids`` are the tokens after which a completion is over; ``opening`` is what the prompt has already opened of
-    the reply, ``<think>`` or nothing.
+    ``end_ids`` are the tokens after which a completion is over; ``opening`` is what the template itself has already
+    opened of the reply, ``<think>`` or nothing, whatever system line, examples and question say.
     Raises ``UserError`` for a tokenizer without a chat template, or one whose template refuses these turns.
     """
 
@@ -43,6 +45,10 @@ class Prompter:
         self.suffix = suffix or ""
         self.thinking = thinking
         self.max_prompt_tokens = max_prompt_tokens
+        # where they are special tokens, decoding would skip them
+        self._marks = {
+            i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special and t.content in BLOCK
+        }
         self.turns: list[dict[str, str]] = []
         if system is not None:
             self.turns.append({"role": "system", "content": system})
@@ -50,9 +56,8 @@ class Prompter:
             self.turns.append({"role": "user", "content": user})
             self.turns.append({"role": "assistant", "content": assistant})
         try:
-            prompt = str(tokenizer.decode(self.encode("")))
             # some templates open the thinking block themselves: a completion then begins inside it
-            self.opening = "<think>" if "<think>" in prompt.rpartition("</think>")[2] else ""
+            self.opening = BLOCK[0] if BLOCK[0] in self._header().rpartition(BLOCK[1])[2] else ""
             self.end_ids = end_token_ids(tokenizer, generation_config)
         except TemplateError as error:
             raise UserError(
@@ -65,8 +70,15 @@ class Prompter:
         return self._encode([question])[0]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """A completion as text, with what the prompt had already opened of it and without special tokens."""
-        return f"{self.opening}{self.tokenizer.decode(list(token_ids), skip_special_tokens=True)}"
+        """A completion as text, with what the prompt had already opened of it and without special tokens but those of
+        the thinking block."""
+        pieces, ids = [self.opening], list(token_ids)
+        for is_mark, piece in groupby(ids, key=self._marks.__contains__):
+            if is_mark:
+                pieces += [self._marks[i] for i in piece]
+            else:
+                pieces.append(str(self.tokenizer.decode(list(piece), skip_special_tokens=True)))
+        return "".join(pieces)
 
     def encode_gold(self, problem: Problem, gold_text: GoldText = "answer") -> list[int]:
         """Token ids of the gold text alone, without template or special tokens (``mi.gold_text``)."""
@@ -89,6 +101,22 @@ class Prompter:
                 "raise data.max_prompt_tokens or shorten data.examples"
             )
         return kept, len(problems) - len(kept)
+
+    def _header(self) -> str:
+        """What the template adds for the assistant's turn: the text of the prompt from where it differs from one
+        without that turn."""
+        turns = [*self.turns, {"role": "user", "content": self.suffix}]
+        bare, whole = (
+            str(
+                self.tokenizer.apply_chat_template(
+                    turns, add_generation_prompt=added, enable_thinking=self.thinking, tokenize=False
+                )
+            )
+            for added in (False, True)
+        )
+        # a few templates end a conversation without that turn in another way
+        same = next((i for i, (a, b) in enumerate(zip(bare, whole)) if a != b), min(len(bare), len(whole)))
+        return whole[same:]
 
     def _encode(self, questions: Sequence[str]) -> list[list[int]]:
         # all at once: the tokenizer then works on several cores
@@ -123,3 +151,12 @@ def end_token_ids(
     if not ids:
         raise UserError(f"model {tokenizer.name_or_path} names no token that ends a completion: set its eos_token")
     return frozenset(ids)
+
+
+def token_names(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Tokens as the tokenizer spells them; :data:`NO_TOKEN` where a model has more rows than it has tokens."""
+    names = tokenizer.convert_ids_to_tokens(list(ids))
+    return [NO_TOKEN.format(i) if name is None else name for i, name in zip(ids, names)]
+
+
+NO_TOKEN = "<no token {}>"

@@ -117,7 +117,9 @@ def _text(row: Row, *names: str) -> str:
             value = re.sub(r"\.0+$", "", format(Decimal(repr(value)) if isinstance(value, float) else value, "f"))
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise ValueError(f"its {name} is not text but {type(value).__name__}")
-        return str(value)
+        if re.search(r"[\ud800-\udfff]", text := str(value)):
+            raise ValueError(f"its {name} holds half of a surrogate pair, which is no character")
+        return text
     raise ValueError(f"no {' or '.join(names)} (columns with content: {', '.join(k for k in row if k and row[k])})")
 
 

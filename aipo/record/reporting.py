@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from aipo import distributed
 from aipo.layout import MicroBatch
 from aipo.loss import LossTerms
+from aipo.problems.prompts import token_names
 from aipo.rollouts import Rollouts
 from aipo.selection import Selection
 
@@ -81,7 +82,6 @@ def rollout_rows(
     rollouts: Rollouts, selection: Selection, tokenizer: PreTrainedTokenizerBase, count: int
 ) -> list[dict[str, Any]]:
     """A sample of this rank's rollouts with the MI and mask of each token; those of the update first."""
-    decode = tokenizer.convert_ids_to_tokens
     shown = [i for i in range(len(rollouts.texts)) if not rollouts.question_of(i).protected]
     order = sorted(shown, key=lambda i: (not rollouts.used[i], -abs(rollouts.advantages[i])))
     rows = []
@@ -97,7 +97,7 @@ def rollout_rows(
                 "correct": bool(rollouts.correct[i]),
                 "advantage": float(rollouts.advantages[i]),
                 "finish_reason": completion.finish_reason,
-                "tokens": decode(completion.token_ids),
+                "tokens": token_names(tokenizer, completion.token_ids),
                 "mi": selection.scores[i, :length].tolist(),
                 "mask": selection.mask[i, :length].int().tolist(),
             }

@@ -73,14 +73,16 @@ def prepare_run_folder(folder: Path, resume: str, *, config_text: str, command: 
         raise UserError(
             f"run folder {folder} exists already: continue it with --resume auto, or name this run otherwise (name=...)"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
             f"run folder {folder}: another train.py works there: name this run otherwise (name=...)"
         ) from None
+    except OSError as error:
+        raise UserError(f"runs: {folder} cannot be made or written ({error.strerror}): choose another place") from None
     write_atomically(folder / "config.yaml", config_text)
     write_atomically(folder / "versions.json", json.dumps(versions(), indent=1) + "\n")
     write_atomically(folder / "git.json", json.dumps(git_state(Path(__file__).parent)) + "\n")

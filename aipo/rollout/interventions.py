@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from aipo.errors import UserError
+from aipo.problems.prompts import NO_TOKEN
 
 Mode = Literal["drop", "force"]
 Rule = Literal["nucleus", "rank", "probability"]
@@ -182,8 +183,8 @@ def mined_tokens(
 ) -> list[MinedToken]:
     """The ``top_k`` tokens (or as many as there are) with the highest mean MI in the rollouts that a run wrote.
 
-    Only tokens scored ``min_count`` times or more compete, and special tokens do not: without its end token a
-    completion could not end.
+    Only tokens scored ``min_count`` times or more compete. Special tokens do not, since without its end token a
+    completion could not end, and neither do ids for which the tokenizer has no token.
 
     Args:
         run_folder: of ``train.py``; its ``rollouts/step-*.jsonl`` hold ``tokens`` and ``mi`` (``None`` where not
@@ -207,7 +208,7 @@ def mined_tokens(
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{file}:{number} is not a rollout of train.py ({error}): remove the file") from error
             for token, score in pairs:
-                if score is not None:
+                if score is not None and not str(token).startswith(NO_TOKEN.partition("{")[0]):
                     scores[token].append(score)
     if not scores:
         raise UserError(f"the rollouts in {run_folder} have no MI scores: name a run whose mask or curriculum uses MI")

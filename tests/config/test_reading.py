@@ -104,6 +104,12 @@ def test_not_yaml(write: Write, text: str) -> None:
     assert message(path).startswith(f"{path} is not YAML")
 
 
+@pytest.mark.parametrize("text", ["optim: {lr: 1e-6}\nseed: 1\noptim: {steps: 3}", "optim: {lr: 1}\n\noptim:"])
+def test_nothing_stands_twice(write: Write, text: str) -> None:
+    path = write(text, base=None)
+    assert message(path).startswith(f"{path} is not YAML: optim stands in line 1 and in line 3")
+
+
 def test_not_keys_and_values(write: Write) -> None:
     path = write("- 1\n- 2", base=None)
     assert message(path) == f"{path} must hold keys and values, not a list"

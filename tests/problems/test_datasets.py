@@ -43,6 +43,8 @@ def test_made_ids_depend_on_the_question_only(tmp_path: Path) -> None:
     [
         ('{"question": ', "not JSON"),
         ("[1]", "not a JSON object but list"),
+        ({"question": "x \ud83d", "answer": "1"}, "surrogate"),
+        ({"question": "x", "answer": "1", "source": "\udc00"}, "surrogate"),
         ({"answer": "1"}, "no 'question'"),
         ({"question": "x", "solution": "1"}, "no 'answer' (fields there: question, solution)"),
         ({"question": "x", "answer": ""}, "answer is empty"),

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import AddedToken, GenerationConfig, PreTrainedTokenizerFast
 
 from aipo.errors import UserError
 from aipo.problems.datasets import Problem
 from aipo.problems.prompts import Prompter, end_token_ids
+from aipo.verify import extract_answer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -19,6 +20,7 @@ THINKING = CHATML.replace(
     "assistant\n{% endif %}",
     "assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
 )
+OPENS = THINKING.replace("{% endif %}{% endif %}", "{% else %}<think>\n{% endif %}{% endif %}")
 REFUSES_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
 
 
@@ -65,9 +67,28 @@ def test_thinking_reaches_templates_that_know_it() -> None:
 
 @pytest.mark.parametrize(("thinking", "opening"), [(True, "<think>"), (False, "")])
 def test_a_thinking_block_that_the_template_opens(thinking: bool, opening: str) -> None:
-    opens = THINKING.replace("{% endif %}{% endif %}", "{% else %}<think>\n{% endif %}{% endif %}")
-    assert prompter(tokenizer(opens), thinking=thinking).opening == opening
+    assert prompter(tokenizer(OPENS), thinking=thinking).opening == opening
     assert prompter(tokenizer(THINKING), thinking=thinking).opening == ""
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING, OPENS])
+def test_what_a_prompt_says_of_thinking_opens_no_block(template: str) -> None:
+    says = {"system": "Think in <think> tags.", "examples": [("<think>?", "<think> 1")], "suffix": " <think>"}
+    for thinking in (True, False):
+        plain = prompter(tokenizer(template), thinking=thinking)
+        assert prompter(tokenizer(template), thinking=thinking, **says).opening == plain.opening
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_the_marks_of_the_block_are_kept_and_other_special_tokens_are_not(special: bool) -> None:
+    tok = tokenizer(OPENS)
+    tok.add_tokens([AddedToken(mark, special=special) for mark in ("<think>", "</think>")])
+    made = prompter(tok)
+    ids = tok.encode("2 — maybe</think>\n\n\\boxed{3}<|im_end|>", add_special_tokens=False)
+    assert ids.count(tok.convert_tokens_to_ids("</think>")) == 1
+    assert made.decode(ids) == "<think>2 — maybe</think>\n\n\\boxed{3}"
+    assert extract_answer(made.decode(ids)) == "3"
+    assert extract_answer(made.decode(ids[:12])) is None
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_answers_become_text_digit_by_digit(answer: object, text: str) -> None:
     assert read_plain({"problem": "q", "answer": answer}) == Problem("", "q", text)
 
 
-@pytest.mark.parametrize("answer", [1.0526315789473685e17, float("nan"), float("inf"), True, [1], None, " "])
+@pytest.mark.parametrize("answer", [1.0526315789473685e17, float("nan"), float("inf"), True, [1], None, " ", "\ud83d"])
 def test_answers_that_are_none_are_refused(answer: object) -> None:
     with pytest.raises(ValueError, match="answer"):
         read_plain({"problem": "q", "answer": answer})

@@ -43,6 +43,14 @@ def test_the_sample_has_rollouts_of_the_update_with_large_advantages_first() -> 
     assert rows[0]["question"] == "question of a"
 
 
+def test_a_model_with_more_rows_than_tokens() -> None:
+    tokenizer = tiny_tokenizer()
+    rollouts = batch("a")
+    rollouts.completions[1] = Completion([10, len(tokenizer) + 7], [-0.5] * 2, "stop")
+    tokens = rollout_rows(rollouts, selector(rollouts), tokenizer, 1)[0]["tokens"]
+    assert tokens == [tokenizer.convert_ids_to_tokens(10), f"<no token {len(tokenizer) + 7}>"]
+
+
 def test_text_that_must_not_get_out_does_not() -> None:
     rollouts = batch("gpqa_diamond/1", "b")
     rows = rollout_rows(rollouts, selector(rollouts), tiny_tokenizer(), 10)

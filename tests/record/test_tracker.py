@@ -68,6 +68,9 @@ def test_an_existing_run_is_not_written_over(tmp_path):
     file.write_text("")
     with pytest.raises(UserError, match="is a file"):
         prepare(file, "auto")
+    for nowhere in (file / "run", Path("/proc/run")):
+        with pytest.raises(UserError, match=f"runs: {nowhere} cannot be made"):
+            prepare(nowhere)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):

@@ -210,10 +210,13 @@ def test_mining(tokenizer, tmp_path):
     write_rollouts(
         tmp_path,
         [rollout(So=[1.0, 2.0, None], GSo=[0.5] * 4, Wait=[9.0] * 9, y=[8.0, 8.0]), rollout(mm=[None] * 9)],
-        [rollout(So=[3.0, 4.0, 5.0], GSo=[0.7], x=[0.1] * 5, y=[8.0, 8.0]), rollout(**{"<think>": [9.0] * 9})],
+        [
+            rollout(So=[3.0, 4.0, 5.0], GSo=[0.7], x=[0.1] * 5, y=[8.0, 8.0]),
+            rollout(**{"<think>": [9.0] * 9, "<no token 99>": [9.0] * 9}),
+        ],
     )
     mined = mined_tokens(tmp_path, tokenizer, 10)
-    # y is scored 4 times, mm never; Wait ends a turn, <think> is added
+    # y is scored 4 times, mm never; Wait ends a turn, <think> is added, id 99 is a row of the model only
     assert [(m.token_id, m.text, m.count) for m in mined] == [(0, "So", 5), (1, " So", 5), (15, "x", 5)]
     assert [m.mean_mi for m in mined] == pytest.approx([3.0, 0.54, 0.1])
     assert str(mined[1]) == "1 ' So': mean MI 0.54, 5 times"
