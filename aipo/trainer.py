@@ -31,7 +31,7 @@ from aipo.layout import MicroBatch
 from aipo.loss import LossInputs, kl_priority, loss_terms
 from aipo.mask import prefix_share
 from aipo.metrics import Accuracy
-from aipo.passes import Passes
+from aipo.passes import Passes, Reference
 from aipo.problems.datasets import Problem
 from aipo.record.checkpoints import CheckpointStore, rng_state, set_rng_state
 from aipo.record.clock import Clock
@@ -51,7 +51,7 @@ class Trainer:
 
     Args:
         problems, held_out: all ranks hold all of them.
-        reference: (micro-batch, mask (N,)) -> log-probabilities (K,) of the initial model; None without a KL term.
+        reference: log-probabilities of the initial model; None without a KL term.
         engine_gap: nats between the engine's log-probabilities and the policy's
             (:func:`~aipo.rollout.check.engine_gap`); a collective.
         latents: what branches are drawn with; None without ``branch.latent``.
@@ -67,7 +67,7 @@ class Trainer:
         held_out: Sequence[Problem],
         collector: Collector,
         sharded: Sharded,
-        reference: Callable[[MicroBatch, Tensor], Tensor] | None,
+        reference: Reference | None,
         selector: TokenSelector,
         curriculum: Curriculum,
         store: CheckpointStore,
@@ -188,13 +188,10 @@ class Trainer:
 
     def set_advantages(self, rollouts: Rollouts, clock: Clock) -> dict[str, float]:
         """Advantages (B,) and which rollouts take part in the update (B,). Returns the sum of rewards for the log."""
-        if self.config.reward.rule == "certainty":
-            with clock("forward"):
-                batches = self.passes.batches_of(rollouts)
-                certainty = measure({"certainty"}, self.passes, batches, rollouts)[0]["certainty"]  # (B, T)
-                rollouts.rewards = certainty.nanmean(1)  # (B,)
-        assign(rollouts, self.config.advantage)
-        return {"trained_reward": float(rollouts.rewards.sum())}
+        with clock("forward"):
+            sums = self.generation.policy_rewards(rollouts, self.reference)
+        assign(rollouts, self.config.advantage, truncated=self.config.loss.truncated)
+        return sums | {"trained_reward": float(rollouts.rewards.nansum())}
 
     def balance(self, rollouts: Rollouts) -> Rollouts:
         """As much to read on every rank. Several updates a batch take the questions as they were drawn."""
@@ -213,7 +210,8 @@ class Trainer:
         """A micro-batch's forward pass beside what is known of its rollouts from before, (b, t) each."""
         mask, rows = out["mask"], micro.rows.cpu()  # (N,), (b,)
         logp = micro.grid(out["logp"], mask)  # (b, t)
-        reference = None if self.reference is None else self.reference(micro, mask)  # (K,)
+        in_loss = self.reference if self.config.loss.kl_in == "loss" else None
+        reference = None if in_loss is None else in_loss(micro, mask)  # (K,)
         if rollouts.token_advantages is None:
             scores, lengths = selection.scores[rows].nan_to_num(0.0), rollouts.lengths[rows]  # (b, T), (b,)
             how, weight = self.config.advantage.mi_blend, self.config.advantage.mi_weight

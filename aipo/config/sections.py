@@ -169,7 +169,7 @@ class RewardConfig(Section):
     workers: Positive = 2
     """verifier processes per rank"""
     timeout_s: Annotated[float, Field(gt=0)] = 5.0
-    """seconds of CPU time an answer may take before its worker is killed and it counts as wrong"""
+    """seconds of CPU time an answer may take before its worker is killed; such a rollout leaves its group"""
     memory_mb: Annotated[int, Field(ge=512)] = 2048
     """memory cap of a worker"""
 
@@ -305,8 +305,14 @@ class AdvantageConfig(Section):
     """attention: 0 weights all tokens alike"""
     favour: Literal["anchors", "explorers"] = "anchors"
     """attention: which tokens weigh more, those of low or of high entropy"""
-    drop_constant_groups: bool = False
-    """leave groups whose rewards do not vary out of the update (and of its average); saves their forward pass"""
+    drop_constant_groups: Literal["correctness", "reward", "none"] = "none"
+    """which groups are left out of the update: all right or all wrong; of rewards that do not vary; none"""
+
+    @field_validator("drop_constant_groups", mode="before")
+    @classmethod
+    def _once_a_boolean(cls, value: Any) -> Any:
+        """Configs of older run folders say true or false."""
+        return {True: "reward", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class LossConfig(Section):
@@ -315,7 +321,11 @@ class LossConfig(Section):
     clip_high: Annotated[float, Field(ge=0)] = 0.28
     """epsilon_high"""
     kl_beta: Annotated[float, Field(ge=0)] = 0.001
-    """weight of the k3 KL to the initial model on selected tokens; 0 loads no reference model"""
+    """weight of the KL to the initial model; 0 loads no reference model"""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """k3 on selected tokens, or log pi / pi_ref summed over a completion and taken off its reward (two passes more)"""
+    truncated: Literal["train", "mask"] = "train"
+    """mask leaves completions that rollout.max_tokens cut out of the update; their rewards count in their groups"""
     aggregation: Literal["sequence", "token", "constant", "all_tokens"] = "sequence"
     """mean in each sequence then over sequences (eq. 2), over all selected tokens, over max_tokens, over all tokens"""
     ratio: Literal["token", "sequence", "clipped_weight"] = "token"

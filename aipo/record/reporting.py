@@ -34,7 +34,8 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
         "used_tokens": float(lengths[rollouts.used].sum()),
         "generated": float(lengths.sum()) + rollouts.extra_tokens,
         "rollouts": float(len(lengths)),
-        "truncated": float(sum(c.finish_reason == "length" for c in rollouts.completions)),
+        "truncated": float(rollouts.truncated.sum()),
+        "judged": float(rollouts.rewards.isfinite().sum()),
         "used": float(rollouts.used.sum()),
     }
     questions = [problem.id for problem in rollouts.problems]
@@ -51,7 +52,8 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
     world = len(parts)
     return {
         **{k: v / world for k, v in total.items() if k.startswith("reward/")},
-        **({"reward/trained": per("trained_reward", "rollouts")} if "trained_reward" in total else {}),
+        **({"reward/trained": per("trained_reward", "judged")} if "trained_reward" in total else {}),
+        **({"reward/kl": per("reward_kl", "rollouts")} if "reward_kl" in total else {}),
         **{f"advantage/{key}": per(key, "rollouts") for key in ("gini", "effective_tokens") if key in total},
         **({"rollout/early_exits": per("exit_tokens", "tokens")} if total.get("exit_tokens") else {}),
         "rollout/questions": float(len({question for _, _, part in parts for question in part})),
