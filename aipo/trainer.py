@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from aipo.branching.cvae import Latents
 from aipo.config import Config
 from aipo.curriculum import Curriculum
 from aipo.errors import TrainingError
-from aipo.evaluation.scoring import validate
+from aipo.evaluation.scoring import Validator
 from aipo.generation import Generation
 from aipo.labelling import peaks
 from aipo.layout import MicroBatch
@@ -54,6 +54,7 @@ class Trainer:
         reference: log-probabilities of the initial model; None without a KL term.
         engine_gap: nats between the engine's log-probabilities and the policy's
             (:func:`~aipo.rollout.check.engine_gap`); a collective.
+        watched: sets of questions that are measured and steer nothing, by name.
         latents: what branches are drawn with; None without ``branch.latent``.
         identity: what a run that resumes this one must share with it; kept beside each checkpoint.
         stop_requested: asked after every step; true on any rank ends the run after a checkpoint.
@@ -76,17 +77,19 @@ class Trainer:
         device: torch.device,
         identity: dict[str, Any],
         engine_gap: Callable[[], float],
+        watched: Mapping[str, Sequence[Problem]] | None = None,
         latents: Latents | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.device = config, device
-        self.problems, self.held_out = {p.id: p for p in problems}, held_out
+        self.problems = {p.id: p for p in problems}
         self.collector, self.sharded, self.reference = collector, sharded, reference
         self.selector, self.curriculum = selector, curriculum
         self.store, self.tracker, self.progress = store, tracker, progress
         self.identity, self.engine_gap, self.stop_requested = identity, engine_gap, stop_requested
         self.passes = Passes(config, sharded, collector.prompter, device)
         self.generation = Generation(collector, config, self.passes, latents=latents)
+        self.validator = Validator(collector, self.passes, progress, config, held_out, watched or {})
         self.step = 0
         self.bad_steps = 0
         self.generated = 0  # tokens in training so far, over all ranks
@@ -100,7 +103,7 @@ class Trainer:
         """Run to the last step. Returns False if it was asked to stop before; a checkpoint is written either way."""
         config = self.config
         if self.before is None:
-            self.tracker.log(0, self.validate())
+            self.tracker.log(0, self.validate() | self.validator.watch(0, last=False))
             self.before = self.accuracy
         stop = False
         while not self.finished and not stop:
@@ -127,6 +130,7 @@ class Trainer:
             if self.step % config.validation.every == 0 or self.finished:
                 metrics |= self.validate()
                 best = self.curriculum.observe_validation(metrics["validation/accuracy"])
+            metrics |= self.validator.watch(self.step, last=self.finished)
             self.refresh_labels(rollouts, selection, kappa)
             self.tracker.log(self.step, metrics)
             tokenizer, count = self.collector.prompter.tokenizer, config.tracking.rollouts_per_step
@@ -285,16 +289,7 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Accuracy on the held-out questions, for the log; it stays as :attr:`accuracy`."""
-        self.passes.wake(self.collector.engine)
-        samples, world = self.config.validation.samples, distributed.world_size()
-        with self.progress.task("validation", len(self.held_out) * samples) as task:
-            self.accuracy, metrics = validate(
-                self.collector,
-                self.held_out,
-                self.config.validation,
-                max_tokens=self.config.rollout.max_tokens,
-                on_done=lambda: task.advance(world),
-            )
+        self.accuracy, metrics = self.validator.validate()
         return metrics
 
     # -- checkpoints ---------------------------------------------------------------------------------------------

@@ -58,8 +58,8 @@ class ModelConfig(Section):
 class DataConfig(Section):
     train: str
     """JSONL file with question and answer, or embedded:chain_sum"""
-    validation: str
-    """held-out problems, same forms as data.train"""
+    validation: str | None = None
+    """held-out problems, same forms as data.train; null holds validation.holdout training questions out"""
     system: str | None = None
     """system prompt"""
     examples: tuple[tuple[str, str], ...] = ()
@@ -384,6 +384,10 @@ class ShardingConfig(Section):
 class ValidationConfig(Section):
     every: Positive = 10
     """steps between validations; there is always one before and one after training"""
+    holdout: Positive = 256
+    """training questions that are held out where data.validation is null; near-duplicates of them are not trained on"""
+    holdout_seed: NonNegative = 0
+    """of their choice; apart from seed, so that runs of several seeds are measured on the same questions"""
     questions: Positive | None = None
     """only the first so many; null is all"""
     samples: Positive = 4
@@ -394,6 +398,12 @@ class ValidationConfig(Section):
     """nucleus mass"""
     top_k: Annotated[int, Field(ge=-1)] = 20
     """-1 is off"""
+    watch: tuple[str, ...] = ()
+    """files of sets, such as benchmarks, that are measured beside it; they steer nothing"""
+    watch_every: Positive = 50
+    """steps between such measurements; there is always one before and one after training"""
+    watch_samples: Positive = 4
+    """a question"""
 
 
 class CheckpointConfig(Section):
