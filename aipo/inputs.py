@@ -175,6 +175,19 @@ def describe_data(config: Config) -> list[str]:
     return lines
 
 
+def without_effect(config: Config) -> list[str]:
+    """For --dry-run: keys that were set and change nothing."""
+    loss = config.loss
+    keys = [key for key in ("clip_low", "clip_high", "ratio") if key in loss.model_fields_set]
+    if config.optim.updates_per_batch > 1 or not keys:
+        return []
+    named = ", ".join(f"loss.{key}" for key in keys)
+    return [
+        f"note: {named} without effect: with optim.updates_per_batch: 1 the policy that is updated is the one that "
+        "drew, so every importance ratio is 1 and nothing is clipped"
+    ]
+
+
 def file_digest(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 import train
 from aipo.config import load_config
 from aipo.errors import TrainingError, UserError
-from aipo.inputs import check_inputs, check_model
+from aipo.inputs import check_inputs, check_model, without_effect
 from aipo.record.checkpoints import damage, resolve
 from aipo.record.tracker import read_jsonl
 from aipo.rollout import HfEngine
@@ -152,11 +152,12 @@ def test_under_a_launcher_only_one_rank_shows_the_plan(
 ) -> None:
     data = write(tmp_path / "d.jsonl", GOOD)
     keys = [f"model.path={model}", f"data.train={data}", f"data.validation={data}"]
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "tiny.yaml", *keys, "--dry-run"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "tiny.yaml", *keys, "loss.clip_low=0.1", "--dry-run"])
     for rank, times in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
         assert train.main() == 0
-        assert capsys.readouterr().out.count("data.train: 8 questions") == times
+        shown = capsys.readouterr().out
+        assert shown.count("data.train: 8 questions") == shown.count("loss.clip_low without effect") == times
 
 
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,3 +244,17 @@ def test_held_out_training_questions(model: Path, tmp_path: Path) -> None:
     assert "validation: 5 of the training questions, held out; 7 are left" in inputs.notes[-1]
     with pytest.raises(UserError, match="two are b: rename one"):
         check_inputs(config_with(model, data, "validation.watch=[a/b.jsonl, c/b.jsonl]"), world=1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["loss.clip_high=0.3"], "loss.clip_high without effect"),
+        (["loss.clip_low=0.1", "loss.ratio=sequence"], "loss.clip_low, loss.ratio without effect"),
+        (["loss.clip_high=0.3", "optim.updates_per_batch=2"], None),
+        (["loss.kl_beta=0.1"], None),
+    ],
+)
+def test_a_clip_that_cannot_bite_is_named(overrides: list[str], named: str | None) -> None:
+    said = without_effect(load_config("tiny.yaml", overrides))
+    assert [named is not None and named in line for line in said] == ([True] if named else [])

@@ -292,7 +292,9 @@ class AdvantageConfig(Section):
     tokens: Literal["none", "entropy", "information", "residual", "attention"] = "none"
     """how it differs by token: reallocated by entropy, plus information gained, weighted by adapter or attention"""
     alpha: Annotated[float, Field(ge=0)] = 0.2
-    """entropy: share of |A| moved; information: weight of the gain"""
+    """entropy (HAPO): share of |A| moved"""
+    information_weight: Annotated[float, Field(ge=0)] = 0.01
+    """information (IAPO): weight of the gain, the alpha of its paper"""
     beta: Annotated[float, Field(ge=0)] = 0.01
     """information: weight of the signed probability"""
     phi: Annotated[float, Field(gt=0)] = 2.0
@@ -317,7 +319,7 @@ class AdvantageConfig(Section):
 
 class LossConfig(Section):
     clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """epsilon_low; 1 is no lower bound"""
+    """epsilon_low; 1 is no lower bound; with optim.updates_per_batch: 1 the ratio is 1 and no clip does anything"""
     clip_high: Annotated[float, Field(ge=0)] = 0.28
     """epsilon_high"""
     kl_beta: Annotated[float, Field(ge=0)] = 0.001

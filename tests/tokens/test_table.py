@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aipo.advantage import entropy_quadrants, reallocate_by_entropy, weight_tokens
+from aipo.advantage import entropy_quadrants, information_advantages, reallocate_by_entropy, weight_tokens
 from aipo.config import Config, load_config
 from aipo.config.sections import AdvantageConfig
 from aipo.layout import filler, micro_batches
@@ -181,6 +181,12 @@ def test_shapes_are_the_formulas_over_the_batch(rollouts: Rollouts) -> None:
     assert torch.equal(shaped, weight_tokens(rollouts.advantages, values.nan_to_num(0.0), LENGTHS))
     assert shaped[0].mean() == pytest.approx(1.0)
     assert shape(rollouts, {}, config()) == (None, None)
+    rollouts.correct = torch.tensor([True, False, True, False])
+    arguments = rollouts.advantages, values, rollouts.logp_engine, rollouts.correct, LENGTHS
+    for keys, weight in (([], 0.01), (["advantage.information_weight=0.3"], 0.3)):  # not the 0.2 of advantage.alpha
+        _, shaped = shape(rollouts, {"information": values}, config("advantage.tokens=information", *keys))
+        assert shaped is not None
+        assert torch.equal(shaped, information_advantages(*arguments, alpha=weight, beta=0.01))
 
 
 def test_every_rule_and_every_measure_is_an_entry_of_its_table() -> None:
