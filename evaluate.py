@@ -58,7 +58,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--out", type=Path, help="folder of the results (default: evaluations/MODEL-SETTINGS)")
     against = parser.add_argument_group("against what")
     against.add_argument("--baseline", type=Path, help="results.json of the frozen backbone: adds MAG, OTF and TES")
-    against.add_argument("--otf", type=float, help="share of tokens trained on in percent (default: the run's own)")
+    against.add_argument(
+        "--otf", type=float, help="share of the updates' tokens trained on in percent (default: the run's own)"
+    )
     against.add_argument("--compare", nargs=2, type=Path, metavar="JSON", help="compare two results.json, and end")
     tokens = parser.add_argument_group("interventions on high-MI tokens")
     tokens.add_argument("--intervene", choices=("drop", "force", "both"), help="both: baseline, drop and force in turn")

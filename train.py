@@ -46,11 +46,11 @@ def dry_run(config: Config, arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from aipo.inputs import describe_data
+    from aipo.inputs import describe_data, without_effect
     from aipo.plan.planner import plan, render
 
     print(dump_config(config))
-    for line in describe_data(config):
+    for line in (*describe_data(config), *without_effect(config)):
         print(line)
     made = plan(config, arguments.gpus or torch.cuda.device_count() or 1, gpu_memory_gb=arguments.gpu_memory_gb)
     Console().print(render(made))

@@ -22,14 +22,15 @@ def group_advantages(rewards: Tensor, group_size: int, *, baseline: str = "group
     """A = R - baseline (eq. 4), optionally divided by the standard deviation (GRPO).
 
     Args:
-        rewards: (B,), rollouts of one question adjacent.
+        rewards: (B,), rollouts of one question adjacent; NaN, no verdict, counts neither in means nor in numbers.
         group_size: rollouts a question; must divide B.
         baseline: ``group`` mean, ``batch`` mean, or ``leave_one_out`` (mean of the group's others).
         normalize: ``none``, or ``std``: divide by sample standard deviation + 1e-6, over the group (over the batch
             with ``baseline="batch"``). Fewer than two samples have none: their advantage is 0.
 
     Returns:
-        (B,) float32; exactly 0 in a group whose rewards are all equal (unless the baseline is the batch's).
+        (B,) float32; exactly 0 in a group whose rewards are all equal (unless the baseline is the batch's), and for
+        NaN.
     """
     if group_size < 1 or len(rewards) % group_size:
         raise ValueError(f"group_size {group_size} does not divide the {len(rewards)} rewards")
@@ -38,35 +39,42 @@ def group_advantages(rewards: Tensor, group_size: int, *, baseline: str = "group
     if not len(rewards):  # a rank that dynamic sampling left nothing
         return rewards.float()
     groups = rewards.float().reshape((1, -1) if baseline == "batch" else (-1, group_size))  # (Q, n)
-    n = groups.shape[1]
-    centred = groups - groups.mean(1, keepdim=True)  # (Q, n)
-    centred = centred.masked_fill(constant_groups(groups)[:, None], 0.0)  # no rounding residue
-    if baseline == "leave_one_out" and n > 1:
-        centred = centred * (n / (n - 1))  # R_i - mean of the others
+    judged = groups.isfinite()  # (Q, n)
+    n = judged.sum(1, keepdim=True)  # (Q, 1)
+    centred = (groups - groups.nanmean(1, keepdim=True)).where(judged, 0.0)  # (Q, n)
+    centred = centred.masked_fill(constant_groups(groups)[:, None], 0.0)  # no rounding residue; a lone one is constant
+    others = (n - 1).clamp(min=1)  # (Q, 1)
+    std = (centred.square().sum(1, keepdim=True) / others).sqrt()  # (Q, 1)
+    if baseline == "leave_one_out":
+        centred = centred * (n / others)  # R_i - mean of the others
     if normalize == "std":
-        std = groups.std(1, keepdim=True) if n > 1 else torch.zeros_like(groups)  # (Q, 1)
         centred = centred / (std + 1e-6)
     return centred.reshape(-1)
 
 
-def assign(rollouts: Rollouts, config: AdvantageConfig) -> None:
+def assign(rollouts: Rollouts, config: AdvantageConfig, *, truncated: str = "train") -> None:
     """Advantages (B,) from the rewards of judged rollouts, and which of them take part in the update (B,).
 
-    A collective with the baseline ``batch``, which is the mean over all ranks.
+    Without a verdict none does; with ``truncated="mask"`` (``loss.truncated``) none that the length limit cut, though
+    its reward counts in its group's mean. A collective with the baseline ``batch``, which is the mean over all ranks.
     """
     rewards, n = rollouts.rewards, rollouts.group_size
     everyone = config.baseline == "batch"
     parts = distributed.gather_objects(rewards) if everyone else [rewards]  # ranks may have unequal shares
     advantages = group_advantages(torch.cat(parts), n, baseline=config.baseline, normalize=config.normalize)
     rollouts.advantages = advantages.split([len(part) for part in parts])[distributed.rank() if everyone else 0]
-    rollouts.used = torch.ones(len(rewards), dtype=torch.bool)
-    if config.drop_constant_groups:
-        rollouts.used = ~constant_groups(rewards.reshape(-1, n)).repeat_interleave(n)
+    rollouts.used = rewards.isfinite()
+    if config.drop_constant_groups != "none":
+        looked_at = rewards if config.drop_constant_groups == "reward" else rollouts.judged_correct  # (B,)
+        rollouts.used &= ~constant_groups(looked_at.reshape(-1, n)).repeat_interleave(n)
+    if truncated == "mask":
+        rollouts.used &= ~rollouts.truncated
 
 
 def constant_groups(groups: Tensor, tolerance: float = 1e-6) -> Tensor:
-    """True for a group (Q, n) whose rewards do not vary by more than ``tolerance``. (Q,)"""
-    return groups.max(1).values - groups.min(1).values <= tolerance
+    """True for a group (Q, n) whose rewards, NaN left out, do not vary by more than ``tolerance``. (Q,)"""
+    judged = groups.isfinite()  # (Q, n)
+    return groups.where(judged, -torch.inf).amax(1) - groups.where(judged, torch.inf).amin(1) <= tolerance
 
 
 def zscore(values: Tensor, lengths: Tensor) -> Tensor:

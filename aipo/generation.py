@@ -29,7 +29,7 @@ from aipo.branching.cvae import Latents
 from aipo.config import Config
 from aipo.errors import TrainingError
 from aipo.mask import prefix_lengths
-from aipo.passes import Passes
+from aipo.passes import Passes, Reference
 from aipo.problems.datasets import Problem
 from aipo.rollout.base import Completion, Request, Sampling
 from aipo.rollout.collect import Collector
@@ -100,6 +100,20 @@ class Generation:
             batch: Future[Judged] = Future()
             batch.set_result((Rollouts.from_state(state["rollouts"], problems), state["metrics"]))
             self.ahead = state["step"], batch
+
+    def policy_rewards(self, rollouts: Rollouts, reference: Reference | None) -> dict[str, float]:
+        """Rewards that the policy itself gives, and the KL to the initial model that ``loss.kl_in: reward`` takes off.
+
+        A collective; sums for the log. The KL of a rollout is the sum over its tokens of log pi - log pi_ref.
+        """
+        if self.config.reward.rule == "certainty":
+            batches = self.passes.batches_of(rollouts)
+            rollouts.rewards = measure({"certainty"}, self.passes, batches, rollouts)[0]["certainty"].nanmean(1)  # (B,)
+        if reference is None or self.config.loss.kl_in == "loss":
+            return {}
+        gaps = self.passes.reference_gaps(rollouts, reference)  # (B,) nats
+        rollouts.rewards = rollouts.rewards - self.config.loss.kl_beta * gaps
+        return {"reward_kl": float(gaps.sum())}
 
     def _drawn(self, step: int, draw: Draw, clock: Clock, prefix: float) -> Judged:
         if self.config.dynamic.enabled:
@@ -227,7 +241,7 @@ class Generation:
         right, tokens = self.collector.continue_from(
             rollouts, cuts, self.sampling, samples=self.config.reward.continuations, stream=f"step {step} continuation"
         )
-        rollouts.rewards = right + rollouts.correct.float()  # (B,)
+        rollouts.rewards = (right + rollouts.correct).where(rollouts.rewards.isfinite(), torch.nan)  # (B,)
         rollouts.extra_tokens += tokens
 
 
@@ -246,12 +260,9 @@ def _same_device(threads: int) -> None:
 
 def varying_groups(rollouts: Rollouts, *, by: str, tolerance: float) -> list[int]:
     """Questions of which some rollouts are right and some wrong, or (``by: reward``) whose rewards differ by more than
-    the tolerance."""
+    the tolerance; a rollout without a verdict is neither."""
     if not rollouts.completions:
         return []
-    if by == "correct":
-        right = rollouts.correct.reshape(-1, rollouts.group_size).sum(1)  # (Q,)
-        varies = (right > 0) & (right < rollouts.group_size)  # (Q,)
-    else:
-        varies = ~constant_groups(rollouts.rewards.reshape(-1, rollouts.group_size), tolerance)  # (Q,)
-    return torch.nonzero(varies)[:, 0].tolist()
+    values = rollouts.judged_correct if by == "correct" else rollouts.rewards  # (B,)
+    constant = constant_groups(values.reshape(-1, rollouts.group_size), 0.0 if by == "correct" else tolerance)  # (Q,)
+    return torch.nonzero(~constant)[:, 0].tolist()

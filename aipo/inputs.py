@@ -16,6 +16,8 @@ from aipo.errors import UserError
 from aipo.model.loading import read_folder, skeleton, weights_digest
 from aipo.problems.datasets import Problem, fingerprint, load_problems
 from aipo.problems.embedded import resolve_model
+from aipo.problems.holdout import hold_out
+from aipo.problems.problem import Split
 from aipo.problems.prompts import Prompter
 from aipo.record.checkpoints import run_identity
 from aipo.rollout import require_engine
@@ -28,6 +30,9 @@ MAY_CHANGE = (
     "checkpoint",
     "guards",
     "reward.workers",
+    "validation.watch",
+    "validation.watch_every",
+    "validation.watch_samples",
     "rollout.check_sync",
     "rollout.check_every",
     "rollout.server_url",
@@ -42,6 +47,7 @@ class Inputs:
     model_path: str
     problems: list[Problem]
     held_out: list[Problem]
+    watched: dict[str, list[Problem]]  # by the name in the metrics
     prompter: Prompter
     notes: list[str]  # what was dropped, for the user
     identity: dict[str, Any]
@@ -51,7 +57,7 @@ def check_inputs(config: Config, world: int) -> Inputs:
     """Read and check model folder, tokenizer and data. Raises UserError; loads no weights."""
     config.check_world_size(world)
     path = resolve_model(config.model.path)
-    loaded = {split: load_problems(getattr(config.data, split), split=split) for split in ("train", "validation")}
+    loaded = {split: (spec, load_problems(spec, split=kind)) for split, (spec, kind) in data_sets(config).items()}
     folder = read_folder(path, key="model.path", name=config.model.path)
     check_model(config, folder.architecture)
     find_latents(config, path)
@@ -66,10 +72,17 @@ def check_inputs(config: Config, world: int) -> Inputs:
         generation_config=folder.generation,
     )
     notes, kept = [], {}
-    for split, content in loaded.items():
+    for split, (spec, content) in loaded.items():
         kept[split], too_long = prompter.filter(content.problems)
         reasons = {**content.dropped, f"longer than {data.max_prompt_tokens} tokens": too_long}
-        notes.append(f"{split}: {len(kept[split])} questions from {getattr(data, split)}{dropped(reasons)}")
+        notes.append(f"{split}: {len(kept[split])} questions from {spec}{dropped(reasons)}")
+    if data.validation is None:
+        count, seed = config.validation.holdout, config.validation.holdout_seed
+        kept["train"], kept["validation"], copies = hold_out(kept["train"], count, seed=seed)
+        notes.append(
+            f"validation: {len(kept['validation'])} of the training questions, held out; {len(kept['train'])} are left "
+            f"to train on{dropped({'near-duplicates of these': copies})}"
+        )
     if config.rollout.questions_per_step > len(kept["train"]):
         raise UserError(
             f"rollout.questions_per_step ({config.rollout.questions_per_step}) exceeds the {len(kept['train'])} "
@@ -86,6 +99,7 @@ def check_inputs(config: Config, world: int) -> Inputs:
     if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         raise UserError("model.attention: flash_attention_2 is not installed: pip install flash-attn, or use sdpa")
     held_out = kept["validation"][: config.validation.questions]
+    watched = {watch_name(spec): kept[f"watch {watch_name(spec)}"] for spec in config.validation.watch}
     identity = run_identity(
         config.model_dump(),
         may_change=MAY_CHANGE,
@@ -95,7 +109,25 @@ def check_inputs(config: Config, world: int) -> Inputs:
         **{"weights of model.path": weights_digest(path, folder.architecture)},
         **({"latents": file_digest(config.branch.latent_path)} if config.branch.latent_path else {}),
     )
-    return Inputs(path, kept["train"], held_out, prompter, notes, identity)
+    return Inputs(path, kept["train"], held_out, watched, prompter, notes, identity)
+
+
+def data_sets(config: Config) -> dict[str, tuple[str, Split]]:
+    """All files of questions that a run reads, by what they are for."""
+    data = config.data
+    sets: dict[str, tuple[str, Split]] = {"train": (data.train, "train")}
+    if data.validation is not None:
+        sets["validation"] = data.validation, "validation"
+    for spec in config.validation.watch:
+        if (name := f"watch {watch_name(spec)}") in sets:
+            raise UserError(f"validation.watch: metrics are named after the files, and two are {name[6:]}: rename one")
+        sets[name] = spec, "validation"
+    return sets
+
+
+def watch_name(spec: str) -> str:
+    """What a watched set is called in metrics: its file without folder and ending."""
+    return Path(spec.partition(":")[2] or spec).stem
 
 
 def check_model(config: Config, architecture: Any) -> None:
@@ -133,14 +165,29 @@ def dropped(reasons: dict[str, int]) -> str:
 def describe_data(config: Config) -> list[str]:
     """For --dry-run: how many questions there are, or that a file is not there yet. Raises UserError for bad rows."""
     lines = []
-    for split in ("train", "validation"):
-        spec = getattr(config.data, split)
+    for name, (spec, split) in data_sets(config).items():
+        key = f"validation.{name}" if name.startswith("watch ") else f"data.{name}"
         if not spec.startswith("embedded:") and not Path(spec).is_file():
-            lines.append(f"data.{split}: {spec} is not there yet; before the run, put a JSONL file there")
+            lines.append(f"{key}: {spec} is not there yet; before the run, put a JSONL file there")
             continue
         loaded = load_problems(spec, split=split)
-        lines.append(f"data.{split}: {len(loaded.problems)} questions from {spec}{dropped(loaded.dropped)}")
+        lines.append(f"{key}: {len(loaded.problems)} questions from {spec}{dropped(loaded.dropped)}")
+    if config.data.validation is None:
+        lines.append(f"validation.holdout: {config.validation.holdout} questions of data.train, not trained on")
     return lines
+
+
+def without_effect(config: Config) -> list[str]:
+    """For --dry-run: keys that were set and change nothing."""
+    loss = config.loss
+    keys = [key for key in ("clip_low", "clip_high", "ratio") if key in loss.model_fields_set]
+    if config.optim.updates_per_batch > 1 or not keys:
+        return []
+    named = ", ".join(f"loss.{key}" for key in keys)
+    return [
+        f"note: {named} without effect: with optim.updates_per_batch: 1 the policy that is updated is the one that "
+        "drew, so every importance ratio is 1 and nothing is clipped"
+    ]
 
 
 def file_digest(path: str) -> str:

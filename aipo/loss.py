@@ -15,6 +15,9 @@ from torch import Tensor
 from aipo.config.sections import LossConfig
 
 AGGREGATIONS = ("sequence", "token", "constant", "all_tokens")
+MAX_LOG_RATIO = 20.0
+"""nats; of k3's log ratio, which grows exponentially: one token that the initial model finds e^20 times as likely
+would outweigh all others of a batch. Drift in training stays far below; beyond it the KL has no gradient."""
 RATIOS = ("token", "sequence", "clipped_weight")
 
 
@@ -57,7 +60,8 @@ def loss_terms(
         correction: rule and cap of :func:`importance_weights`, where ``logp_engine`` is there; its sums are among the
             terms' as ``mismatch_*``, its largest ratio as ``weight_max``.
     """
-    clip_low, clip_high, kl_beta, aggregation = config.clip_low, config.clip_high, config.kl_beta, config.aggregation
+    clip_low, clip_high, aggregation = config.clip_low, config.clip_high, config.aggregation
+    kl_beta = config.kl_beta if config.kl_in == "loss" else 0.0
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
     if config.ratio not in RATIOS:
@@ -95,7 +99,7 @@ def loss_terms(
         clip = (rho * advantages > clipped * advantages) & mask  # (B, T)
     kl = torch.zeros_like(gain)  # (B, T)
     if inputs.logp_ref is not None:
-        log_ratio = torch.where(mask, inputs.logp_ref, 0.0) - logp  # (B, T)
+        log_ratio = (torch.where(mask, inputs.logp_ref, 0.0) - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # (B, T)
         kl = log_ratio.exp() - log_ratio - 1  # (B, T) k3
     penalty = kl if inputs.kl_weight is None else kl * torch.where(mask, inputs.kl_weight.detach(), 0.0)  # (B, T)
     token_loss = kl_beta * penalty - gain if kl_beta > 0 else -gain  # (B, T)

@@ -69,17 +69,30 @@ def maj_at_k(answers: Sequence[Sequence[str | None]], correct: Correct) -> float
 
 
 def trained_share(log: Sequence[Mapping[str, Any]]) -> float | None:
-    """OTF in [0, 1] from the lines of a run's ``metrics.jsonl``: trained / generated tokens; None without a step."""
-    steps = [line for line in log if line.get("mask/otf") is not None]
-    tokens = sum(line["rollout/tokens"] for line in steps)
-    return sum(line["mask/otf"] * line["rollout/tokens"] for line in steps) / tokens if tokens else None
+    """OTF in [0, 1] from the lines of a run's ``metrics.jsonl``; None without a step that an update was made of.
+
+    Tokens trained on / completion tokens of the rollouts that the update read. Runs from before
+    ``rollout/used_tokens`` was logged wrote the cost share under this name: they say nothing here.
+    """
+    return _share(log, "mask/otf", "rollout/used_tokens")
+
+
+def cost_share(log: Sequence[Mapping[str, Any]]) -> float | None:
+    """Tokens trained on / all tokens generated for them, in [0, 1]: with dropped groups and continuations."""
+    return _share(log, "mask/cost_share", "rollout/tokens")
+
+
+def _share(log: Sequence[Mapping[str, Any]], share: str, weight: str) -> float | None:
+    steps = [line for line in log if line.get(share) is not None and line.get(weight) is not None]
+    tokens = sum(line[weight] for line in steps)
+    return sum(line[share] * line[weight] for line in steps) / tokens if tokens else None
 
 
 def training_efficiency(mag: float, otf: float) -> float:
     """TES = MAG / (OTF / 100): accuracy gained for the share of tokens trained on.
 
-    ``mag`` is the gain over the frozen backbone in percentage points, ``otf`` the trained share of completion tokens in
-    percent, 0 < otf <= 100 (else ValueError).
+    ``mag`` is the gain over the frozen backbone in percentage points, ``otf`` the share of the completion tokens
+    of the update that was trained on in percent, 0 < otf <= 100 (else ValueError).
     """
     if not 0 < otf <= 100:
         raise ValueError(f"otf is a percentage above 0 and at most 100; got {otf}")

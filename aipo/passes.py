@@ -96,6 +96,15 @@ class Passes:
             self.batches(prompts, completions), lengths, lambda micro: self.sharded.forward(micro, _every)["logp"]
         ).nan_to_num(0.0)
 
+    def reference_gaps(self, rollouts: Rollouts, reference: Reference) -> Tensor:
+        """log pi - log pi_ref of every completion as a whole, nats; a collective. (B,)"""
+
+        def gap(micro: MicroBatch) -> Tensor:
+            out = self.sharded.forward(micro, _every)
+            return out["logp"] - reference(micro, out["mask"])  # (N,)
+
+        return self.per_token(self.batches_of(rollouts), rollouts.lengths, gap).nansum(1)
+
     @torch.no_grad()
     def selected_log_probs(self, batches: Sequence[MicroBatch], rollouts: Rollouts, select: Selector) -> Tensor:
         """Log-probabilities at the selected tokens, 0 elsewhere. (B, T)"""
@@ -136,6 +145,10 @@ class Passes:
 
 Selector = Callable[[MicroBatch, Tensor], Tensor]
 """micro-batch, (N, d) states -> (N,) bool"""
+
+
+Reference = Callable[[MicroBatch, Tensor], Tensor]
+"""micro-batch, mask (N,) -> log-probabilities (K,) of the initial model"""
 
 
 def _every(states: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from aipo.config.sections import RewardConfig
 from aipo.verify import Verdict, Verifier, after_thinking, extract_answer, last_box
 
+NO_VERDICT = (Verdict.TIMED_OUT, Verdict.KILLED)  # says nothing of the answer
 Weights = tuple[float, float, float]  # correctness, format, length: none negative, sum 1 (the config checks it)
 
 
@@ -74,23 +75,25 @@ class Rewarder:
     def collect(self) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Wait for everything handed in since the last call.
 
-        Returns ``(rewards (B,) float, correct (B,) bool, metrics)`` in the order of the indices; the metrics are
-        means and shares over these B rollouts. Raises RuntimeError if no verifier process can be started.
+        Returns ``(rewards (B,) float, correct (B,) bool, metrics)`` in the order of the indices. An answer without a
+        verdict (its check took too long, or too much memory) is not wrong: its reward is NaN. Metrics are means over
+        the rollouts judged, and shares of all. Raises RuntimeError if no verifier process can be started.
         """
         if not self._pending:
             raise ValueError("no rollout was handed in")
         pending, self._pending = [self._pending[i] for i in sorted(self._pending)], {}
         verdicts = [future.result() for future, _, _ in pending]
+        judged = torch.tensor([verdict not in NO_VERDICT for verdict in verdicts])  # (B,) bool
         correct = torch.tensor([verdict.correct for verdict in verdicts])  # (B,) bool
         formed = torch.tensor([formed for _, formed, _ in pending])  # (B,) bool
         lengths = torch.tensor([length for _, _, length in pending])  # (B,)
         too_long = soft_overlong(lengths, self.max_tokens, self.config.overlong_buffer)  # (B,) in [-1, 0]
         length = 1.0 + too_long  # (B,) in [0, 1]
         rewards = combine(correct, formed, length, self.weights, signed=self.config.signed)  # (B,)
-        rewards = rewards + self.config.overlong * too_long
+        rewards = (rewards + self.config.overlong * too_long).where(judged, torch.nan)
         metrics = {
-            "reward/mean": rewards.mean().item(),
-            "reward/correct": correct.float().mean().item(),
+            "reward/mean": rewards.nanmean().item(),
+            "reward/correct": correct[judged].float().mean().item(),
             "reward/format": formed.float().mean().item(),
             "reward/length": length.mean().item(),
         }

@@ -32,7 +32,7 @@ class Rollouts:
     completions: list[Completion] = field(metadata=BY_ROLLOUT)  # B
     group_size: int
     ids: Tensor = field(metadata=BY_ROLLOUT)  # (B,) unique over ranks, the same whatever their number
-    rewards: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,) in [0, 1]
+    rewards: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,); NaN: there is no verdict
     correct: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,) bool
     texts: list[str] = field(default_factory=list, metadata=BY_ROLLOUT)  # B
     advantages: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,)
@@ -114,6 +114,16 @@ class Rollouts:
     @property
     def lengths(self) -> Tensor:
         return torch.tensor([len(c.token_ids) for c in self.completions], dtype=torch.long)  # (B,)
+
+    @property
+    def judged_correct(self) -> Tensor:
+        """1 right, 0 wrong, NaN without a verdict. (B,) float32"""
+        return self.correct.float().where(self.rewards.isfinite(), torch.nan)
+
+    @property
+    def truncated(self) -> Tensor:
+        """Whether a completion was cut by the length limit. (B,) bool"""
+        return torch.tensor([c.finish_reason == "length" for c in self.completions], dtype=torch.bool)
 
     @property
     def logp_engine(self) -> Tensor:

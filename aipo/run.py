@@ -72,6 +72,7 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
     console = Console(stderr=False)
     slowness = Slowness(precision, device.type)
     passes = {"validation": config.validation.every}
+    passes |= {f"watch/{name}": config.validation.watch_every for name in inputs.watched}
     with Progress(
         config.optim.steps, active=rank == 0, console=console, every=passes, why_long=slowness.reasons
     ) as progress:
@@ -198,6 +199,7 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
         config,
         problems=inputs.problems,
         held_out=inputs.held_out,
+        watched=inputs.watched,
         collector=collector,
         sharded=sharded,
         reference=reference,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ from aipo.branching.cvae import Latents
 from aipo.config import Config
 from aipo.curriculum import Curriculum
 from aipo.errors import TrainingError
-from aipo.evaluation.scoring import validate
+from aipo.evaluation.scoring import Validator
 from aipo.generation import Generation
 from aipo.labelling import peaks
 from aipo.layout import MicroBatch
 from aipo.loss import LossInputs, kl_priority, loss_terms
 from aipo.mask import prefix_share
 from aipo.metrics import Accuracy
-from aipo.passes import Passes
+from aipo.passes import Passes, Reference
 from aipo.problems.datasets import Problem
 from aipo.record.checkpoints import CheckpointStore, rng_state, set_rng_state
 from aipo.record.clock import Clock
@@ -51,9 +51,10 @@ class Trainer:
 
     Args:
         problems, held_out: all ranks hold all of them.
-        reference: (micro-batch, mask (N,)) -> log-probabilities (K,) of the initial model; None without a KL term.
+        reference: log-probabilities of the initial model; None without a KL term.
         engine_gap: nats between the engine's log-probabilities and the policy's
             (:func:`~aipo.rollout.check.engine_gap`); a collective.
+        watched: sets of questions that are measured and steer nothing, by name.
         latents: what branches are drawn with; None without ``branch.latent``.
         identity: what a run that resumes this one must share with it; kept beside each checkpoint.
         stop_requested: asked after every step; true on any rank ends the run after a checkpoint.
@@ -67,7 +68,7 @@ class Trainer:
         held_out: Sequence[Problem],
         collector: Collector,
         sharded: Sharded,
-        reference: Callable[[MicroBatch, Tensor], Tensor] | None,
+        reference: Reference | None,
         selector: TokenSelector,
         curriculum: Curriculum,
         store: CheckpointStore,
@@ -76,17 +77,19 @@ class Trainer:
         device: torch.device,
         identity: dict[str, Any],
         engine_gap: Callable[[], float],
+        watched: Mapping[str, Sequence[Problem]] | None = None,
         latents: Latents | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.device = config, device
-        self.problems, self.held_out = {p.id: p for p in problems}, held_out
+        self.problems = {p.id: p for p in problems}
         self.collector, self.sharded, self.reference = collector, sharded, reference
         self.selector, self.curriculum = selector, curriculum
         self.store, self.tracker, self.progress = store, tracker, progress
         self.identity, self.engine_gap, self.stop_requested = identity, engine_gap, stop_requested
         self.passes = Passes(config, sharded, collector.prompter, device)
         self.generation = Generation(collector, config, self.passes, latents=latents)
+        self.validator = Validator(collector, self.passes, progress, config, held_out, watched or {})
         self.step = 0
         self.bad_steps = 0
         self.generated = 0  # tokens in training so far, over all ranks
@@ -100,7 +103,7 @@ class Trainer:
         """Run to the last step. Returns False if it was asked to stop before; a checkpoint is written either way."""
         config = self.config
         if self.before is None:
-            self.tracker.log(0, self.validate())
+            self.tracker.log(0, self.validate() | self.validator.watch(0, last=False))
             self.before = self.accuracy
         stop = False
         while not self.finished and not stop:
@@ -127,6 +130,7 @@ class Trainer:
             if self.step % config.validation.every == 0 or self.finished:
                 metrics |= self.validate()
                 best = self.curriculum.observe_validation(metrics["validation/accuracy"])
+            metrics |= self.validator.watch(self.step, last=self.finished)
             self.refresh_labels(rollouts, selection, kappa)
             self.tracker.log(self.step, metrics)
             tokenizer, count = self.collector.prompter.tokenizer, config.tracking.rollouts_per_step
@@ -188,13 +192,10 @@ class Trainer:
 
     def set_advantages(self, rollouts: Rollouts, clock: Clock) -> dict[str, float]:
         """Advantages (B,) and which rollouts take part in the update (B,). Returns the sum of rewards for the log."""
-        if self.config.reward.rule == "certainty":
-            with clock("forward"):
-                batches = self.passes.batches_of(rollouts)
-                certainty = measure({"certainty"}, self.passes, batches, rollouts)[0]["certainty"]  # (B, T)
-                rollouts.rewards = certainty.nanmean(1)  # (B,)
-        assign(rollouts, self.config.advantage)
-        return {"trained_reward": float(rollouts.rewards.sum())}
+        with clock("forward"):
+            sums = self.generation.policy_rewards(rollouts, self.reference)
+        assign(rollouts, self.config.advantage, truncated=self.config.loss.truncated)
+        return sums | {"trained_reward": float(rollouts.rewards.nansum())}
 
     def balance(self, rollouts: Rollouts) -> Rollouts:
         """As much to read on every rank. Several updates a batch take the questions as they were drawn."""
@@ -213,7 +214,8 @@ class Trainer:
         """A micro-batch's forward pass beside what is known of its rollouts from before, (b, t) each."""
         mask, rows = out["mask"], micro.rows.cpu()  # (N,), (b,)
         logp = micro.grid(out["logp"], mask)  # (b, t)
-        reference = None if self.reference is None else self.reference(micro, mask)  # (K,)
+        in_loss = self.reference if self.config.loss.kl_in == "loss" else None
+        reference = None if in_loss is None else in_loss(micro, mask)  # (K,)
         if rollouts.token_advantages is None:
             scores, lengths = selection.scores[rows].nan_to_num(0.0), rollouts.lengths[rows]  # (b, T), (b,)
             how, weight = self.config.advantage.mi_blend, self.config.advantage.mi_weight
@@ -287,16 +289,7 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Accuracy on the held-out questions, for the log; it stays as :attr:`accuracy`."""
-        self.passes.wake(self.collector.engine)
-        samples, world = self.config.validation.samples, distributed.world_size()
-        with self.progress.task("validation", len(self.held_out) * samples) as task:
-            self.accuracy, metrics = validate(
-                self.collector,
-                self.held_out,
-                self.config.validation,
-                max_tokens=self.config.rollout.max_tokens,
-                on_done=lambda: task.advance(world),
-            )
+        self.accuracy, metrics = self.validator.validate()
         return metrics
 
     # -- checkpoints ---------------------------------------------------------------------------------------------

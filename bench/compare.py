@@ -87,6 +87,7 @@ def numbers(runs: Sequence[Path]) -> dict[str, Any]:
         "high": max(s["after"]["high"] for s in summaries),
         "mag": mag,
         "otf": 100 * otf,
+        "cost_share": 100 * float(np.mean([s["cost_share"] for s in summaries])),
         "tes": training_efficiency(mag, 100 * otf) if otf > 0 else math.nan,
         "seconds": float(np.median(seconds)),
         "memory": max(s["peak_memory_bytes"]["host"] for s in summaries) / 2**30,
@@ -106,7 +107,7 @@ def curve(log: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     columns = ["method", "seeds", "held-out avg@4, %", "range over seeds", "95 % within a run", "MAG", "OTF, %", "TES"]
-    columns += ["steps", "tokens", "s/step", "peak GiB"]
+    columns += ["cost share, %", "steps", "tokens", "s/step", "peak GiB"]
     cells = []
     for name, n in sorted(found.items(), key=lambda item: -float(np.mean(item[1]["after"]))):
         after = [100 * value for value in n["after"]]
@@ -120,6 +121,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
                 f"{n['mag']:+.1f}",
                 f"{n['otf']:.1f}",
                 f"{n['tes']:.0f}",
+                f"{n['cost_share']:.1f}",
                 f"{n['steps']:.0f}",
                 f"{n['tokens']:,.0f}",
                 f"{n['seconds']:.1f}",
@@ -206,7 +208,7 @@ def main() -> int:
     budget = settings["optim.generated_tokens"]
     text = f"# Methods on the embedded default\n\n{machine()}; {budget:,} generated tokens a run.\n\n{table(found)}\n"
     text += distinguishable(found)
-    text += "OTF counts all generated tokens, so continuations and dropped questions lower it, and raise TES.\n"
+    text += "OTF is of the completion tokens that the updates read, the cost share of all that were generated.\n"
     if options.quick or failed or methods != known:  # what is committed compares all
         print(text)
         return 1 if failed else 0

@@ -31,7 +31,7 @@ from bench.measure import median  # noqa: E402
 GOAL = 2.2
 FIXED = (
     "curriculum.enabled=false",
-    "advantage.drop_constant_groups=false",  # which groups vary would decide how much there is to do
+    "advantage.drop_constant_groups=none",  # which groups vary would decide how much there is to do
     "validation.questions=4",
     "validation.samples=1",
     "tracking.wandb=disabled",

@@ -34,7 +34,7 @@ SHORT = (
     "tracking.wandb=disabled",
     "rollout.kv_cache_gb=0.25",
 )
-SMOL = ("rollout.questions_per_step=8", "advantage.drop_constant_groups=false")
+SMOL = ("rollout.questions_per_step=8", "advantage.drop_constant_groups=none")
 PADDED = "optim.share_prompts=false"
 
 

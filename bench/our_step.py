@@ -55,7 +55,7 @@ class Ours:
             "rollout.importance_correction": "none",  # the others have none, and so the same gradient
             "rollout.max_tokens": max(map(len, batch.completions)),
             "reward.overlong_buffer": 1,
-            "advantage.drop_constant_groups": "false",
+            "advantage.drop_constant_groups": "none",
             "loss.kl_beta": 0,
             "sharding.zero_stage": options["zero_stage"],
         }

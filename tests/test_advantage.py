@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aipo.advantage import (
     QUADRANTS,
+    assign,
     blend,
     constant_groups,
     effective_token_ratio,
@@ -26,6 +27,10 @@ from aipo.advantage import (
     weight_tokens,
     zscore,
 )
+from aipo.config.sections import AdvantageConfig
+from aipo.problems.datasets import Problem
+from aipo.rollout.base import Completion
+from aipo.rollouts import Rollouts
 from tests import reference
 
 REWARDS = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.5, 0.5])  # two groups of four: means 0.25 and 0.75
@@ -96,6 +101,48 @@ def test_bad_arguments() -> None:
 def test_constant_groups_have_a_tolerance() -> None:
     groups = torch.tensor([[0.1, 0.1, 0.1], [0.1, 0.1 + 1e-7, 0.1], [0.1, 0.1001, 0.1]])
     assert constant_groups(groups).tolist() == [True, True, False]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("normalize", ["none", "std"])
+@pytest.mark.parametrize("baseline", ["group", "leave_one_out", "batch"])
+def test_what_has_no_verdict_is_as_if_it_had_not_been_drawn(baseline: str, normalize: str) -> None:
+    rewards = [[1.0, NAN, 0.0, 0.5], [NAN, 1.0, NAN, NAN], [NAN] * 4, [0.2, 0.4, 0.2, 0.9]]
+    found = group_advantages(torch.tensor(rewards).flatten(), 4, baseline=baseline, normalize=normalize)
+    judged = [[r for r in row if r == r] for row in rewards]
+    groups = [[r for row in judged for r in row]] if baseline == "batch" else judged
+    alone = [a for row in groups if row for a in reference.group_advantages(row, len(row), baseline, normalize)]
+    missing = torch.tensor(rewards).flatten().isnan()
+    assert found[missing].tolist() == [0.0] * int(missing.sum())
+    torch.testing.assert_close(found[~missing], torch.tensor(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("drop", "truncated", "used"),
+    [
+        ("none", "train", [1, 0, 1, 1, 1, 1, 1, 1, 0, 1, 0, 0]),
+        ("reward", "train", [1, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0]),  # the lone one of the last group is constant
+        ("correctness", "train", [1, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]),  # lengths alone make the second group vary
+        ("none", "mask", [1, 0, 1, 0, 1, 1, 1, 0, 0, 1, 0, 0]),
+    ],
+)
+def test_which_rollouts_an_update_reads(drop: Any, truncated: str, used: list[int]) -> None:
+    ends = ["stop", "stop", "stop", "length"] * 3
+    rollouts = Rollouts(
+        problems=[Problem(str(q), "?", "1") for q in range(3)],
+        prompts=[[1]] * 3,
+        completions=[Completion([1], [0.0], end) for end in ends],
+        group_size=4,
+        ids=torch.arange(12),
+        rewards=torch.tensor([0.9, NAN, 0.0, 0.1, 0.1, 0.0, 0.1, 0.0, NAN, 0.1, NAN, NAN]),
+        correct=torch.tensor([True] + [False] * 11),
+    )
+    assign(rollouts, AdvantageConfig(drop_constant_groups=drop), truncated=truncated)
+    assert rollouts.used.int().tolist() == used
+    assert rollouts.advantages[9] == 0
+    assert rollouts.advantages[3] == pytest.approx(0.1 - 1 / 3)  # a masked one counts in its group's mean
 
 
 # --- blend --------------------------------------------------------------------------------------------------------

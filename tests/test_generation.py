@@ -204,6 +204,8 @@ def test_what_varies() -> None:
     assert varying_groups(rollouts, by="correct", tolerance=1e-6) == [0]
     assert varying_groups(rollouts, by="reward", tolerance=1e-6) == [0, 3]  # rounding is no difference
     assert varying_groups(rollouts, by="reward", tolerance=0.5) == [0]
+    rollouts.rewards[0] = torch.nan  # no verdict: what is left of the first group is right
+    assert varying_groups(rollouts, by="correct", tolerance=1e-6) == []
 
 
 def test_continuations_are_counted(prompter: Prompter) -> None:

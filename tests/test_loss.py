@@ -525,3 +525,20 @@ def test_importance_reads_selected_tokens_only_and_carries_no_gradient(rule: str
     empty, empty_sums = importance_weights(OURS, ENGINE, torch.zeros_like(SELECTED), rule=rule, cap=2.0)
     assert empty.isfinite().all()
     assert all(v.item() == 0 for v in empty_sums.values())
+
+
+def test_k3_is_cut_where_it_would_drown_a_batch() -> None:
+    logp = torch.tensor([[-30.0, -1.0]], requires_grad=True)
+    loss, metrics = policy_loss(
+        logp,
+        logp.detach(),
+        torch.zeros(1),
+        torch.ones(1, 2, dtype=torch.bool),
+        logp_ref=torch.tensor([[-1.0, -2.0]]),
+        kl_beta=1.0,
+    )
+    usual = math.exp(-1.0) + 1.0 - 1  # untouched
+    assert metrics["kl"] == pytest.approx((math.exp(20.0) - 20.0 - 1 + usual) / 2)
+    loss.backward()
+    assert logp.grad is not None
+    assert logp.grad[0].tolist() == pytest.approx([0.0, (1 - math.exp(-1.0)) / 2])

@@ -119,11 +119,12 @@ def test_streaming_in_any_order_is_the_same_as_all_at_once(rewarder: Rewarder) -
         rewarder.collect()
 
 
-def test_a_hostile_answer_scores_0_and_is_counted() -> None:
+def test_a_hostile_answer_has_no_verdict_and_is_counted() -> None:
     rewarder = Rewarder(RewardConfig(overlong_buffer=20, workers=1, timeout_s=0.5), max_tokens=100)
     answers = [r"\boxed{\sum_{n=1}^{10^9} n!}", r"\boxed{5}"]
     rewards, correct, metrics = rewarder.score(["5", "5"], ["math"] * 2, answers, [9, 9])
     rewarder.close()
-    assert rewards.tolist() == [0.0, 1.0]
+    assert rewards[0].isnan()
+    assert rewards[1] == metrics["reward/mean"] == metrics["reward/correct"] == 1.0
     assert correct.tolist() == [False, True]
     assert metrics["reward/timed_out"] == 0.5

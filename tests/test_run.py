@@ -13,7 +13,7 @@ from transformers import AutoConfig
 import train
 from aipo.config import load_config
 from aipo.errors import TrainingError, UserError
-from aipo.inputs import check_inputs, check_model
+from aipo.inputs import check_inputs, check_model, without_effect
 from aipo.record.checkpoints import damage, resolve
 from aipo.record.jsonl import read_jsonl
 from aipo.rollout import HfEngine
@@ -152,11 +152,12 @@ def test_under_a_launcher_only_one_rank_shows_the_plan(
 ) -> None:
     data = write(tmp_path / "d.jsonl", GOOD)
     keys = [f"model.path={model}", f"data.train={data}", f"data.validation={data}"]
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "tiny.yaml", *keys, "--dry-run"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "tiny.yaml", *keys, "loss.clip_low=0.1", "--dry-run"])
     for rank, times in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
         assert train.main() == 0
-        assert capsys.readouterr().out.count("data.train: 8 questions") == times
+        shown = capsys.readouterr().out
+        assert shown.count("data.train: 8 questions") == shown.count("loss.clip_low without effect") == times
 
 
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,3 +208,53 @@ def test_an_engine_that_loses_its_weights_stops_the_run(
     assert [line["step"] for line in read_jsonl(config.folder / "metrics.jsonl")] == [0, 1, 2, 3, 4]
     monkeypatch.undo()  # the engine of a new process is sound
     assert run(config, resume="auto", device=torch.device("cpu"))
+
+
+def test_what_is_watched_changes_no_other_number(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIPO_CACHE", str(tmp_path))  # for the labels
+    rows = [*({"question": f"number{i} + 1", "answer": str(i + 1)} for i in range(12)), GOOD[1]]
+    data, bench = write(tmp_path / "d.jsonl", list(rows)), write(tmp_path / "bench.jsonl", list(GOOD))
+    more = ["rollout.engine=hf", "model.dtype=float32", "sharding.zero_stage=0", "loss.kl_beta=0", f"runs={tmp_path}"]
+    more += ["validation.every=2", "optim.steps=3", "reward.rule=certainty", "mask.kappa_schedule=plateau"]
+    more += ["data.validation=null", "validation.holdout=4", "curriculum.stall_patience=1"]
+    found = []
+    for name, watch in (("without", []), ("with", [f"validation.watch=[{bench}]", "validation.watch_every=1"])):
+        config = config_with(model, data, *more, *watch, f"name={name}")
+        assert run(config, device=torch.device("cpu"))
+        found.append(read_jsonl(config.folder / "metrics.jsonl"))
+    without, watching = found
+    assert [sorted(k for k in line if k.startswith("watch/")) for line in without] == [[]] * 4
+    assert all(0 <= line["watch/bench/accuracy"] <= 1 for line in watching)
+    for one, two in zip(without, watching, strict=True):
+        same = [key for key in two if not key.startswith(("watch/", "time/", "speed/"))]
+        assert {key: two[key] for key in same} == {
+            key: one[key] for key in one if not key.startswith(("time/", "speed/"))
+        }
+    assert any(line["policy/grad_norm"] > 0 for line in watching[1:])  # or nothing could have differed
+
+
+@pytest.mark.usefixtures("without_vllm")
+def test_held_out_training_questions(model: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"number{i} + 1", "answer": str(i + 1)} for i in range(12)]
+    data = write(tmp_path / "d.jsonl", list(rows))
+    config = config_with(model, data, "data.validation=null", "validation.holdout=5", "rollout.engine=hf")
+    inputs = check_inputs(config, world=1)
+    assert (len(inputs.problems), len(inputs.held_out)) == (7, 4)  # validation.questions
+    assert not {p.id for p in inputs.problems} & {p.id for p in inputs.held_out}
+    assert "validation: 5 of the training questions, held out; 7 are left" in inputs.notes[-1]
+    with pytest.raises(UserError, match="two are b: rename one"):
+        check_inputs(config_with(model, data, "validation.watch=[a/b.jsonl, c/b.jsonl]"), world=1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["loss.clip_high=0.3"], "loss.clip_high without effect"),
+        (["loss.clip_low=0.1", "loss.ratio=sequence"], "loss.clip_low, loss.ratio without effect"),
+        (["loss.clip_high=0.3", "optim.updates_per_batch=2"], None),
+        (["loss.kl_beta=0.1"], None),
+    ],
+)
+def test_a_clip_that_cannot_bite_is_named(overrides: list[str], named: str | None) -> None:
+    said = without_effect(load_config("tiny.yaml", overrides))
+    assert [named is not None and named in line for line in said] == ([True] if named else [])

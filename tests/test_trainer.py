@@ -183,3 +183,28 @@ def test_the_kl_is_weighted_by_certainty(model: Path) -> None:
     assert inputs.kl_weight is not None
     own = entropy[micro.rows, : int(micro.lengths.max())]
     torch.testing.assert_close(inputs.kl_weight, (1 - own / torch.tensor(vocabulary).log()) ** 2)
+
+
+def test_the_kl_comes_off_the_reward(model: Path) -> None:
+    """Against log-probabilities of whole sequences under Hugging Face's own forward."""
+    config = config_of(model, "loss.kl_beta=0.1", "loss.kl_in=reward")
+    trainer, rollouts = made(config, model)
+    rollouts.rewards, rollouts.correct = torch.arange(8.0), torch.zeros(8, dtype=torch.bool)
+    rollouts.rewards[5] = torch.nan  # no verdict
+    trainer.reference = lambda _micro, mask: torch.full((int(mask.sum()),), -2.0)
+    found = trainer.set_advantages(rollouts, Clock())
+    whole = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for row in range(8):
+        prompt, completion = rollouts.prompts[row // 2], rollouts.completions[row].token_ids
+        with torch.no_grad():
+            logits = whole(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]  # (T, V)
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).sum()
+        expected = float("nan") if row == 5 else row - 0.1 * float(logp + 2.0 * len(completion))
+        assert float(rollouts.rewards[row]) == pytest.approx(expected, abs=1e-3, nan_ok=True)
+    assert found["trained_reward"] == pytest.approx(float(rollouts.rewards.nansum()))
+    assert not rollouts.used[5]
+    selection = trainer.selector.begin(rollouts, None, kappa=0.3, step=0)
+    micro = trainer.passes.update_batches(rollouts)[0][0]
+    out = {"mask": torch.ones(int(micro.lengths.sum()), dtype=torch.bool)}
+    out["logp"] = out["entropy"] = torch.zeros(len(out["mask"]))
+    assert trainer.loss_inputs(micro, out, None, selection, {}, rollouts).logp_ref is None  # not in the loss as well

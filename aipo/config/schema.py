@@ -83,7 +83,8 @@ class Config(Section):
                 "rollout.top_p below 1 or rollout.top_k above 0 samples from another distribution than the policy's: "
                 "set them to 1 and -1, or rollout.importance_correction: none"
             )
-        if self.advantage.drop_constant_groups and self.advantage.baseline == "batch":
+        drop = self.advantage.drop_constant_groups
+        if drop != "none" and self.advantage.baseline == "batch":
             raise ValueError("advantage.drop_constant_groups needs a baseline inside the group: group or leave_one_out")
         if self.rollout.samples_per_question == 1 and self.dynamic.enabled:
             raise ValueError(
@@ -168,6 +169,16 @@ class Config(Section):
             )
         if self.advantage.tokens == "entropy" and self.advantage.alpha >= self.advantage.phi:
             raise ValueError("advantage.alpha must be below advantage.phi, or advantages could change their sign")
+        if drop == "correctness" and self.reward.rule != "verifier":
+            raise ValueError(
+                f"advantage.drop_constant_groups: correctness looks at right answers, and reward.rule: "
+                f"{self.reward.rule} rewards something else: set advantage.drop_constant_groups: reward, or none"
+            )
+        if self.loss.kl_in == "reward" and (self.loss.kl_beta == 0 or self.loss.kl_priority > 0 or drop == "reward"):
+            raise ValueError(
+                "loss.kl_in: reward takes the KL of a whole completion off its reward, so that any group varies: it "
+                "needs loss.kl_beta above 0, loss.kl_priority: 0, and not advantage.drop_constant_groups: reward"
+            )
         if self.loss.kl_priority > 0 and self.loss.kl_beta == 0:
             raise ValueError("loss.kl_priority weighs the KL, which loss.kl_beta: 0 leaves out: raise loss.kl_beta")
         if self.mask.rule == "quadrant" and self.mask.score != "entropy":

@@ -59,8 +59,8 @@ class ModelConfig(Section):
 class DataConfig(Section):
     train: str
     """JSONL file with question and answer, or embedded:chain_sum"""
-    validation: str
-    """held-out problems, same forms as data.train"""
+    validation: str | None = None
+    """held-out problems, same forms as data.train; null holds validation.holdout training questions out"""
     system: str | None = None
     """system prompt"""
     examples: tuple[tuple[str, str], ...] = ()
@@ -170,7 +170,7 @@ class RewardConfig(Section):
     workers: Positive = 2
     """verifier processes per rank"""
     timeout_s: Annotated[float, Field(gt=0)] = 5.0
-    """seconds of CPU time an answer may take before its worker is killed and it counts as wrong"""
+    """seconds of CPU time an answer may take before its worker is killed; such a rollout leaves its group"""
     memory_mb: Annotated[int, Field(ge=512)] = 2048
     """memory cap of a worker"""
 
@@ -298,7 +298,9 @@ class AdvantageConfig(Section):
     tokens: Literal["none", "entropy", "information", "residual", "attention"] = "none"
     """how it differs by token: reallocated by entropy, plus information gained, weighted by adapter or attention"""
     alpha: Annotated[float, Field(ge=0)] = 0.2
-    """entropy: share of |A| moved; information: weight of the gain"""
+    """entropy (HAPO): share of |A| moved"""
+    information_weight: Annotated[float, Field(ge=0)] = 0.01
+    """information (IAPO): weight of the gain, the alpha of its paper"""
     beta: Annotated[float, Field(ge=0)] = 0.01
     """information: weight of the signed probability"""
     phi: Annotated[float, Field(gt=0)] = 2.0
@@ -311,17 +313,27 @@ class AdvantageConfig(Section):
     """attention: 0 weights all tokens alike"""
     favour: Literal["anchors", "explorers"] = "anchors"
     """attention: which tokens weigh more, those of low or of high entropy"""
-    drop_constant_groups: bool = False
-    """leave groups whose rewards do not vary out of the update (and of its average); saves their forward pass"""
+    drop_constant_groups: Literal["correctness", "reward", "none"] = "none"
+    """which groups are left out of the update: all right or all wrong; of rewards that do not vary; none"""
+
+    @field_validator("drop_constant_groups", mode="before")
+    @classmethod
+    def _once_a_boolean(cls, value: Any) -> Any:
+        """Configs of older run folders say true or false."""
+        return {True: "reward", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class LossConfig(Section):
     clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """epsilon_low; 1 is no lower bound"""
+    """epsilon_low; 1 is no lower bound; with optim.updates_per_batch: 1 the ratio is 1 and no clip does anything"""
     clip_high: Annotated[float, Field(ge=0)] = 0.28
     """epsilon_high"""
     kl_beta: Annotated[float, Field(ge=0)] = 0.001
-    """weight of the k3 KL to the initial model on selected tokens; 0 loads no reference model"""
+    """weight of the KL to the initial model; 0 loads no reference model"""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """k3 on selected tokens, or log pi / pi_ref summed over a completion and taken off its reward (two passes more)"""
+    truncated: Literal["train", "mask"] = "train"
+    """mask leaves completions that rollout.max_tokens cut out of the update; their rewards count in their groups"""
     aggregation: Literal["sequence", "token", "constant", "all_tokens"] = "sequence"
     """mean in each sequence then over sequences (eq. 2), over all selected tokens, over max_tokens, over all tokens"""
     ratio: Literal["token", "sequence", "clipped_weight"] = "token"
@@ -380,6 +392,10 @@ class ShardingConfig(Section):
 class ValidationConfig(Section):
     every: Positive = 10
     """steps between validations; there is always one before and one after training"""
+    holdout: Positive = 256
+    """training questions that are held out where data.validation is null; near-duplicates of them are not trained on"""
+    holdout_seed: NonNegative = 0
+    """of their choice; apart from seed, so that runs of several seeds are measured on the same questions"""
     questions: Positive | None = None
     """only the first so many; null is all"""
     samples: Positive = 4
@@ -390,6 +406,12 @@ class ValidationConfig(Section):
     """nucleus mass"""
     top_k: Annotated[int, Field(ge=-1)] = 20
     """-1 is off"""
+    watch: tuple[str, ...] = ()
+    """files of sets, such as benchmarks, that are measured beside it; they steer nothing"""
+    watch_every: Positive = 50
+    """steps between such measurements; there is always one before and one after training"""
+    watch_samples: Positive = 4
+    """a question"""
 
 
 class CheckpointConfig(Section):

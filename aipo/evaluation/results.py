@@ -121,7 +121,7 @@ def gains(results: Results, baseline: Results, otf: float | None) -> dict[str, G
 
 
 def otf_of_run(run: Path) -> float | None:
-    """OTF of a run in percent; None where it has no metrics yet."""
+    """OTF of a run in percent; None where its metrics do not say."""
     share = trained_share(read_jsonl(run / "metrics.jsonl"))
     return None if share is None else 100 * share
 

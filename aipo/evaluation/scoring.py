@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from aipo import distributed
+from aipo.config import Config
 from aipo.config.sections import ValidationConfig
 from aipo.errors import UserError
 from aipo.evaluation.benchmarks import Item
 from aipo.metrics import Accuracy, accuracy_summary
+from aipo.passes import Passes
 from aipo.problems.datasets import Problem
 from aipo.problems.prompts import Prompter
 from aipo.record.checkpoints import write_atomically
 from aipo.record.jsonl import JsonlLog, read_jsonl, to_line
+from aipo.record.progress import Progress
 from aipo.rollout.base import Completion, Request, RolloutEngine, Sampling
 from aipo.rollout.collect import Collector
 from aipo.verify import Verdict, Verifier, after_thinking, extract_answer
@@ -29,35 +34,87 @@ def validate(
     problems: Sequence[Problem],
     config: ValidationConfig,
     *,
+    samples: int,
     max_tokens: int,
+    name: str = "validation",
     on_done: Callable[[], None] | None = None,
 ) -> tuple[Accuracy, dict[str, float]]:
     """avg@k over all ranks with its 95 % interval, the same on every rank, and metrics for the log.
 
-    The random streams are the same each time: differences between two validations come from the weights alone.
+    The random streams are the same each time: differences between two validations come from the weights alone. An
+    answer without a verdict counts as wrong here, and its share is in the log: nothing is learned from it.
+
+    Args:
+        samples: of each question.
+        name: of the random stream, and before the names of the metrics.
     """
     sampling = Sampling(max_tokens, config.temperature, config.top_p, config.top_k)
     mine = problems[distributed.rank() :: distributed.world_size()]
-    rollouts = collector.collect(mine, sampling, samples=config.samples, stream="validation", on_done=on_done)
+    rollouts = collector.collect(mine, sampling, samples=samples, stream=name, on_done=on_done)
     collector.judge(rollouts)
-    rows = [
-        (problem.id, rollouts.correct[q * config.samples : (q + 1) * config.samples].tolist())
-        for q, problem in enumerate(mine)
-    ]
-    lengths = [len(c.token_ids) for c in rollouts.completions]
-    truncated = [c.finish_reason == "length" for c in rollouts.completions]
-    gathered = distributed.gather_objects((rows, lengths, truncated))
+    rows = [(problem.id, rollouts.correct[q * samples : (q + 1) * samples].tolist()) for q, problem in enumerate(mine)]
+    each = [rollouts.lengths, rollouts.truncated, rollouts.rewards.isnan()]  # (B,) each
+    sums = torch.stack([values.double().sum() for values in each])  # (3,)
+    gathered = distributed.gather_objects((rows, sums))
     by_id = dict(row for part in gathered for row in part[0])
     accuracy = accuracy_summary([by_id[problem.id] for problem in problems])
-    all_lengths = [n for part in gathered for n in part[1]]
-    all_truncated = [t for part in gathered for t in part[2]]
+    length, truncated, no_verdict = (sum(part[1] for part in gathered) / accuracy.samples).tolist()
     return accuracy, {
-        "validation/accuracy": accuracy.value,
-        "validation/accuracy_low": accuracy.low,
-        "validation/accuracy_high": accuracy.high,
-        "validation/length_mean": sum(all_lengths) / len(all_lengths),
-        "validation/truncated": sum(all_truncated) / len(all_truncated),
+        f"{name}/accuracy": accuracy.value,
+        f"{name}/accuracy_low": accuracy.low,
+        f"{name}/accuracy_high": accuracy.high,
+        f"{name}/length_mean": length,
+        f"{name}/truncated": truncated,
+        f"{name}/no_verdict": no_verdict,
     }
+
+
+class Validator:
+    """Accuracy during training: on held-out questions, which steer it, and on sets that are only watched.
+
+    Args:
+        watched: questions by the name of their set.
+    """
+
+    def __init__(
+        self,
+        collector: Collector,
+        passes: Passes,
+        progress: Progress,
+        config: Config,
+        held_out: Sequence[Problem],
+        watched: Mapping[str, Sequence[Problem]],
+    ) -> None:
+        self.collector, self.passes, self.progress, self.config = collector, passes, progress, config.validation
+        self.max_tokens, self.held_out, self.watched = config.rollout.max_tokens, held_out, watched
+
+    def validate(self) -> tuple[Accuracy, dict[str, float]]:
+        """:func:`validate` on the held-out questions."""
+        return self._measure("validation", self.held_out, self.config.samples)
+
+    def watch(self, step: int, *, last: bool) -> dict[str, float]:
+        """Metrics of the watched sets where they are due. Nothing of them stays: not even in the engine's cache."""
+        if not self.watched or (step % self.config.watch_every and not last):
+            return {}
+        metrics: dict[str, float] = {}
+        for name, problems in self.watched.items():
+            metrics |= self._measure(f"watch/{name}", problems, self.config.watch_samples)[1]
+        self.collector.engine.sync(self.passes.sharded.full_parameters())
+        return metrics
+
+    def _measure(self, name: str, problems: Sequence[Problem], samples: int) -> tuple[Accuracy, dict[str, float]]:
+        self.passes.wake(self.collector.engine)
+        world = distributed.world_size()
+        with self.progress.task(name, len(problems) * samples) as task:
+            return validate(
+                self.collector,
+                problems,
+                self.config,
+                samples=samples,
+                max_tokens=self.max_tokens,
+                name=name,
+                on_done=lambda: task.advance(world),
+            )
 
 
 class CompletionFiles:

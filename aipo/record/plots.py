@@ -22,7 +22,7 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("reward", ("reward/mean",)),
     Panel("held-out accuracy", ("validation/accuracy",), ("validation/accuracy_low", "validation/accuracy_high")),
-    Panel("share of tokens trained on (OTF)", ("mask/otf",)),
+    Panel("share of tokens trained on (OTF), of all generated", ("mask/otf", "mask/cost_share")),
     Panel("mask threshold κ", ("mask/kappa",)),
     Panel("mutual information, mean", ("mi/mean",)),
     Panel("mutual information, skew", ("mi/skew",)),

@@ -18,7 +18,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
-from aipo.metrics import Accuracy, trained_share
+from aipo.metrics import Accuracy, cost_share, trained_share
 from aipo.record.checkpoints import write_atomically
 from aipo.record.jsonl import plain
 
@@ -183,7 +183,8 @@ class Summary:
 
     before: Accuracy
     after: Accuracy
-    otf: float  # Σ trained tokens / Σ completion tokens over the run
+    otf: float  # Σ trained tokens / Σ completion tokens of the rollouts that the updates read
+    cost_share: float  # Σ trained tokens / Σ generated tokens
     length: float  # mean completion length over the run, tokens
     no_answer: float  # share of rollouts without an extractable answer
     timed_out: float  # whose answer took the verifier too long
@@ -204,11 +205,11 @@ def summarize(
 ) -> Summary:
     """Sum up the lines of ``metrics.jsonl``, so that a resumed run is summed up whole.
 
-    Uses ``mask/otf``, weighted by ``rollout/tokens`` (completion tokens of a step over all ranks),
-    ``rollout/length_mean`` and ``time/<phase>_s``. Phases of the step come in its order, others after them.
+    Uses ``mask/otf`` and ``mask/cost_share``, weighted by the tokens that they are shares of, ``rollout/length_mean``
+    and ``time/<phase>_s``. Phases of the step come in its order, others after them.
     """
     steps = [line for line in metrics if line.get("mask/otf") is not None]
-    otf = trained_share(metrics)
+    otf, cost = trained_share(metrics), cost_share(metrics)
     keys = {key for line in metrics for key in line if key.startswith("time/") and key.endswith("_s")}
     phases = {key.removeprefix("time/").removesuffix("_s") for key in keys}
     order = [*(phase for phase in PHASES if phase in phases), *sorted(phases.difference(PHASES))]
@@ -216,6 +217,7 @@ def summarize(
         before=before,
         after=after,
         otf=math.nan if otf is None else otf,
+        cost_share=math.nan if cost is None else cost,
         length=_mean(metrics, "rollout/length_mean"),
         no_answer=_mean(steps, "reward/no_answer"),
         timed_out=_mean(steps, "reward/timed_out"),
@@ -239,6 +241,7 @@ def final_table(summary: Summary, *, console: Console | None = None) -> None:
         ("held-out accuracy after", f"{summary.after} (95 %)"),
         ("questions × samples", f"{summary.after.problems} × {summary.after.samples / summary.after.problems:g}"),
         ("tokens trained on (OTF)", f"{100 * summary.otf:.2f} %"),
+        ("tokens trained on / generated", f"{100 * summary.cost_share:.2f} %"),
         ("mean completion length", f"{summary.length:.1f} tokens"),
         ("without an answer", f"{100 * summary.no_answer:.1f} %"),
         ("check timed out / killed", f"{100 * summary.timed_out:.2f} % / {100 * summary.killed:.2f} %"),

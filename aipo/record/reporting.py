@@ -32,9 +32,11 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
     lengths = rollouts.lengths
     mine = dict(local) | {
         "tokens": float(lengths.sum()),
+        "used_tokens": float(lengths[rollouts.used].sum()),
         "generated": float(lengths.sum()) + rollouts.extra_tokens,
         "rollouts": float(len(lengths)),
-        "truncated": float(sum(c.finish_reason == "length" for c in rollouts.completions)),
+        "truncated": float(rollouts.truncated.sum()),
+        "judged": float(rollouts.rewards.isfinite().sum()),
         "used": float(rollouts.used.sum()),
     }
     questions = [problem.id for problem in rollouts.problems]
@@ -51,7 +53,8 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
     world = len(parts)
     return {
         **{k: v / world for k, v in total.items() if k.startswith("reward/")},
-        **({"reward/trained": per("trained_reward", "rollouts")} if "trained_reward" in total else {}),
+        **({"reward/trained": per("trained_reward", "judged")} if "trained_reward" in total else {}),
+        **({"reward/kl": per("reward_kl", "rollouts")} if "reward_kl" in total else {}),
         **{f"advantage/{key}": per(key, "rollouts") for key in ("gini", "effective_tokens") if key in total},
         **({"rollout/early_exits": per("exit_tokens", "tokens")} if total.get("exit_tokens") else {}),
         "rollout/questions": float(len({question for _, _, part in parts for question in part})),
@@ -60,13 +63,15 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
         **{f"dynamic/{k}": total[f"dynamic_{k}"] / world for k in ("tries", "kept") if f"dynamic_{k}" in total},
         "rollout/truncated": per("truncated", "rollouts"),
         "rollout/used": per("used", "rollouts"),
+        "rollout/used_tokens": total["used_tokens"],
         "loss/total": per("loss", "denominator"),
         **({"loss/kl": per("kl", "selected")} if "kl" in total else {}),
         "loss/clip_fraction": per("clip_fraction", "selected"),
         "loss/skipped_steps": total["skipped"] / world,
         "policy/entropy": per("entropy", "selected"),
         "policy/grad_norm": total["grad_norm"] / world,
-        "mask/otf": per("selected", "generated"),
+        "mask/otf": per("selected", "used_tokens"),
+        "mask/cost_share": per("selected", "generated"),
         "mi/mean": per("mi", "mi_tokens"),
         "mi/skew": per("mi_skew", "mi_sequences"),
         "mismatch/kl": per("mismatch_kl", "selected"),

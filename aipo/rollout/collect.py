@@ -82,7 +82,8 @@ class Collector:
         """Complete the first ``cuts`` (B,) tokens of every rollout ``samples`` times, within the same length limit.
 
         Returns:
-            How many of a rollout's continuations are right, (B,) float32, and the tokens drawn for all of them.
+            How many of a rollout's continuations are right, (B,) float32 (as the share of those with a verdict, times
+            ``samples``; NaN where none has one), and the tokens drawn for all of them.
         """
         prefixes = [c.token_ids[:cut] for c, cut in zip(rollouts.completions, cuts.tolist())]  # B
         owner = [row for row in range(len(prefixes)) for _ in range(samples)]
@@ -101,8 +102,9 @@ class Collector:
         if not requests:
             return torch.zeros(0), 0
         completions = self.engine.generate(requests, sampling, on_done=finished)
-        _, correct, _ = self.rewarder.collect()  # (B * samples,)
-        return correct.reshape(-1, samples).sum(1).float(), sum(len(c.token_ids) for c in completions)
+        rewards, correct, _ = self.rewarder.collect()  # (B * samples,) each
+        judged, right = (each.reshape(-1, samples).sum(1) for each in (rewards.isfinite(), correct))  # (B,)
+        return samples * right / judged, sum(len(c.token_ids) for c in completions)
 
     def judge(self, rollouts: Rollouts) -> dict[str, float]:
         """Fill in the rewards of what :meth:`collect` gave last; returns the rewarder's metrics, of this rank."""

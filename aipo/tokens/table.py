@@ -162,7 +162,7 @@ def _informed(rollouts: Rollouts, information: Tensor, config: AdvantageConfig) 
         rollouts.logp_engine,
         rollouts.correct,
         rollouts.lengths,
-        alpha=config.alpha,
+        alpha=config.information_weight,
         beta=config.beta,
     )
 

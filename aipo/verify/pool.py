@@ -41,7 +41,7 @@ STARTUP_SECONDS = 120.0  # a worker imports sympy in half a second; generous, be
 
 
 class Verdict(Enum):
-    """What became of one answer; everything but ``CORRECT`` scores 0."""
+    """What became of one answer; the last two are no verdict on it."""
 
     CORRECT = "correct"
     WRONG = "wrong"

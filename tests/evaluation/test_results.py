@@ -136,8 +136,9 @@ def test_otf_of_a_run_is_by_tokens(tmp_path: Path) -> None:
     assert otf_of_run(tmp_path) is None
     lines: list[dict[str, float]] = [
         {"step": 0},
-        {"mask/otf": 0.1, "rollout/tokens": 100},
-        {"mask/otf": 0.4, "rollout/tokens": 300},
+        {"mask/otf": 0.9, "rollout/tokens": 900},  # of a run that wrote the cost share under this name
+        {"mask/otf": 0.1, "rollout/used_tokens": 100, "rollout/tokens": 900},
+        {"mask/otf": 0.4, "rollout/used_tokens": 300, "rollout/tokens": 900},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert otf_of_run(tmp_path) == pytest.approx(32.5)

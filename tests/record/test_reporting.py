@@ -57,12 +57,14 @@ def test_text_that_must_not_get_out_does_not() -> None:
     assert {row["question"] for row in rows} == {"question of b"}
 
 
-def test_shares_count_all_that_was_generated() -> None:
+def test_otf_is_of_what_the_update_read_and_the_cost_share_of_all_that_was_generated() -> None:
     rollouts = batch("a", "b")  # 1 + 2 + 3 + 4 tokens
     rollouts.extra_tokens = 10
     logged = reduce_metrics(rollouts, {"selected": 5.0, "trained_reward": 6.0}, {"rollout": 2.0})
     assert logged["rollout/tokens"] == 20
-    assert logged["mask/otf"] == pytest.approx(5 / 20)
+    assert logged["rollout/used_tokens"] == 1 + 2 + 3  # the fourth rollout is not in the update
+    assert logged["mask/otf"] == pytest.approx(5 / 6)
+    assert logged["mask/cost_share"] == pytest.approx(5 / 20)
     assert logged["rollout/length_mean"] == pytest.approx(10 / 4)
     assert logged["reward/trained"] == pytest.approx(6 / 4)
     assert logged["rollout/used"] == pytest.approx(3 / 4)

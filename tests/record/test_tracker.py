@@ -397,7 +397,9 @@ LINES = [
     {
         "step": 1,
         "mask/otf": 0.1,
-        "rollout/tokens": 100,
+        "mask/cost_share": 0.05,
+        "rollout/used_tokens": 100,
+        "rollout/tokens": 200,
         "rollout/length_mean": 20.0,
         "time/mi_s": 1.0,
         "time/sync_s": 0.1,
@@ -408,7 +410,9 @@ LINES = [
     {
         "step": 2,
         "mask/otf": 0.4,
-        "rollout/tokens": 300,
+        "mask/cost_share": 0.3,
+        "rollout/used_tokens": 300,
+        "rollout/tokens": 400,
         "rollout/length_mean": 30.0,
         "time/mi_s": 2.0,
         "time/sync_s": 0.3,
@@ -426,6 +430,7 @@ def test_final_table(tmp_path):
     peak = {"host": 3 * 2**30}
     summary = summarize(LINES, before=before, after=after, peak_memory_bytes=peak, run_folder=run)
     assert summary.otf == pytest.approx((0.1 * 100 + 0.4 * 300) / 400)  # by tokens, not by steps
+    assert summary.cost_share == pytest.approx((0.05 * 200 + 0.3 * 400) / 600)
     assert summary.length == 25.0
     assert list(summary.seconds) == ["mi", "sync", "validation"]
     assert summary.seconds["mi"] == 1.5

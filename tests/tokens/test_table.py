@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aipo.advantage import entropy_quadrants, reallocate_by_entropy, weight_tokens
+from aipo.advantage import entropy_quadrants, information_advantages, reallocate_by_entropy, weight_tokens
 from aipo.config import Config, load_config
 from aipo.config.sections import AdvantageConfig, Measured
 from aipo.layout import filler, micro_batches
@@ -185,6 +185,12 @@ def test_shapes_are_the_formulas_over_the_batch(rollouts: Rollouts) -> None:
     # what is measured for another stage does not take the place of mutual information
     assert shape(rollouts, {"entropy": values}, config("loss.kl_beta=0.1", "loss.kl_priority=2"))[0] is None
     assert shape(rollouts, {"certainty": values}, config("mask.score=certainty"))[0] is values
+    rollouts.correct = torch.tensor([True, False, True, False])
+    arguments = rollouts.advantages, values, rollouts.logp_engine, rollouts.correct, LENGTHS
+    for keys, weight in (([], 0.01), (["advantage.information_weight=0.3"], 0.3)):  # not the 0.2 of advantage.alpha
+        _, shaped = shape(rollouts, {"information": values}, config("advantage.tokens=information", *keys))
+        assert shaped is not None
+        assert torch.equal(shaped, information_advantages(*arguments, alpha=weight, beta=0.01))
 
 
 def test_every_rule_and_every_measure_is_an_entry_of_its_table() -> None:
