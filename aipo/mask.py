@@ -52,15 +52,16 @@ def local_maxima(scores: Tensor, lengths: Tensor) -> Tensor:
     return peaks
 
 
-def peaks(scores: Tensor, *, kappa: float) -> Tensor:
-    """Local maxima above mu + kappa sigma of one completion: (T,) -> bool (T,)."""
+def peaks(scores: Tensor, *, kappa: float, statistic: Statistic = "mean_std", tau: float = 1.5) -> Tensor:
+    """Local maxima above the threshold of :func:`threshold_mask` of one completion: (T,) -> bool (T,)."""
     row, length = scores[None], torch.tensor([len(scores)], device=scores.device)
-    return (threshold_mask(row, length, kappa=kappa) & local_maxima(row, length))[0]
+    above = threshold_mask(row, length, kappa=kappa, statistic=statistic, tau=tau)
+    return (above & local_maxima(row, length))[0]
 
 
-def count_peaks(scores: Tensor, *, kappa: float) -> int:
+def count_peaks(scores: Tensor, *, kappa: float, statistic: Statistic = "mean_std", tau: float = 1.5) -> int:
     """N_peak of one completion (T,), clipped to 0..40 (AIPO, section 3.3)."""
-    return min(MAX_PEAKS, int(peaks(scores, kappa=kappa).sum()))
+    return min(MAX_PEAKS, int(peaks(scores, kappa=kappa, statistic=statistic, tau=tau).sum()))
 
 
 def prefix_lengths(lengths: Tensor, share: float) -> Tensor:

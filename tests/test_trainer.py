@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from aipo.config import Config, load_config
+from aipo.curriculum import Curriculum
 from aipo.layout import pad
 from aipo.loss import policy_loss
 from aipo.policy import make_policy
@@ -85,6 +86,22 @@ def made(config: Config, model: Path) -> tuple[Trainer, Rollouts]:
         engine_gap=lambda: 0.0,
     )
     return trainer, rollouts
+
+
+def test_the_initial_validation_is_the_first_best(model: Path) -> None:
+    """A run that never does better than before it stalls after P_val validations, not one later."""
+    config = config_of(model, "curriculum.stall_patience=2")
+    trainer, _ = made(config, model)
+    logged: list[tuple[int, dict[str, float]]] = []
+    trainer.tracker = SimpleNamespace(log=lambda *entry: logged.append(entry))  # type: ignore[assignment]
+    trainer.validate = lambda: {"validation/accuracy": 0.5}  # type: ignore[method-assign]
+    trainer.curriculum = Curriculum(["a"], config.curriculum, config.mask, total_steps=config.optim.steps, seed=0)
+    trainer.step = config.optim.steps
+    assert trainer.train()
+    assert logged == [(0, {"validation/accuracy": 0.5})]
+    assert not trainer.curriculum.observe_validation(0.5)
+    assert not trainer.curriculum.observe_validation(0.4)
+    assert trainer.curriculum.stalls == 1
 
 
 def whole_sequences(config: Config, model: Path, rollouts: Rollouts, mask: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Statistic = Literal["mean_std", "iqr"]
 BucketBy = Literal["count", "rate", "quantile"]
-KappaSchedule = Literal["combined", "linear", "plateau", "constant"]
+KappaSchedule = Literal["combined", "linear", "plateau", "constant", "literal"]
 Estimator = Literal["coordinate", "pointwise", "position"]
 Features = Literal["random", "orthogonal", "quadrature"]
 Normalize = Literal["none", "layernorm", "zscore"]
@@ -231,7 +231,7 @@ class MaskConfig(Section):
     kappa_end: Annotated[float, Field(ge=0)] = 0.1
     """lowest kappa"""
     kappa_schedule: KappaSchedule = "combined"
-    """falls with the step, with stalls of the validation accuracy, with both, or not"""
+    """falls with the step, with stalls of the validation accuracy, with both, or not; literal: with the clock"""
     kappa_decay_steps: Positive | None = None
     """T_dec; null is optim.steps"""
 
@@ -257,10 +257,12 @@ class CurriculumConfig(Section):
     """probabilities of easy, medium, hard at first"""
     end: tuple[Fraction, Fraction, Fraction] = (0.25, 0.35, 0.40)
     """and at last"""
-    bucket_by: BucketBy = "count"
-    """buckets by N_peak, by peaks per 512 tokens, or by thirds of the questions"""
+    bucket_by: BucketBy = "quantile"
+    """buckets by N_peak or by peaks per 512 tokens (at curriculum.cuts), or by their quantiles over the questions"""
     cuts: tuple[NonNegative, NonNegative] = (15, 25)
-    """largest N_peak of easy and of medium"""
+    """of count and rate: largest N_peak of easy and of medium"""
+    quantiles: tuple[Fraction, Fraction] = (1 / 3, 2 / 3)
+    """of quantile: share of the questions that are easy, and that are easy or medium"""
     probe_tokens: Positive = 512
     """peaks are counted in the first so many tokens"""
     refresh_every: Positive | None = None
@@ -274,6 +276,8 @@ class CurriculumConfig(Section):
             raise ValueError(f"curriculum.t1 ({self.t1}) must not exceed curriculum.t2 ({self.t2})")
         if self.cuts[0] >= self.cuts[1]:
             raise ValueError(f"curriculum.cuts must increase, got {list(self.cuts)}")
+        if self.quantiles[0] >= self.quantiles[1]:
+            raise ValueError(f"curriculum.quantiles must increase, got {list(self.quantiles)}")
         for name in ("start", "end"):
             if abs(sum(getattr(self, name)) - 1) > 1e-6:
                 raise ValueError(f"curriculum.{name} must sum to 1, got {sum(getattr(self, name)):g}")
