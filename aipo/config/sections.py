@@ -15,7 +15,7 @@ POSITION_ELEMENTS = 2**27  # float64 moments of mi.estimator: position, 1 GiB
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Statistic = Literal["mean_std", "iqr"]
+Statistic = Literal["mean_std", "iqr", "iqr_kappa"]
 BucketBy = Literal["count", "rate", "quantile"]
 KappaSchedule = Literal["combined", "linear", "plateau", "constant", "literal"]
 Estimator = Literal["coordinate", "pointwise", "position"]
@@ -210,14 +210,18 @@ class MaskConfig(Section):
     """which completion tokens are trained on; all is every token"""
     score: Literal["mi", "entropy"] = "mi"
     """what the rules threshold, top_fraction, peaks_only look at; quadrant wants entropy"""
-    scope: Literal["sequence", "group", "micro_batch", "batch", "running"] = "sequence"
-    """over which tokens the statistics are taken; batch is over all ranks and micro-batches"""
+    scope: Literal["sequence", "causal", "group", "micro_batch", "batch", "running"] = "sequence"
+    """over which tokens the statistics are taken; causal: those so far; batch is over all ranks and micro-batches"""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """of scope running, over steps; 1 weighs all tokens of the run so far alike (Welford)"""
     statistic: Statistic = "mean_std"
-    """threshold mu + kappa * sigma, or Q3 + tau * IQR"""
+    """threshold mu + kappa * sigma, Q3 + tau * IQR, or mu + kappa * IQR; peaks are counted by it too"""
     tau: Annotated[float, Field(gt=0)] = 1.5
     """of the iqr statistic"""
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     """of the rules top_fraction and random"""
+    invert: bool = False
+    """take the lowest scores of each completion instead, equally many: a control"""
     prefix_start: Fraction = 0.15
     """share of a completion that rule prefix trains on at first"""
     prefix_step: Fraction = 0.05
@@ -239,6 +243,22 @@ class MaskConfig(Section):
     def _kappa(self) -> MaskConfig:
         if self.kappa_end > self.kappa_start:
             raise ValueError(f"mask.kappa_end ({self.kappa_end}) must not exceed mask.kappa_start ({self.kappa_start})")
+        moments = self.rule != "top_fraction" and self.statistic == "mean_std"
+        if self.scope == "causal" and not moments:
+            raise ValueError(
+                "mask.scope: causal knows the mean and deviation so far: set mask.statistic: mean_std and another "
+                "mask.rule than top_fraction, or mask.scope: sequence"
+            )
+        if self.scope == "running" and self.decay == 1 and not moments:
+            raise ValueError(
+                "mask.decay: 1 merges means and variances, which quantiles are not: set mask.statistic: mean_std and "
+                "another mask.rule than top_fraction, or a decay below 1"
+            )
+        if self.invert and self.rule not in ("threshold", "top_fraction", "peaks_only"):
+            raise ValueError(
+                f"mask.invert takes the lowest scores, and mask.rule: {self.rule} ranks none: set mask.rule: "
+                "threshold, top_fraction or peaks_only"
+            )
         if self.prefix_start > self.prefix_end:
             raise ValueError(
                 f"mask.prefix_start ({self.prefix_start}) must not exceed mask.prefix_end ({self.prefix_end})"
