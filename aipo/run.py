@@ -108,6 +108,10 @@ def close(trainer: Trainer) -> None:
 
 def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None) -> bool:
     """Restore or label, then train until the end or a signal."""
+    if config.mi.gold_refresh == "never" and trainer.selector.uses_gold:  # the weights are still the initial ones
+        trainer.collector.engine.sleep()
+        trainer.progress.say(f"computing the gold states of {len(inputs.problems)} questions, once for the run")
+        trainer.passes.keep_golds(inputs.problems)
     if checkpoint is not None:
         trainer.load(checkpoint)
         trainer.store.rewind(trainer.step)

@@ -85,7 +85,7 @@ class Trainer:
         self.selector, self.curriculum = selector, curriculum
         self.store, self.tracker, self.progress = store, tracker, progress
         self.identity, self.engine_gap, self.stop_requested = identity, engine_gap, stop_requested
-        self.passes = Passes(config, sharded, collector.prompter, device)
+        self.passes = Passes(config, sharded, collector.prompter, device, problems)
         self.generation = Generation(collector, config, self.passes, latents=latents)
         self.step = self.bad_steps = 0
         self.generated = 0  # tokens in training so far, over all ranks

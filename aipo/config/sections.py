@@ -195,10 +195,14 @@ class MIConfig(Section):
     """decoder layer whose raw residual stream is read; -1 is the last"""
     normalize: Normalize = "none"
     """normalisation of the states before the kernel"""
-    gold_text: Literal["answer", "boxed", "question_answer"] = "answer"
-    """text whose state is h*"""
+    gold_text: Literal["answer", "boxed", "question_answer", "solution"] = "answer"
+    """text whose state is h*; solution is the field of that name of a row of data.train"""
     gold_pool: Literal["last", "mean"] = "last"
     """which token's state of that text"""
+    gold_refresh: Literal["step", "never"] = "step"
+    """h* by the weights of the step, or by the initial ones for the whole run"""
+    gold_control: Literal["none", "shuffled"] = "none"
+    """shuffled takes another question's gold, of another answer: a control"""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """pointwise: decay of the running cross-covariance"""
     warmup_steps: NonNegative = 10
