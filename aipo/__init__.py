@@ -28,9 +28,11 @@ The map: what the paper (Chen et al., ACL 2026) numbers, and the name that imple
     table 1          aipo.metrics.avg_at_k, aipo.evaluation.benchmarking.run
     table 2          aipo.metrics.training_efficiency, aipo.evaluation.results.gains
     table 3          configs/methods/aipo_wo_curriculum.yaml
+    table 4          configs/ablations/bucket_easy.yaml, configs/ablations/bucket_medium.yaml,
+                     configs/ablations/bucket_hard.yaml
     figure 2         configs/ablations/kappa_0.1.yaml to kappa_0.4.yaml
     figure 3         aipo.rollout.interventions.intervene
-    figure 4         the keys curriculum.cuts and curriculum.bucket_by: aipo.curriculum.bucket_of
+    figure 4         configs/ablations/n_peak.yaml, configs/ablations/cuts_15_25.yaml: aipo.curriculum.bucket_of
 """
 
 __version__ = "0.1.0"

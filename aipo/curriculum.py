@@ -19,7 +19,8 @@ from aipo.mask import MAX_PEAKS, peaks
 Mixture = tuple[float, float, float]
 
 NAMES = ("easy", "medium", "hard")
-RATE_TOKENS = 512  # "rate" counts peaks per so many tokens: the length that the paper's cut-points were found at
+RATE_TOKENS = 512  # "rate" counts peaks per so many tokens
+SMALL_BUCKET = 0.05  # share of the questions below which a bucket is worth a warning
 STALL_ADVANCE = 0.05  # share of all steps that a stall adds to the clock
 
 
@@ -56,9 +57,10 @@ def kappa_at(
     """kappa(t) = max(end, start - (start - end) t / decay_steps - stall_drop * stalls).
 
     Line 42 of Algorithm 1 overwrites line 40 as printed; ``combined`` keeps both decays, ``linear`` the one by steps,
-    ``plateau`` the one by stalls, ``constant`` neither.
+    ``plateau`` the one by stalls, ``constant`` neither. ``literal`` is line 42 after line 40: ``linear``, for a
+    ``step`` of the curriculum's clock, which stalls advance.
     """
-    if schedule in ("combined", "linear"):
+    if schedule in ("combined", "linear", "literal"):
         start -= (start - end) * step / decay_steps
     if schedule in ("combined", "plateau"):
         start -= stall_drop * stalls
@@ -70,13 +72,16 @@ def bucket_of(n_peak: float, cuts: tuple[float, float] = (15, 25)) -> int:
     return int(n_peak > cuts[0]) + int(n_peak > cuts[1])
 
 
-def peak_label(scores: Tensor, kappa: float, by: BucketBy = "count", probe_tokens: int = 512) -> float:
-    """N_peak of a trajectory's scores (T,), from its first ``probe_tokens``: 0..40, whole unless ``by`` is rate.
+def peak_label(scores: Tensor, mask: MaskConfig, by: BucketBy = "quantile", probe_tokens: int = 512) -> float:
+    """N_peak of a trajectory's scores (T,), from its first ``probe_tokens``, by ``mask.statistic`` at ``kappa_start``.
 
-    ``rate`` is the number of peaks per 512 tokens, for answers much shorter or longer than the cut-points are made for.
+    ``count`` is clipped to 0..40, and so is ``rate``, peaks per 512 tokens. ``quantile`` compares questions with each
+    other: clipped, all with more than 40 would look alike.
     """
     probe = scores[:probe_tokens]
-    found = int(peaks(probe, kappa=kappa).sum())
+    found = int(peaks(probe, kappa=mask.kappa_start, statistic=mask.statistic, tau=mask.tau).sum())
+    if by == "quantile":
+        return found
     return min(MAX_PEAKS, found * RATE_TOKENS / max(len(probe), 1) if by == "rate" else found)
 
 
@@ -129,9 +134,24 @@ class Curriculum:
             labels = np.array([self.labels[question] for question in self.question_ids], dtype=float)
             cuts: tuple[float, float] = self.config.cuts
             if self.config.bucket_by == "quantile":
-                first, second = np.quantile(labels, [1 / 3, 2 / 3])
+                first, second = np.quantile(labels, self.config.quantiles)
                 cuts = (float(first), float(second))
             self.buckets = np.array([bucket_of(label, cuts) for label in labels])
+
+    @property
+    def lopsided(self) -> str | None:
+        """What to say if a bucket that is meant to be drawn from has under 5 % of the questions."""
+        sizes = np.bincount(self.buckets, minlength=3)
+        meant = np.maximum(self.config.start, self.config.end) > 0
+        if not self.enabled or (sizes >= SMALL_BUCKET * sizes.sum())[meant].all():
+            return None
+        counts = ", ".join(f"{size} {name}" for size, name in zip(sizes, NAMES))
+        by_count = "set curriculum.bucket_by: quantile, or other curriculum.cuts"
+        ties = "too many questions have equally many peaks: set another curriculum.probe_tokens or mask.statistic"
+        return (
+            f"warning: the curriculum hardly tells questions apart: {counts}; "
+            f"{ties if self.config.bucket_by == 'quantile' else by_count}"
+        )
 
     def sample(self, step: int, n: int) -> list[str]:
         """The next n questions, distinct if there are n.
@@ -164,7 +184,7 @@ class Curriculum:
 
     def kappa(self, step: int) -> float:
         return kappa_at(
-            step,
+            self.clock(step) if self.mask.kappa_schedule == "literal" else step,
             start=self.mask.kappa_start,
             end=self.mask.kappa_end,
             decay_steps=self.mask.kappa_decay_steps or self.total_steps,

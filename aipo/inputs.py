@@ -18,7 +18,7 @@ from aipo.problems.datasets import Problem, fingerprint, load_problems
 from aipo.problems.embedded import resolve_model
 from aipo.problems.holdout import hold_out
 from aipo.problems.problem import Split
-from aipo.problems.prompts import Prompter
+from aipo.problems.prompts import Prompter, wrong_golds
 from aipo.record.checkpoints import run_identity
 from aipo.rollout import require_engine
 
@@ -94,6 +94,11 @@ def check_inputs(config: Config, world: int) -> Inputs:
             f"dynamic.factor: {drawn} questions a draw exceed the {len(kept['train'])} of data.train: lower it, or "
             "rollout.questions_per_step"
         )
+    if config.mi.gold_text == "solution":
+        for problem in kept["train"]:
+            prompter.encode_gold(problem, "solution")  # raises for one without
+    if config.mi.gold_control == "shuffled":
+        wrong_golds(kept["train"], config.seed)
     # what is not installed comes last: it must not hide what is wrong with config and data
     require_engine(config.rollout.engine)
     if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:

@@ -12,13 +12,14 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from math import ceil, floor
 from pathlib import Path
 
 from torch import Tensor
 
 from aipo import distributed
 from aipo.config import Config
-from aipo.config.sections import CurriculumConfig
+from aipo.config.sections import CurriculumConfig, MaskConfig
 from aipo.curriculum import peak_label
 from aipo.passes import Passes
 from aipo.problems.datasets import Problem
@@ -33,13 +34,13 @@ Label = Callable[[Sequence[Problem]], dict[str, float]]
 """N_peak of each of this rank's questions of a block, which may be none; a collective"""
 
 
-def peaks(rollouts: Rollouts, scores: Tensor, kappa: float, config: CurriculumConfig) -> dict[str, float]:
+def peaks(rollouts: Rollouts, scores: Tensor, config: CurriculumConfig, mask: MaskConfig) -> dict[str, float]:
     """Mean N_peak of each question's rollouts from their scores (B, T), of those that were scored."""
     found = defaultdict(list)
     for row, length in enumerate(rollouts.lengths.tolist()):
         own = scores[row, :length]  # (t,)
         if own.isfinite().all():
-            label = peak_label(own, kappa, config.bucket_by, config.probe_tokens)
+            label = peak_label(own, mask, config.bucket_by, config.probe_tokens)
             found[rollouts.question_of(row).id].append(label)
     return {question: sum(labels) / len(labels) for question, labels in found.items()}
 
@@ -61,7 +62,7 @@ def label(
     selection = selector.begin(rollouts, passes.gold_states(problems), kappa=kappa, step=0)
     selection.score_all(passes.batches_of(rollouts), passes.states)
     selector.load_state_dict(clean)
-    return peaks(rollouts, selection.scores, kappa, config.curriculum)
+    return peaks(rollouts, selection.scores, config.curriculum, config.mask)
 
 
 def label_folder(cache: Path, **facts: object) -> Path:
@@ -91,6 +92,20 @@ def label_questions(
                 for part in distributed.gather_objects(labels):
                     known |= part
     return {problem.id: known[problem.id] for problem in problems}
+
+
+def histogram(labels: Sequence[float], bins: int = 10) -> list[str]:
+    """How many questions have how many peaks, a line for each of at most ``bins`` whole-numbered intervals."""
+    low, high = floor(min(labels)), floor(max(labels))
+    width = (high - low) // bins + 1
+    edges = range(low, high + 1, width)
+    counts = [sum(edge <= label < edge + width for label in labels) for edge in edges]
+    spans = [str(edge) if width == 1 else f"{edge}-{edge + width - 1}" for edge in edges]
+    longest, digits = max(map(len, spans)), len(str(max(counts)))
+    return [
+        f"  {span:>{longest}} {count:{digits}} {'#' * ceil(40 * count / max(counts))}"
+        for span, count in zip(spans, counts)
+    ]
 
 
 def read_labels(folder: Path) -> dict[str, float]:

@@ -16,7 +16,6 @@ from aipo.config.sections import MaskConfig, Statistic
 from aipo.layout import token_grid
 
 MAX_PEAKS = 40
-RUNNING_DECAY = 0.9  # of the moving average over steps behind scope "running"
 NOISE = 1e-6  # a spread below this share of the centre is fp32 rounding: such scores are constant
 
 
@@ -26,7 +25,7 @@ def threshold_mask(
     """Select scores (B, T) above a threshold over the first ``lengths`` (B,) tokens of their own row -> bool (B, T).
 
     ``mean_std``: mu + kappa sigma, sigma being the population standard deviation (that of one token is 0).
-    ``iqr``: Q3 + tau IQR, kappa unused.
+    ``iqr``: Q3 + tau IQR, kappa unused. ``iqr_kappa``: mu + kappa IQR.
     """
     counted = token_grid(lengths, scores.shape[-1]) & scores.isfinite()
     return _above(scores, counted, _threshold(_statistics(scores, counted, statistic), statistic, kappa, tau))
@@ -52,15 +51,16 @@ def local_maxima(scores: Tensor, lengths: Tensor) -> Tensor:
     return peaks
 
 
-def peaks(scores: Tensor, *, kappa: float) -> Tensor:
-    """Local maxima above mu + kappa sigma of one completion: (T,) -> bool (T,)."""
+def peaks(scores: Tensor, *, kappa: float, statistic: Statistic = "mean_std", tau: float = 1.5) -> Tensor:
+    """Local maxima above the threshold of :func:`threshold_mask` of one completion: (T,) -> bool (T,)."""
     row, length = scores[None], torch.tensor([len(scores)], device=scores.device)
-    return (threshold_mask(row, length, kappa=kappa) & local_maxima(row, length))[0]
+    above = threshold_mask(row, length, kappa=kappa, statistic=statistic, tau=tau)
+    return (above & local_maxima(row, length))[0]
 
 
-def count_peaks(scores: Tensor, *, kappa: float) -> int:
+def count_peaks(scores: Tensor, *, kappa: float, statistic: Statistic = "mean_std", tau: float = 1.5) -> int:
     """N_peak of one completion (T,), clipped to 0..40 (AIPO, section 3.3)."""
-    return min(MAX_PEAKS, int(peaks(scores, kappa=kappa).sum()))
+    return min(MAX_PEAKS, int(peaks(scores, kappa=kappa, statistic=statistic, tau=tau).sum()))
 
 
 def prefix_lengths(lengths: Tensor, share: float) -> Tensor:
@@ -84,19 +84,28 @@ class MaskRule:
             ``random`` (as many as top_fraction, per sequence) and ``prefix`` look at lengths only.
         scope: the tokens that share one threshold: a ``sequence``, the adjacent ``group_size`` rollouts of a question,
             the ``micro_batch`` that :meth:`select` is given, the ``batch`` over all ranks, or ``running``: the batch's
-            statistics averaged over steps (decay 0.9).
-        statistic: ``mean_std`` (mu + kappa sigma) or ``iqr`` (Q3 + tau IQR).
+            statistics averaged over steps by ``decay``, or with a decay of 1 those of all tokens of the run so far.
+            ``causal``: a token's threshold is made of its completion up to and including itself.
+        statistic: ``mean_std`` (mu + kappa sigma), ``iqr`` (Q3 + tau IQR) or ``iqr_kappa`` (mu + kappa IQR).
+        invert: of each completion the lowest scores instead, as many as the rule selects of it; a control.
     ``local`` says that what one call is given is decided from its own scores, so that the mask needs no second pass.
     """
 
     def __init__(self, config: MaskConfig, *, group_size: int = 1, seed: int = 0) -> None:
         self.rule, self.scope, self.statistic, self.tau = config.rule, config.scope, config.statistic, config.tau
         self.fraction, self.quadrant, self.group_size, self.seed = config.fraction, config.quadrant, group_size, seed
+        self.decay, self.invert = config.decay, config.invert
         self.running: Tensor | None = None  # averaged statistics, as _statistics returns them
+        self.seen = 0  # tokens behind them
 
     @property
     def local(self) -> bool:
-        return self.scope in ("sequence", "micro_batch") or self.rule in ("all", "random", "prefix", "quadrant")
+        return self.scope in ("sequence", "causal", "micro_batch") or self.rule in (
+            "all",
+            "random",
+            "prefix",
+            "quadrant",
+        )
 
     def select(
         self,
@@ -129,6 +138,8 @@ class MaskRule:
         statistic = "top_fraction" if self.rule == "top_fraction" else self.statistic
         if self.scope == "sequence":
             statistics = _statistics(scores, counted, statistic, self.fraction)
+        elif self.scope == "causal":
+            statistics = _statistics_so_far(scores, counted)
         elif self.scope == "group":
             if len(scores) % self.group_size:
                 raise ValueError(f"{len(scores)} rollouts are no whole number of groups of {self.group_size}")
@@ -141,21 +152,30 @@ class MaskRule:
             everything = torch.ones_like(everywhere, dtype=torch.bool)
             statistics = _statistics(everywhere, everything, statistic, self.fraction)
             if self.scope == "running":
-                statistics = self._average(statistics)
+                statistics = self._average(statistics, everywhere.shape[1])
         selected = _above(scores, counted, _threshold(statistics, statistic, kappa, self.tau))
-        return selected & local_maxima(scores, lengths) if self.rule == "peaks_only" else selected
+        if self.rule == "peaks_only":
+            selected &= local_maxima(scores, lengths)
+        return lowest(scores, counted, selected.sum(1)) if self.invert else selected
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {} if self.running is None else {"running": self.running}
+        return {} if self.running is None else {"running": self.running, "seen": torch.tensor(self.seen)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.running = state.get("running")
+        self.running, self.seen = state.get("running"), int(state.get("seen", 0))
 
-    def _average(self, new: Tensor) -> Tensor:
+    def _average(self, new: Tensor, tokens: int) -> Tensor:
+        """Take up the statistics (1, 2) of a step's tokens, and return those of the run so far."""
         if self.running is None or not self.running.isfinite().all():
-            self.running = new
-        elif new.isfinite().all():  # a step without a token says nothing
-            self.running = RUNNING_DECAY * self.running.to(new) + (1 - RUNNING_DECAY) * new
+            self.running, self.seen = new, tokens
+        elif tokens:  # a step without a token says nothing
+            old, share = self.running.to(new), 1 - self.decay
+            if self.decay == 1:  # Welford's update by a whole batch: exact for all tokens together
+                share = tokens / (self.seen + tokens)
+            self.running = old + share * (new - old)
+            if self.decay == 1:
+                self.running[:, 1] += share * (1 - share) * (new - old)[:, 0].square()  # variance between the two
+            self.seen += tokens
         return self.running.to(new)
 
     def _random(self, inside: Tensor, lengths: Tensor, step: int, rollout_ids: Tensor) -> Tensor:
@@ -167,6 +187,12 @@ class MaskRule:
         return selected
 
 
+def lowest(scores: Tensor, counted: Tensor, count: Tensor) -> Tensor:
+    """The ``count`` (B,) lowest of the ``counted`` scores, (B, T) both, earlier before later ones -> bool (B, T)."""
+    order = torch.where(counted, scores, torch.inf).argsort(dim=1, stable=True)  # (B, T)
+    return order.argsort(1) < count[:, None]
+
+
 def _budget(tokens: int, fraction: float) -> int:
     return max(1, round(fraction * tokens))
 
@@ -174,7 +200,8 @@ def _budget(tokens: int, fraction: float) -> int:
 def _statistics(scores: Tensor, counted: Tensor, statistic: str, fraction: float = 1.0) -> Tensor:
     """What thresholds are made of, for every row of (R, T): fp64 (R, 2), NaN where no score counts.
 
-    Mean and variance, or third and first quartile, or the cut above which a fraction lies, twice.
+    Mean and variance, or third and first quartile, or mean and the quartiles' distance, or the cut above which a
+    fraction lies, twice.
     """
     values = scores.double()
     if statistic == "mean_std":
@@ -189,11 +216,25 @@ def _statistics(scores: Tensor, counted: Tensor, statistic: str, fraction: float
             rows.append(ordered.new_full((2,), torch.nan))
         elif statistic == "iqr":
             rows.append(torch.stack([_quantile(ordered, 0.75), _quantile(ordered, 0.25)]))
+        elif statistic == "iqr_kappa":
+            rows.append(torch.stack([ordered.mean(), _quantile(ordered, 0.75) - _quantile(ordered, 0.25)]))
         else:
             budget = _budget(len(ordered), fraction)
             cut = ordered[budget] if budget < len(ordered) else ordered.new_tensor(-torch.inf)
             rows.append(torch.stack([cut, cut]))
     return torch.stack(rows) if rows else values.new_empty(0, 2)  # a rank without rollouts
+
+
+def _statistics_so_far(scores: Tensor, counted: Tensor) -> Tensor:
+    """Mean and variance of the counted scores of (B, T) up to and including each: fp64 (B, T, 2)."""
+    values = torch.where(counted, scores, 0).double()  # (B, T)
+    count = counted.cumsum(1).clamp(min=1)  # (B, T)
+    # variances do not depend on the origin; one among the scores keeps the difference below exact
+    origin = values.gather(1, counted.int().argmax(1, keepdim=True)) if values.shape[1] else 0.0  # (B, 1), the first
+    shifted = torch.where(counted, values - origin, 0)  # (B, T)
+    mean = shifted.cumsum(1) / count
+    variance = (shifted.square().cumsum(1) / count - mean.square()).clamp(min=0)
+    return torch.stack([origin + mean, variance], 2)
 
 
 def _quantile(ordered: Tensor, q: float) -> Tensor:
@@ -204,16 +245,18 @@ def _quantile(ordered: Tensor, q: float) -> Tensor:
 
 
 def _threshold(statistics: Tensor, statistic: str, kappa: float, tau: float) -> Tensor:
-    """(R, 2) -> (R,)."""
-    first, second = statistics.unbind(1)
+    """(..., 2) -> (...)."""
+    first, second = statistics.unbind(-1)
     if statistic == "mean_std":
         std = second.sqrt()
         return torch.where(std > NOISE * first.abs(), first + kappa * std, torch.inf)
     if statistic == "iqr":
         return first + torch.maximum(tau * (first - second), NOISE * first.abs())
+    if statistic == "iqr_kappa":
+        return first + torch.maximum(kappa * second, NOISE * first.abs())
     return first
 
 
 def _above(scores: Tensor, counted: Tensor, threshold: Tensor) -> Tensor:
-    """(B, T), (B, T), (B,) or (1,) -> bool (B, T)."""
-    return counted & (scores.double() > threshold[:, None])
+    """(B, T), (B, T), and (B,), (1,) or (B, T) -> bool (B, T)."""
+    return counted & (scores.double() > (threshold if threshold.dim() == 2 else threshold[:, None]))

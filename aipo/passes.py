@@ -15,7 +15,7 @@ from aipo import distributed
 from aipo.config import Config
 from aipo.layout import MicroBatch, filler, micro_batches, shared_prompt_batches
 from aipo.problems.datasets import Problem
-from aipo.problems.prompts import Prompter
+from aipo.problems.prompts import Prompter, wrong_golds
 from aipo.rollout.base import RolloutEngine
 from aipo.rollouts import Rollouts
 from aipo.sharding import Sharded
@@ -26,10 +26,21 @@ class Passes:
 
     Args:
         prompter: makes token ids of gold answers.
+        problems: all training questions, among which ``mi.gold_control: shuffled`` looks for a wrong gold answer.
     """
 
-    def __init__(self, config: Config, sharded: Sharded, prompter: Prompter, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        sharded: Sharded,
+        prompter: Prompter,
+        device: torch.device,
+        problems: Sequence[Problem] = (),
+    ) -> None:
         self.config, self.sharded, self.prompter, self.device = config, sharded, prompter, device
+        shuffled = config.mi.gold_control == "shuffled" and problems
+        self.wrong_golds = wrong_golds(problems, config.seed) if shuffled else {}
+        self.kept_golds: dict[str, Tensor] = {}  # (d,) each
 
     # -- rollouts -> micro-batches -----------------------------------------------------------------------------------
 
@@ -115,8 +126,15 @@ class Passes:
         return values
 
     def gold_states(self, problems: Sequence[Problem]) -> Tensor:
-        """State of each question's gold answer, from the weights that score it. (Q, d)"""
+        """State of each question's gold answer, from the weights that score it, or from those of :meth:`keep_golds`.
+
+        (Q, d)
+        """
         mi = self.config.mi
+        if self.kept_golds:
+            kept = [self.kept_golds[problem.id] for problem in problems] or list(self.kept_golds.values())[:1]
+            return torch.stack(kept)[: len(problems)].to(self.device)
+        problems = [self.wrong_golds.get(problem.id, problem) for problem in problems]
         golds = [self.prompter.encode_gold(problem, mi.gold_text) for problem in problems]
         # the state at a token is the one that predicts the next: shift by one to get every token's own
         batches = self.batches([gold[:1] for gold in golds], [[*gold[1:], gold[-1]] for gold in golds])
@@ -126,6 +144,13 @@ class Passes:
             for row, own in zip(micro.rows.tolist(), flat.split(micro.lengths.tolist())):
                 pooled[row] = own[-1] if mi.gold_pool == "last" else own.float().mean(0).to(own.dtype)
         return torch.stack([pooled[q] for q in range(len(golds))]) if golds else flat[:0]
+
+    def keep_golds(self, problems: Sequence[Problem]) -> None:
+        """Compute the gold states of all questions once, from the present weights, and stay with them
+        (``mi.gold_refresh: never``). Every rank computes its share and keeps all of them in host memory."""
+        mine = problems[distributed.rank() :: distributed.world_size()]
+        states = {problem.id: state for problem, state in zip(mine, self.gold_states(mine).cpu())}
+        self.kept_golds = {key: state for part in distributed.gather_objects(states) for key, state in part.items()}
 
     def wake(self, engine: RolloutEngine) -> None:
         """Give the engine the present weights if it sleeps; within a step it is awake until its rollouts are drawn."""

@@ -23,7 +23,7 @@ from aipo.config import Config, dump_config
 from aipo.curriculum import Curriculum
 from aipo.errors import TrainingError
 from aipo.inputs import Inputs, check_inputs, find_latents
-from aipo.labelling import label, label_folder, label_questions
+from aipo.labelling import histogram, label, label_folder, label_questions
 from aipo.model.export import model_stamp
 from aipo.model.loading import save_model
 from aipo.model.precision import Precision, choose
@@ -111,6 +111,10 @@ def close(trainer: Trainer) -> None:
 
 def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None) -> bool:
     """Restore or label, then train until the end or a signal."""
+    if config.mi.gold_refresh == "never" and trainer.selector.uses_gold:  # the weights are still the initial ones
+        trainer.collector.engine.sleep()
+        trainer.progress.say(f"computing the gold states of {len(inputs.problems)} questions, once for the run")
+        trainer.passes.keep_golds(inputs.problems)
     if checkpoint is not None:
         trainer.load(checkpoint)
         trainer.store.rewind(trainer.step)
@@ -134,6 +138,9 @@ def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None
             )
             labels = label_questions(inputs.problems, make, folder, block=LABEL_BLOCK, progress=trainer.progress)
             trainer.curriculum.set_labels(labels)
+            trainer.progress.say("questions by information peaks (N_peak):")
+            for line in [*histogram(list(labels.values())), *filter(None, [trainer.curriculum.lopsided])]:
+                trainer.progress.say(line)
     with signals() as stop:
         trainer.stop_requested = lambda: bool(stop)
         finished = trainer.train()
@@ -149,6 +156,8 @@ LABELS_DEPEND_ON = (
     "seed",
     "train_fingerprint",
     "mask.kappa_start",
+    "mask.statistic",
+    "mask.tau",
     "curriculum.bucket_by",
     "curriculum.probe_tokens",
     "rollout.engine",

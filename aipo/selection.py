@@ -41,6 +41,7 @@ class TokenSelector:
             or config.advantage.mi_blend != "none"
             or config.curriculum.refresh_every is not None
         )
+        self.uses_gold = self.scored or config.curriculum.enabled  # whose labels are scores too
         self.local = self.rule.local and (self.scorer.local or not self.scored)
         # what needs no state of this forward, and would leave something out
         self.stateless = not self.scored and mask.rule != "all" and mask.scope != "micro_batch"

@@ -87,11 +87,10 @@ class Trainer:
         self.selector, self.curriculum = selector, curriculum
         self.store, self.tracker, self.progress = store, tracker, progress
         self.identity, self.engine_gap, self.stop_requested = identity, engine_gap, stop_requested
-        self.passes = Passes(config, sharded, collector.prompter, device)
+        self.passes = Passes(config, sharded, collector.prompter, device, problems)
         self.generation = Generation(collector, config, self.passes, latents=latents)
         self.validator = Validator(collector, self.passes, progress, config, held_out, watched or {})
-        self.step = 0
-        self.bad_steps = 0
+        self.step = self.bad_steps = 0
         self.generated = 0  # tokens in training so far, over all ranks
         self.before: Accuracy | None = None
         self.accuracy: Accuracy | None = None  # of the last validation
@@ -103,8 +102,9 @@ class Trainer:
         """Run to the last step. Returns False if it was asked to stop before; a checkpoint is written either way."""
         config = self.config
         if self.before is None:
-            self.tracker.log(0, self.validate() | self.validator.watch(0, last=False))
+            self.tracker.log(0, (metrics := self.validate()) | self.validator.watch(0, last=False))
             self.before = self.accuracy
+            self.curriculum.observe_validation(metrics["validation/accuracy"])  # the first best
         stop = False
         while not self.finished and not stop:
             step, clock = self.step, Clock()
@@ -131,7 +131,7 @@ class Trainer:
                 metrics |= self.validate()
                 best = self.curriculum.observe_validation(metrics["validation/accuracy"])
             metrics |= self.validator.watch(self.step, last=self.finished)
-            self.refresh_labels(rollouts, selection, kappa)
+            self.refresh_labels(rollouts, selection)
             self.tracker.log(self.step, metrics)
             tokenizer, count = self.collector.prompter.tokenizer, config.tracking.rollouts_per_step
             self.tracker.log_rollouts(self.step, rollout_rows(rollouts, selection, tokenizer, count))
@@ -266,12 +266,12 @@ class Trainer:
 
     # -- around the loop -----------------------------------------------------------------------------------------
 
-    def refresh_labels(self, rollouts: Rollouts, selection: Selection, kappa: float) -> None:
+    def refresh_labels(self, rollouts: Rollouts, selection: Selection) -> None:
         """Every ``curriculum.refresh_every`` steps, relabel the questions seen since from their newest rollouts."""
         curriculum = self.config.curriculum
         if curriculum.refresh_every is None:
             return
-        for part in distributed.gather_objects(peaks(rollouts, selection.scores, kappa, curriculum)):
+        for part in distributed.gather_objects(peaks(rollouts, selection.scores, curriculum, self.config.mask)):
             self.newest_peaks |= part
         if self.step % curriculum.refresh_every == 0:
             self.curriculum.relabel(self.newest_peaks)
@@ -333,8 +333,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.bad_steps, self.generated = state["step"], state["bad_steps"], state["generated"]
-        self.before = Accuracy(**state["before"]) if state["before"] else None
-        self.accuracy = Accuracy(**state["accuracy"]) if state["accuracy"] else None
+        self.before, self.accuracy = (Accuracy(**state[key]) if state[key] else None for key in ("before", "accuracy"))
         self.newest_peaks = state["newest_peaks"]
         self.generation.load_state_dict(state["generation"], self.problems)
         self.curriculum.load_state_dict(state["curriculum"])

@@ -111,7 +111,7 @@ class Ours:
         self.selected, self.norm = sums["selected"], sums["grad_norm"]
         if trainer.selector.scored:
             with clock("mi"):
-                peaks(self.rollouts, selection.scores, kappa, trainer.config.curriculum)
+                peaks(self.rollouts, selection.scores, trainer.config.curriculum, trainer.config.mask)
 
     def read(self) -> int:
         """Tokens in the forward pass, without padding."""

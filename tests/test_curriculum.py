@@ -25,7 +25,7 @@ def build(ids: list[str], *, total_steps: int = 100, seed: int = 0, **keys: Any)
 
 def make(sizes: tuple[int, int, int] = (60, 30, 10), **options: Any) -> Curriculum:
     ids = [f"{name}{i}" for name, size in zip("emh", sizes) for i in range(size)]
-    curriculum = build(ids, **options)
+    curriculum = build(ids, **{"bucket_by": "count", **options})
     curriculum.set_labels({question: LABEL["emh".index(question[0])] for question in ids})
     return curriculum
 
@@ -56,6 +56,7 @@ def test_kappa_by_hand():
     assert kappa(50, 2, "plateau") == pytest.approx(0.2)
     assert kappa(50, 3, "plateau") == pytest.approx(0.15)
     assert kappa(99, 9, "constant") == 0.3
+    assert kappa(50, 9, "literal") == pytest.approx(0.2)  # stalls are in the clock that it is given
     assert kappa_at(10, start=0.5, end=0.0, decay_steps=20, stalls=1, stall_drop=0.1) == pytest.approx(0.15)
 
 
@@ -65,6 +66,9 @@ def test_buckets_by_hand():
     by_quantile = build(list("abcdef"), total_steps=1, seed=0, bucket_by="quantile")
     by_quantile.set_labels(dict(zip("abcdef", [0, 1, 2, 3, 4, 5])))  # terciles 1.67 and 3.33
     assert by_quantile.buckets.tolist() == [0, 0, 1, 1, 2, 2]
+    uneven = build(list("abcdef"), total_steps=1, seed=0, quantiles=(0.1, 0.5))
+    uneven.set_labels(dict(zip("abcdef", [0, 1, 2, 3, 4, 5])))  # 0.5 and 2.5
+    assert uneven.buckets.tolist() == [0, 1, 1, 2, 2, 2]
     by_rate = build(list("abc"), total_steps=1, seed=0, bucket_by="rate")
     by_rate.set_labels({"a": 15.0, "b": 15.5, "c": 25.5})
     assert by_rate.buckets.tolist() == [0, 1, 2]
@@ -72,14 +76,39 @@ def test_buckets_by_hand():
 
 def test_peak_label():
     scores = torch.tensor([0.0, 1.0] * 16)  # 15 peaks in 32 tokens: the last token is no peak
-    assert peak_label(scores, 0.3) == 15
-    assert peak_label(scores, 0.3, "quantile") == 15
-    assert peak_label(scores, 0.3, probe_tokens=11) == 5
-    assert peak_label(scores, 0.3, "rate") == 40  # 240, clipped
+    assert peak_label(scores, MaskConfig(), "count") == 15
+    assert peak_label(scores, MaskConfig(), "quantile") == 15
+    assert peak_label(scores, MaskConfig(), probe_tokens=11) == 5
+    assert peak_label(scores, MaskConfig(), "rate") == 40  # 240, clipped
+    many = torch.tensor([0.0, 1.0] * 100)
+    assert peak_label(many, MaskConfig(), "count") == 40
+    assert peak_label(many, MaskConfig()) == 99  # thirds of questions that all have more than 40
+    assert peak_label(scores, MaskConfig(statistic="iqr")) == 0  # nothing is above 1 + 1.5 (1 - 0)
+    # mean 0.6, standard deviation 1.3: 1 is above at kappa 0.3, and not at 1
+    mixed = torch.tensor([0.0, 1.0, 0.0, 0.0, 5.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    assert peak_label(mixed, MaskConfig()) == 3
+    assert peak_label(mixed, MaskConfig(kappa_start=1.0)) == 1
+    assert peak_label(mixed, MaskConfig(statistic="iqr")) == 3  # Q3 = 0.25: above 0.625
+    assert peak_label(mixed, MaskConfig(statistic="iqr", tau=5.0)) == 1  # above 1.5
     sparse = torch.zeros(1024)
     sparse[10:1000:100] = 1.0
-    assert peak_label(sparse, 0.3, "rate", probe_tokens=1024) == 5.0
-    assert peak_label(torch.zeros(0), 0.3, "rate") == 0
+    assert peak_label(sparse, MaskConfig(), "rate", probe_tokens=1024) == 5.0
+    assert peak_label(torch.zeros(0), MaskConfig(), "rate") == 0
+
+
+def test_a_small_bucket_is_said_with_its_remedy():
+    assert make((60, 30, 10)).lopsided is None
+    paper = make((2, 0, 98)).lopsided
+    assert paper is not None
+    assert "2 easy, 0 medium, 98 hard; set curriculum.bucket_by: quantile" in paper
+    ties = build(list("abcdef"))
+    ties.set_labels(dict.fromkeys("abcdef", 40.0))
+    assert ties.lopsided is not None
+    assert "6 easy, 0 medium, 0 hard; too many questions have equally many peaks" in ties.lopsided
+    alone = make((2, 0, 98), start=(0.0, 0.0, 1.0), end=(0.0, 0.0, 1.0))  # Table 4
+    assert alone.lopsided is None
+    assert drawn_by_bucket(alone, range(0, 100, 7), 8) == {"h": 15 * 8}
+    assert make((0, 0, 9), enabled=False).lopsided is None
 
 
 def drawn_by_bucket(curriculum: Curriculum, steps: range, n: int) -> Counter[str]:
@@ -159,6 +188,12 @@ def test_stalls_lower_kappa_and_advance_the_clock_up_to_t2():
     assert curriculum.kappa(0) == pytest.approx(0.25)
     assert curriculum.clock(28) == 33
     assert curriculum.mixture(28) == mixture(33, 100)
+    literal = make(stall_patience=1, kappa_schedule="literal")
+    literal.observe_validation(0.5)
+    literal.observe_validation(0.5)
+    # line 40 moves t to 33 and kappa to 0.25; line 42 then says 0.3 - 0.2 * 33 / 100
+    assert literal.kappa(28) == pytest.approx(0.234)
+    assert literal.kappa(68) == pytest.approx(0.16)  # t is at t2
     curriculum.observe_validation(0.6)  # a new best, and the count starts again
     curriculum.observe_validation(0.6)
     assert curriculum.stalls == 1
@@ -187,7 +222,7 @@ def test_resume_is_exact():
         curriculum.observe_validation(0.3)
     curriculum.relabel({"e1": 27, "h0": 2})
     state = json.loads(json.dumps(curriculum.state_dict()))
-    resumed = build(curriculum.question_ids, total_steps=100, seed=0, stall_patience=1)
+    resumed = build(curriculum.question_ids, bucket_by="count", stall_patience=1)
     resumed.load_state_dict(state)
     for step in range(7, 30):
         assert resumed.sample(step, 5) == curriculum.sample(step, 5)
@@ -220,6 +255,7 @@ def test_metrics():
         ({"bucket_by": "size"}, "bucket_by"),
         ({"cuts": (25, 15)}, "cuts"),
         ({"cuts": (15, 15)}, "cuts"),
+        ({"quantiles": (0.6, 0.4)}, "quantiles"),
         ({"kappa_end": 0.4}, "kappa_end"),
         ({"kappa_schedule": "cosine"}, "kappa_schedule"),
         ({"stall_patience": 0}, "stall_patience"),

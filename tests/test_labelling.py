@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aipo.labelling import label_folder, label_questions, read_labels
+from aipo.labelling import histogram, label_folder, label_questions, read_labels
 from aipo.problems.datasets import Problem
 from aipo.record.progress import Progress
 
@@ -67,3 +67,11 @@ def test_labels_of_other_facts_lie_elsewhere(tmp_path: Path) -> None:
     assert one == label_folder(tmp_path, identity={"mi.sigma": 50.0}, model="a")
     assert one != label_folder(tmp_path, model="b", identity={"mi.sigma": 50.0})
     assert one != label_folder(tmp_path, model="a", identity={"mi.sigma": 40.0})
+
+
+def test_histogram() -> None:
+    assert histogram([3, 3, 5, 3]) == ["  3 3 " + "#" * 40, "  4 0 ", "  5 1 " + "#" * 14]
+    wide = histogram([77.5, *range(80, 105)])
+    assert [line.split()[0] for line in wide] == [f"{low}-{low + 2}" for low in range(77, 105, 3)]
+    assert sum(int(line.split()[1]) for line in wide) == 26
+    assert histogram([2.0]) == ["  2 1 " + "#" * 40]

@@ -13,7 +13,7 @@ from scipy.signal import find_peaks
 from torch import Tensor
 
 from aipo.config.sections import MaskConfig
-from aipo.mask import MaskRule, count_peaks, local_maxima, peaks, prefix_lengths, prefix_share, threshold_mask
+from aipo.mask import MaskRule, count_peaks, local_maxima, lowest, peaks, prefix_lengths, prefix_share, threshold_mask
 
 NAN, INF = float("nan"), float("inf")
 # Few distinct values make ties and plateaus common.
@@ -51,7 +51,7 @@ def test_threshold_by_hand():
     assert threshold_mask(scores, lengths, kappa=0.3, statistic="iqr", tau=0.5).sum(1).tolist() == [1, 1]
 
 
-@given(completions, st.floats(-1, 2), st.sampled_from(["mean_std", "iqr"]))
+@given(completions, st.floats(-1, 2), st.sampled_from(["mean_std", "iqr", "iqr_kappa"]))
 def test_threshold_matches_numpy(rows, kappa, statistic):
     mask = threshold_mask(*padded(rows), kappa=kappa, statistic=statistic)
     for row, selected in zip(rows, mask):
@@ -60,7 +60,8 @@ def test_threshold_matches_numpy(rows, kappa, statistic):
             assert not selected.any()
             continue
         q1, q3 = np.quantile(x, [0.25, 0.75])
-        limit = x.mean() + kappa * x.std() if statistic == "mean_std" else q3 + 1.5 * (q3 - q1)
+        spread = max(kappa * (q3 - q1), 0) if statistic == "iqr_kappa" else kappa * x.std()
+        limit = q3 + 1.5 * (q3 - q1) if statistic == "iqr" else x.mean() + spread
         clear = np.abs(x - limit) > 1e-4 * x.max()  # leave out what rounding decides
         assert (selected[: len(x)].numpy() == (x > limit))[clear].all()
 
@@ -76,13 +77,17 @@ ALL_RULES = [
     {"rule": rule, "scope": scope, "statistic": statistic}
     for rule in ("threshold", "top_fraction", "peaks_only", "all", "random")
     for scope in ("sequence", "group", "batch", "running")
-    for statistic in ("mean_std", "iqr")
+    for statistic in ("mean_std", "iqr", "iqr_kappa")
+] + [
+    {"rule": "threshold", "scope": "causal"},
+    {"rule": "peaks_only", "scope": "causal", "invert": True},
+    {"rule": "threshold", "scope": "batch", "invert": True},
 ]
 
 
 @settings(max_examples=15, deadline=None)
 @given(rows=completions, filler=st.sampled_from([NAN, INF, -INF, -7.0, 0.0]))
-@pytest.mark.parametrize("options", ALL_RULES, ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("options", ALL_RULES, ids=lambda o: "-".join(map(str, o.values())))
 def test_padding_never_matters(options, rows, filler):
     scores, lengths = padded(rows)
     other, _ = padded(rows, filler)
@@ -93,14 +98,16 @@ def test_padding_never_matters(options, rows, filler):
 
 @settings(max_examples=15, deadline=None)
 @given(rows=completions, data=st.data())
-@pytest.mark.parametrize("options", [o for o in ALL_RULES if o["scope"] != "group"], ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize(
+    "options", [o for o in ALL_RULES if o["scope"] != "group"], ids=lambda o: "-".join(map(str, o.values()))
+)
 def test_order_of_rollouts_does_not_matter(options, rows, data):
     scores, lengths = padded(rows)
     order = torch.tensor(data.draw(st.permutations(range(len(rows)))))
     straight = select(make(**options), scores, lengths)
     permuted = select(make(**options), scores[order], lengths[order], rollout_ids=order)
     # Summing in another order may move a mean by a rounding error: allow tokens that stand on the threshold.
-    assert (straight[order] ^ permuted).sum() <= (0 if options["statistic"] == "iqr" else 1)
+    assert (straight[order] ^ permuted).sum() <= (0 if options.get("statistic") == "iqr" else 1)
 
 
 @pytest.mark.parametrize("options", [o for o in ALL_RULES if o["rule"] not in ("all", "random")])
@@ -112,7 +119,7 @@ def test_constant_and_non_finite_scores_are_never_selected(options):
         assert not select(make(**options), noisy, lengths).any()
     bad, lengths = padded([[1.0, NAN, 2.0, INF, 1.0, -INF, 8.0, 1.0], [NAN] * 8])
     mask = select(make(**options), bad, lengths)
-    assert mask[0, 6]
+    assert mask[0, 6] or options.get("invert")
     assert not (mask & ~bad.isfinite()).any()
 
 
@@ -193,6 +200,53 @@ def test_running_scope_averages_and_resumes():
     assert make().state_dict() == {}
 
 
+@given(completions, st.floats(0, 1))
+def test_causal_scope_by_loops(rows, kappa):
+    """The threshold of each token from the numbers that a stream would have seen by then."""
+    scores, lengths = padded(rows)
+    mask = select(make(scope="causal"), scores, lengths, kappa=kappa)
+    for row, selected in zip(rows, mask):
+        x = np.array(row, dtype=np.float32).astype(np.float64)
+        for t in range(len(x)):
+            mean, std = x[: t + 1].mean(), x[: t + 1].std()
+            if abs(x[t] - mean - kappa * std) > 1e-4 * max(x.max(), 1e-30):  # else rounding decides
+                assert bool(selected[t]) == (std > 0 and x[t] > mean + kappa * std)
+        assert not selected[len(x) :].any()
+
+
+def test_causal_scope_does_not_know_what_comes():
+    scores = 1e4 + torch.rand(3, 40, generator=torch.Generator().manual_seed(0))
+    scores[1, 3] = NAN
+    whole = select(make(scope="causal"), scores, torch.tensor([40, 40, 40]))
+    assert not whole[:, 0].any()
+    part = select(make(scope="causal"), scores[:, :17], torch.tensor([17, 17, 17]))
+    assert torch.equal(part, whole[:, :17])
+    assert not torch.equal(whole, select(make(), scores, torch.tensor([40, 40, 40])))
+    assert make(scope="causal").local
+
+
+def test_running_scope_with_decay_1_is_the_run_so_far():
+    """One completion a step: at each the threshold is that of all tokens until then, as numpy has it."""
+    draw = np.random.default_rng(0)
+    steps = [draw.normal(5 * step, 1 + step, size).astype(np.float32) for step, size in enumerate((7, 1, 0, 12, 30))]
+    rule = make(scope="running", decay=1.0)
+    for step, x in enumerate(steps):
+        mask = select(rule, *padded([x.tolist()]))
+        so_far = np.concatenate(steps[: step + 1]).astype(np.float64)
+        assert mask[0, : len(x)].tolist() == (x > so_far.mean() + 0.3 * so_far.std()).tolist()
+        resumed = make(scope="running", decay=1.0)
+        resumed.load_state_dict(rule.state_dict())
+        rule = resumed
+    np.testing.assert_allclose(rule.state_dict()["running"][0], [so_far.mean(), so_far.var()])
+    slow, fast = make(scope="running", decay=0.5), make(scope="running", decay=0.25)
+    for x in (steps[0], steps[4]):
+        for each in (slow, fast):
+            select(each, *padded([x.tolist()]))
+    first, last = (np.array([x.mean(dtype=np.float64), x.var(dtype=np.float64)]) for x in (steps[0], steps[4]))
+    np.testing.assert_allclose(slow.state_dict()["running"][0], 0.5 * first + 0.5 * last)
+    np.testing.assert_allclose(fast.state_dict()["running"][0], 0.25 * first + 0.75 * last)
+
+
 # --- other rules --------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +260,25 @@ def test_top_fraction_keeps_its_budget():
     assert select(make(rule="top_fraction", fraction=1.0), scores, lengths).sum() == 11
     pooled = select(make(rule="top_fraction", fraction=0.2, scope="batch"), scores, lengths)  # 2 of 11
     assert pooled.nonzero().tolist() == [[0, 0], [1, 0]]
+
+
+@given(
+    completions, st.sampled_from(["sequence", "batch"]), st.sampled_from(["threshold", "top_fraction", "peaks_only"])
+)
+def test_invert_takes_the_lowest_equally_many(rows, scope, rule):
+    scores, lengths = padded(rows)
+    usual = select(make(rule=rule, scope=scope), scores, lengths)
+    control = select(make(rule=rule, scope=scope, invert=True), scores, lengths)
+    for row, chosen, instead in zip(rows, usual, control):
+        k, x = int(chosen.sum()), np.array(row, dtype=np.float32)
+        assert instead.nonzero()[:, 0].tolist() == sorted(np.argsort(x, kind="stable")[:k].tolist())
+
+
+def test_lowest_passes_over_what_does_not_count():
+    scores = torch.tensor([[NAN, 2.0, 1.0, 2.0, -INF, 0.0]])
+    counted = torch.tensor([[False, True, True, True, False, False]])
+    for count, expected in ((0, []), (1, [2]), (2, [1, 2]), (3, [1, 2, 3])):
+        assert lowest(scores, counted, torch.tensor([count]))[0].nonzero()[:, 0].tolist() == expected
 
 
 def test_all_and_random_look_at_lengths_only():
@@ -276,7 +349,19 @@ def test_local_rules():
 
 
 @pytest.mark.parametrize(
-    "options", [{"rule": "best"}, {"scope": "micro"}, {"statistic": "mad"}, {"fraction": 0.0}, {"fraction": 1.1}]
+    "options",
+    [
+        {"rule": "best"},
+        {"scope": "micro"},
+        {"statistic": "mad"},
+        {"fraction": 0.0},
+        {"fraction": 1.1},
+        {"decay": 0.0},
+        {"scope": "causal", "statistic": "iqr"},
+        {"scope": "causal", "rule": "top_fraction"},
+        {"decay": 1.0, "scope": "running", "statistic": "iqr_kappa"},
+        {"invert": True, "rule": "all"},
+    ],
 )
 def test_unknown_choices_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
@@ -314,3 +399,7 @@ def test_peaks_match_scipy(rows, kappa):
         assert torch.equal(alone, chosen[: len(x)])
         above = threshold_mask(torch.from_numpy(x)[None], torch.tensor([len(x)]), kappa=kappa)[0]
         assert count_peaks(torch.from_numpy(x), kappa=kappa) == int(above[found].sum())
+        for statistic in ("iqr", "iqr_kappa"):
+            keys = {"kappa": kappa, "statistic": statistic, "tau": 0.2}
+            above = threshold_mask(torch.from_numpy(x)[None], torch.tensor([len(x)]), **keys)[0]
+            assert count_peaks(torch.from_numpy(x), **keys) == int(above[found].sum())

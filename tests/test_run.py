@@ -52,6 +52,19 @@ def test_good_input(model: Path, tmp_path: Path) -> None:
     assert len(inputs.held_out) == 4  # validation.questions
 
 
+def test_gold_texts_that_are_not_there(model: Path, tmp_path: Path) -> None:
+    solved = [row | {"id": f"row {i}", "solution": "It is so."} for i, row in enumerate(GOOD)]
+    asks = ["mi.gold_text=solution", "rollout.engine=hf"]
+    assert check_inputs(config_with(model, write(tmp_path / "a.jsonl", solved), *asks), world=1).problems[0].solution
+    del solved[5]["solution"]
+    with pytest.raises(UserError, match=r"row of question 'row 5' has no field 'solution'"):
+        check_inputs(config_with(model, write(tmp_path / "b.jsonl", solved), *asks), world=1)
+    alike = [row | {"answer": "1"} for row in GOOD]
+    asks = ["mi.gold_control=shuffled", "rollout.engine=hf"]
+    with pytest.raises(UserError, match=r"mi\.gold_control: shuffled needs questions of different answers"):
+        check_inputs(config_with(model, write(tmp_path / "c.jsonl", alike), *asks), world=1)
+
+
 def test_what_is_dropped_is_counted(model: Path, tmp_path: Path) -> None:
     rows = [*GOOD, {"question": "long " * 300, "answer": "1"}, GOOD[0], *({"question": "?", "answer": a} for a in "12")]
     inputs = check_inputs(config_with(model, write(tmp_path / "d.jsonl", rows), "rollout.engine=hf"), world=1)

@@ -10,11 +10,13 @@ import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from aipo.config import Config, load_config
+from aipo.curriculum import Curriculum
 from aipo.layout import pad
 from aipo.loss import policy_loss
+from aipo.passes import Passes
 from aipo.policy import make_policy
 from aipo.problems.datasets import Problem
-from aipo.problems.prompts import Prompter
+from aipo.problems.prompts import Prompter, wrong_golds
 from aipo.record.clock import Clock
 from aipo.rollout.base import Completion
 from aipo.rollouts import Rollouts
@@ -85,6 +87,42 @@ def made(config: Config, model: Path) -> tuple[Trainer, Rollouts]:
         engine_gap=lambda: 0.0,
     )
     return trainer, rollouts
+
+
+def test_the_initial_validation_is_the_first_best(model: Path) -> None:
+    """A run that never does better than before it stalls after P_val validations, not one later."""
+    config = config_of(model, "curriculum.stall_patience=2")
+    trainer, _ = made(config, model)
+    logged: list[tuple[int, dict[str, float]]] = []
+    trainer.tracker = SimpleNamespace(log=lambda *entry: logged.append(entry))  # type: ignore[assignment]
+    trainer.validate = lambda: {"validation/accuracy": 0.5}  # type: ignore[method-assign]
+    trainer.curriculum = Curriculum(["a"], config.curriculum, config.mask, total_steps=config.optim.steps, seed=0)
+    trainer.step = config.optim.steps
+    assert trainer.train()
+    assert logged == [(0, {"validation/accuracy": 0.5})]
+    assert not trainer.curriculum.observe_validation(0.5)
+    assert not trainer.curriculum.observe_validation(0.4)
+    assert trainer.curriculum.stalls == 1
+
+
+def test_gold_states_of_the_initial_weights_and_of_other_questions(model: Path) -> None:
+    trainer, rollouts = made(config_of(model), model)
+    questions, prompter, sharded = rollouts.problems, trainer.passes.prompter, trainer.sharded
+    usual = trainer.passes.gold_states(questions)  # (Q, d)
+    kept = Passes(config_of(model, "mi.gold_refresh=never"), sharded, prompter, torch.device("cpu"), questions)
+    kept.keep_golds(questions)
+    shuffled = config_of(model, "mi.gold_control=shuffled")
+    wrong = Passes(shuffled, sharded, prompter, torch.device("cpu"), questions).gold_states(questions)
+    for row, question in zip(wrong, questions):
+        (source,) = (i for i, state in enumerate(usual) if torch.allclose(state, row, atol=1e-5))
+        assert questions[source] == wrong_golds(questions, shuffled.seed)[question.id] != question
+    with torch.no_grad():
+        for _, parameter in sharded.names():
+            parameter += 0.1
+    assert not torch.allclose(trainer.passes.gold_states(questions), usual, atol=1e-3)
+    assert torch.allclose(kept.gold_states(questions), usual, atol=1e-5)
+    assert torch.equal(kept.gold_states(questions[2:3])[0], kept.gold_states(questions)[2])
+    assert kept.gold_states([]).shape == (0, usual.shape[1])
 
 
 def whole_sequences(config: Config, model: Path, rollouts: Rollouts, mask: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -15,9 +15,9 @@ POSITION_ELEMENTS = 2**27  # float64 moments of mi.estimator: position, 1 GiB
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Statistic = Literal["mean_std", "iqr"]
+Statistic = Literal["mean_std", "iqr", "iqr_kappa"]
 BucketBy = Literal["count", "rate", "quantile"]
-KappaSchedule = Literal["combined", "linear", "plateau", "constant"]
+KappaSchedule = Literal["combined", "linear", "plateau", "constant", "literal"]
 Estimator = Literal["coordinate", "pointwise", "position"]
 Features = Literal["random", "orthogonal", "quadrature"]
 Normalize = Literal["none", "layernorm", "zscore"]
@@ -196,10 +196,14 @@ class MIConfig(Section):
     """decoder layer whose raw residual stream is read; -1 is the last"""
     normalize: Normalize = "none"
     """normalisation of the states before the kernel"""
-    gold_text: Literal["answer", "boxed", "question_answer"] = "answer"
-    """text whose state is h*"""
+    gold_text: Literal["answer", "boxed", "question_answer", "solution"] = "answer"
+    """text whose state is h*; solution is the field of that name of a row of data.train"""
     gold_pool: Literal["last", "mean"] = "last"
     """which token's state of that text"""
+    gold_refresh: Literal["step", "never"] = "step"
+    """h* by the weights of the step, or by the initial ones for the whole run"""
+    gold_control: Literal["none", "shuffled"] = "none"
+    """shuffled takes another question's gold, of another answer: a control"""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """pointwise: decay of the running cross-covariance"""
     warmup_steps: NonNegative = 10
@@ -211,14 +215,18 @@ class MaskConfig(Section):
     """which completion tokens are trained on; all is every token"""
     score: Literal["mi"] | Measured = "mi"
     """what the rules threshold, top_fraction, peaks_only look at; quadrant wants entropy"""
-    scope: Literal["sequence", "group", "micro_batch", "batch", "running"] = "sequence"
-    """over which tokens the statistics are taken; batch is over all ranks and micro-batches"""
+    scope: Literal["sequence", "causal", "group", "micro_batch", "batch", "running"] = "sequence"
+    """over which tokens the statistics are taken; causal: those so far; batch is over all ranks and micro-batches"""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """of scope running, over steps; 1 weighs all tokens of the run so far alike (Welford)"""
     statistic: Statistic = "mean_std"
-    """threshold mu + kappa * sigma, or Q3 + tau * IQR"""
+    """threshold mu + kappa * sigma, Q3 + tau * IQR, or mu + kappa * IQR; peaks are counted by it too"""
     tau: Annotated[float, Field(gt=0)] = 1.5
     """of the iqr statistic"""
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     """of the rules top_fraction and random"""
+    invert: bool = False
+    """take the lowest scores of each completion instead, equally many: a control"""
     prefix_start: Fraction = 0.15
     """share of a completion that rule prefix trains on at first"""
     prefix_step: Fraction = 0.05
@@ -232,7 +240,7 @@ class MaskConfig(Section):
     kappa_end: Annotated[float, Field(ge=0)] = 0.1
     """lowest kappa"""
     kappa_schedule: KappaSchedule = "combined"
-    """falls with the step, with stalls of the validation accuracy, with both, or not"""
+    """falls with the step, with stalls of the validation accuracy, with both, or not; literal: with the clock"""
     kappa_decay_steps: Positive | None = None
     """T_dec; null is optim.steps"""
 
@@ -245,6 +253,22 @@ class MaskConfig(Section):
     def _kappa(self) -> MaskConfig:
         if self.kappa_end > self.kappa_start:
             raise ValueError(f"mask.kappa_end ({self.kappa_end}) must not exceed mask.kappa_start ({self.kappa_start})")
+        moments = self.rule != "top_fraction" and self.statistic == "mean_std"
+        if self.scope == "causal" and not moments:
+            raise ValueError(
+                "mask.scope: causal knows the mean and deviation so far: set mask.statistic: mean_std and another "
+                "mask.rule than top_fraction, or mask.scope: sequence"
+            )
+        if self.scope == "running" and self.decay == 1 and not moments:
+            raise ValueError(
+                "mask.decay: 1 merges means and variances, which quantiles are not: set mask.statistic: mean_std and "
+                "another mask.rule than top_fraction, or a decay below 1"
+            )
+        if self.invert and self.rule not in ("threshold", "top_fraction", "peaks_only"):
+            raise ValueError(
+                f"mask.invert takes the lowest scores, and mask.rule: {self.rule} ranks none: set mask.rule: "
+                "threshold, top_fraction or peaks_only"
+            )
         if self.prefix_start > self.prefix_end:
             raise ValueError(
                 f"mask.prefix_start ({self.prefix_start}) must not exceed mask.prefix_end ({self.prefix_end})"
@@ -263,10 +287,12 @@ class CurriculumConfig(Section):
     """probabilities of easy, medium, hard at first"""
     end: tuple[Fraction, Fraction, Fraction] = (0.25, 0.35, 0.40)
     """and at last"""
-    bucket_by: BucketBy = "count"
-    """buckets by N_peak, by peaks per 512 tokens, or by thirds of the questions"""
+    bucket_by: BucketBy = "quantile"
+    """buckets by N_peak or by peaks per 512 tokens (at curriculum.cuts), or by their quantiles over the questions"""
     cuts: tuple[NonNegative, NonNegative] = (15, 25)
-    """largest N_peak of easy and of medium"""
+    """of count and rate: largest N_peak of easy and of medium"""
+    quantiles: tuple[Fraction, Fraction] = (1 / 3, 2 / 3)
+    """of quantile: share of the questions that are easy, and that are easy or medium"""
     probe_tokens: Positive = 512
     """peaks are counted in the first so many tokens"""
     refresh_every: Positive | None = None
@@ -280,6 +306,8 @@ class CurriculumConfig(Section):
             raise ValueError(f"curriculum.t1 ({self.t1}) must not exceed curriculum.t2 ({self.t2})")
         if self.cuts[0] >= self.cuts[1]:
             raise ValueError(f"curriculum.cuts must increase, got {list(self.cuts)}")
+        if self.quantiles[0] >= self.quantiles[1]:
+            raise ValueError(f"curriculum.quantiles must increase, got {list(self.quantiles)}")
         for name in ("start", "end"):
             if abs(sum(getattr(self, name)) - 1) > 1e-6:
                 raise ValueError(f"curriculum.{name} must sum to 1, got {sum(getattr(self, name)):g}")

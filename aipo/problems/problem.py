@@ -13,7 +13,8 @@ class Problem:
     """One question and its gold answer; ``kind`` chooses the verifier's rules (``math`` or ``choice``).
 
     A choice question is asked as it stands: it ends with ``render_options(options)``, and the answer is a letter.
-    ``options`` repeats them so that they can be put in another order; it may be left empty.
+    ``options`` repeats them so that they can be put in another order; it may be left empty, as may ``solution``, a
+    worked way to the answer (mi.gold_text: solution).
     """
 
     id: str
@@ -22,6 +23,7 @@ class Problem:
     kind: str = "math"
     source: str = ""
     options: tuple[str, ...] = ()
+    solution: str = ""
 
     @property
     def protected(self) -> bool:

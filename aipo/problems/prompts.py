@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Literal, cast
@@ -13,7 +14,7 @@ from aipo.errors import UserError
 from aipo.problems.datasets import Problem
 
 BLOCK = "<think>", "</think>"
-GoldText = Literal["answer", "boxed", "question_answer"]
+GoldText = Literal["answer", "boxed", "question_answer", "solution"]
 
 
 class Prompter:
@@ -81,11 +82,20 @@ class Prompter:
         return "".join(pieces)
 
     def encode_gold(self, problem: Problem, gold_text: GoldText = "answer") -> list[int]:
-        """Token ids of the gold text alone, without template or special tokens (``mi.gold_text``)."""
+        """Token ids of the gold text alone, without template or special tokens (``mi.gold_text``).
+
+        Raises ``UserError`` for a problem without the solution that is asked for.
+        """
+        if gold_text == "solution" and not problem.solution:
+            raise UserError(
+                f"mi.gold_text: solution, and the row of question {problem.id!r} has no field 'solution': add it, or "
+                "set mi.gold_text: answer"
+            )
         text = {
             "answer": problem.answer,
             "boxed": rf"\boxed{{{problem.answer}}}",
             "question_answer": f"{problem.question}\n{problem.answer}",
+            "solution": problem.solution,
         }[gold_text]
         return self.tokenizer.encode(text, add_special_tokens=False)
 
@@ -127,6 +137,22 @@ class Prompter:
             return_dict=False,
         )
         return cast("list[list[int]]", ids)
+
+
+def wrong_golds(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:
+    """For each question's id another question, of another answer, drawn by the seed.
+
+    Raises ``UserError`` if all questions have one answer.
+    """
+    order = random.Random(seed).sample(list(problems), len(problems))
+    if len({problem.answer for problem in order}) < 2:
+        raise UserError("mi.gold_control: shuffled needs questions of different answers; those of data.train have one")
+    wrong, other = {}, order[0]
+    for problem in reversed(order + order):  # around the circle: the next of another answer
+        if other.answer == problem.answer:
+            other = wrong.get(other.id, other)
+        wrong[problem.id], other = other, problem
+    return wrong
 
 
 def end_token_ids(

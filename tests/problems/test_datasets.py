@@ -204,3 +204,11 @@ def test_fingerprint_is_that_of_before_there_were_options_and_sees_them() -> Non
     assert fingerprint([plain]) == hashlib.sha256(b'["1", "q", "a", "math", ""]\n').hexdigest()
     one = Problem("1", "q", "A", "choice", options=("x", "y"))
     assert len({fingerprint([p]) for p in (one, replace(one, options=("y", "x")), replace(one, options=()))}) == 3
+    assert len({fingerprint([p]) for p in (plain, replace(plain, solution="s"), replace(plain, source="s"))}) == 3
+
+
+def test_a_solution_is_read_and_must_be_text(tmp_path: Path) -> None:
+    row = {"question": "q", "answer": "1", "solution": "So it is 1."}
+    assert load_problems(write(tmp_path / "data", row), split="train").problems[0].solution == "So it is 1."
+    with pytest.raises(UserError, match="row 1: solution is not a string"):
+        load_problems(write(tmp_path / "bad", row | {"solution": 1}), split="train")

@@ -8,7 +8,7 @@ from transformers import AddedToken, GenerationConfig, PreTrainedTokenizerFast
 
 from aipo.errors import UserError
 from aipo.problems.datasets import Problem
-from aipo.problems.prompts import Prompter, end_token_ids
+from aipo.problems.prompts import Prompter, end_token_ids, wrong_golds
 from aipo.verify import extract_answer
 
 CHATML = (
@@ -93,13 +93,32 @@ def test_the_marks_of_the_block_are_kept_and_other_special_tokens_are_not(specia
 
 @pytest.mark.parametrize(
     ("gold_text", "text"),
-    [("answer", "\\frac{1}{2}"), ("boxed", "\\boxed{\\frac{1}{2}}"), ("question_answer", "Half of 1?\n\\frac{1}{2}")],
+    [
+        ("answer", "\\frac{1}{2}"),
+        ("boxed", "\\boxed{\\frac{1}{2}}"),
+        ("question_answer", "Half of 1?\n\\frac{1}{2}"),
+        ("solution", "Divide by 2."),
+    ],
 )
 def test_gold_has_no_special_tokens(gold_text: Any, text: str) -> None:
     tok = tokenizer()
-    ids = prompter(tok).encode_gold(Problem("1", "Half of 1?", "\\frac{1}{2}"), gold_text)
+    ids = prompter(tok).encode_gold(Problem("1", "Half of 1?", "\\frac{1}{2}", solution="Divide by 2."), gold_text)
     assert tok.decode(ids) == text
     assert not set(ids) & set(tok.all_special_ids)
+
+
+def test_wrong_golds_are_another_answer_each() -> None:
+    problems = [Problem(f"{n}", "?", answer) for n, answer in enumerate("1112113111")]
+    wrong = wrong_golds(problems, seed=0)
+    answers = {problem.id: problem.answer for problem in problems}
+    assert wrong.keys() == answers.keys()
+    assert all(problem.answer != answers[question] for question, problem in wrong.items())
+    assert wrong == wrong_golds(problems, seed=0)
+    assert len({str(wrong_golds(problems, seed=seed)) for seed in range(9)}) > 1
+    distinct = [Problem(f"{n}", "?", f"{n}") for n in range(20)]
+    assert len({problem.id for problem in wrong_golds(distinct, 1).values()}) == 20  # then no gold is used twice
+    with pytest.raises(UserError, match=r"mi.gold_control: shuffled needs questions of different answers"):
+        wrong_golds(problems[:3], seed=0)
 
 
 def test_long_questions_are_dropped_with_a_count() -> None:
