@@ -248,7 +248,8 @@ def _same_words(gold: Node, answer: Node) -> bool:
         return True
     if any(isinstance(node, Words) and not node.loose for node in (gold, answer)):
         return False
-    return same_expression(*map(expression, texts))  # xy and yx, perhaps
+    products = [node.loose if isinstance(node, Words) else node.text for node in (gold, answer)]
+    return same_expression(*map(expression, products))  # xy and yx, perhaps
 
 
 def _same_value(gold: Node, answer: Node) -> bool:

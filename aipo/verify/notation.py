@@ -42,7 +42,7 @@ class Value:
 @dataclass(frozen=True)
 class Words:
     text: str  # letters and digits in lower case
-    loose: bool  # not in \text{}: may also be a product of variables
+    loose: str = ""  # as written if not in \text{}: may also be a product of variables
 
 
 @dataclass(frozen=True)
@@ -413,6 +413,6 @@ def _single(text: str) -> Node:
             return Range(kind)
         if letters.isdigit():
             return Value(letters)
-        return Words(letters, loose=r"\text" not in text and len(letters) <= 4)
+        return Words(letters, plain if r"\text" not in text and len(letters) <= 4 else "")
     value, unit = split_unit(text)
     return Value(value, unit, text if unit and re.search(r"[\d}] [A-Za-z](?: ?\^ ?\S+)?$", text) else "")
