@@ -152,7 +152,7 @@ _UPRIGHT = """textbf textit textrm textsf texttt textnormal textup mathrm mathbf
     operatorname emph underline boldsymbol bm boxed fbox mbox"""
 _SYNONYMS |= dict.fromkeys(_NO_MEANING.split(), "") | dict.fromkeys(_UPRIGHT.split(), r"\text")
 _FUNCTIONS = "a(?:rc)?(?:sin|cos|tan)h?|arc(?:cot|sec|csc)|ar(?:sin|cos|tan)h|sinh|cosh|tanh|ln|log|exp|gcd"
-_FUNCTIONS += "|sin|cos|tan|cot|sec|csc"
+_FUNCTIONS += "|sin|cos|tan|cot|sec|csc|coth|sech|csch"
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?(?: (?=\{))?")
 _RULES = [
     (re.compile(pattern), new)
@@ -185,7 +185,7 @@ _RULES = [
         (r"(?<![\\A-Za-z])sqrt(?= ?[\d({])", r"\\sqrt"),
         (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "),
         (r"(?<![\\A-Za-z])(?:infinity|inf)(?![A-Za-z])", r"\\infty "),
-        (r"(?<![\\A-Za-z])((?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp)(?= ?[({\d\\]| [a-z]\b)", r"\\\1"),
+        (r"(?<![\\A-Za-z])((?:a(?:rc)?)?(?:sin|cos|tan)h?|coth?|sech?|csch?|log|ln|exp)(?= ?[({\d\\]| [a-z]\b)", r"\\\1"),
         # braces around every argument: \frac12, \frac{1}2, \sqrt2, \sqrt(2), x^(1/2), x^-1
         (r"\\frac ?(\d|[A-Za-z]|\\pi)(?= ?[\d{\\A-Za-z])", r"\\frac{\1}"),
         (r"(\\frac ?\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}) ?(\d|[A-Za-z])", r"\1{\2}"),
@@ -195,7 +195,6 @@ _RULES = [
         (r"\^ ?(- ?\w|\d(?!\d))", r"^{\1}"),
         (r"_ ?\{ ?(\w) ?\}", r"_\1"),
         (r"\\mathbb ([A-Z])(?![A-Za-z])", r"\\mathbb{\1}"),
-        (r"\\pi ?(?=\()", r"\\pi \\cdot "),  # or the parser takes it for a function
         (r"\\text ?\{ ?\}", " "),
     ]
 ]  # fmt: skip

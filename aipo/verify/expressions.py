@@ -20,6 +20,7 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy, l
 from math_verify import verify
 from sympy import I, Symbol, oo
 
+from aipo.verify.functions import with_arguments
 from aipo.verify.notation import Unreadable
 from aipo.verify.sampling import has_steps, points, real_throughout
 
@@ -34,6 +35,7 @@ _FOR_THE_PARSER = [
     for pattern, new in [
         (r"(?<=\d)(?<![\^_]\d) ?(?=\()|(?<=\)) ?(?=[\d(])", r"\\cdot "),  # it reads 2(3) as the mixed number 5
         (r"(?<![\d.])\.(?=\d)", "0."),
+        (r"\\pi ?(?=\()", r"\\pi \\cdot "),  # or it is a function
         # combinations as others write them; behind a number it takes the result for the rest of a mixed number
         (
             r"(?<![A-Za-z\\])C ?\( ?(\d+) ?, ?(\d+) ?\)|(?:\{\})?[_^] ?\{?(\d+)\}? ?C ?_ ?\{?(\d+)\}?",
@@ -60,6 +62,7 @@ def expression(text: str) -> Any:
     """A tidy text as a sympy expression or matrix, unevaluated, without floats. Raises Unreadable."""
     if _COMPUTED_AT_ONCE.search(text):
         raise Unreadable
+    text = with_arguments(text)
     for pattern, new in _FOR_THE_PARSER:
         text = pattern.sub(new, text)
     try:
@@ -148,7 +151,7 @@ def _in_case_of(a: Any, b: Any) -> Any:
 
 
 def _is_real(value: Any) -> bool:
-    return bool(abs(sympy.im(value)) <= CLOSE * max(abs(value), 1))
+    return value.is_Rational or value.is_Float or bool(abs(sympy.im(value)) <= CLOSE * max(abs(value), 1))
 
 
 def _by_math_verify(a: Any, b: Any) -> bool:
