@@ -261,11 +261,12 @@ def _same_value(gold: Node, answer: Node) -> bool:
         with suppress(Unreadable):
             if same_expression(*(expression(node.algebra or node.text) for node in (gold, answer))):
                 return True
-    # no unit stands for any unit, but not for percent: Math-Verify takes 18 % for 18, 1000 % for 10
+    # no unit stands for any unit, but not for percent: Math-Verify takes 18 % for 18, 1000 % for 10. Words that are no
+    # unit have to be those of the gold answer: "is wrong", "half"
     ratio: Any = conversion(answer.unit, gold.unit)
     if {gold.unit, answer.unit} == {"deg", "rad"}:
         ratio = sympy.pi / 180 if answer.unit == "deg" else 180 / sympy.pi
-    if ratio is None and ((gold.unit and answer.unit) or "%" in (gold.unit, answer.unit)):
+    if ratio is None and ((gold.unit and answer.unit) or "%" in (gold.unit, answer.unit) or answer.unit.startswith("?")):
         return False
     if ratio not in (None, 1):
         return same_expression(expression(gold.text), expression(answer.text) * sympy.sympify(ratio))
