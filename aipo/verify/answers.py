@@ -23,12 +23,31 @@ _ANSWER_LINE = re.compile(r"^[ \t*_#>-]*(?:final[ \t]+)?answer[ \t*_]*:[ \t*_]*(
 _MATH = re.compile(
     r"\$\$([^$]+)\$\$|(?<!\\)\$((?:[^$\n\\]|\\.)+)\$|\\\(((?:[^\\]|\\[^()])+)\\\)|\\\[((?:[^\\]|\\[^\[\]])+)\\\]"
 )
+MAX_BOXES = 16
+_NEXT_BOX = re.compile(
+    r"(?:[\s$,;.&]|\\[,;()\[\]]|\\q?quad|(?:\\text\s*\{\s*)?(?<![A-Za-z])(?:and|or)(?![A-Za-z])(?:\s*\})?"
+    r"|[A-Za-z](?:_\{?\d\}?)?\s*=)*"
+)
+_LISTED = re.compile(
+    r"(?P<separator>\\text\s*\{[\s,]*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\pm(?![A-Za-z])|(?<!\\)[,;])"
+    r"|\\.|[\[\](){}]"
+)
 _NEXT_ITEM = re.compile(r"\s*(?:,|,?\s*\b(?:and|or)\b)\s*")
 _LAST_NUMBER = re.compile(r"(?<![\w.])-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?(?:\s*\\?%)?")
 _LETTER = re.compile(
     r"(?:\\[a-z]++|[\s{(\[$*_])*+"  # wrapping: \text{, (, $, **; possessive, so that \alpha is no answer a
     r"(?:([A-Z])(?=[\s}\])$*_]*(?:$|[.,:;(-]))|([A-Z])(?=[)\]])|([a-z])(?=[\s})\]$*_.]*$))"  # B · B) text · b
 )
+
+_TAKEN_BACK = r"(?:or|nor|not|no|wait|actually|incorrect|wrong)"
+_ALTERNATIVE = re.compile(  # behind a letter: A or B; A. no; A, B, C; A) 12 or B) 13
+    rf"[\s).:,;(-]*(?i:{_TAKEN_BACK}|and|but|maybe|perhaps|false|is|isn't|if|then|to|vs)\b"
+    r"|[\s)}\]$*.:,;/&|(-]*(?:\\[a-z]+\s*[{(]*\s*)*[A-Z]\b(?!')(?=[\s)}\]$*]*(?:$|[,;/&|.:)(]|and\b|or\b))"
+    rf"|.*?(?:\b{_TAKEN_BACK}\b|[,;/&|])[^A-Za-z]*(?:\\[a-z]+[^A-Za-z]*)?(?:[A-Z][^A-Za-z]*(?:$|[,;)])|[A-J][.:)] )"
+    r"|[,;/ ]+\(?[b-j]\)?(?:$|[,;/ ])",
+    re.DOTALL,
+)
+_ALTERNATIVES_WITHIN = 300  # characters
 
 
 def after_thinking(response: str) -> str | None:
@@ -37,12 +56,15 @@ def after_thinking(response: str) -> str | None:
     return None if "<think>" in tail else tail
 
 
-def extract_answer(response: str, kind: str = "math", *, lenient: bool = False) -> str | None:
+def extract_answer(
+    response: str, kind: str = "math", *, lenient: bool = False, several: bool = False
+) -> str | None:
     """The final answer as written, or None. Linear in the length of ``response``.
 
     Only the text after the thinking block counts. math: the last ``\\boxed{}``, which must be complete (a
     truncated last box is no answer, whatever stood before it), or without any box the last line ``Answer: ...``;
-    with ``lenient`` and neither of them the last ``$...$``, ``\\(...\\)`` or ``\\[...\\]``, or the last number.
+    with ``several`` those just before it, too, in one list (``\\boxed{4}`` and ``\\boxed{11}``), for a gold answer that
+    is one (:func:`lists_several`). With ``lenient`` and neither box nor line the last ``$...$``, ``\\(...\\)`` or ``\\[...\\]``, or the last number.
     choice: the capital letter in whichever of box and line stands last. Raises ValueError for another ``kind``.
     """
     if kind not in ("math", "choice"):
@@ -52,7 +74,7 @@ def extract_answer(response: str, kind: str = "math", *, lenient: bool = False) 
         return None
     box, line = _last(_BOX, text), _last(_ANSWER_LINE, text)
     if box and (kind == "math" or line is None or box.start() > line.start()):
-        answer = _box_content(text, box.end())
+        answer = _last_boxes(text) if several else _box_content(text, box.end())
     elif line:
         rest = line.group(1).strip(" \t\r*_") or text[line.end() :].lstrip().partition("\n")[0]
         answer = rest.strip(" \t\r*_").rstrip(".")
@@ -71,14 +93,26 @@ def last_box(text: str) -> str | None:
 
 def bare_gold(gold: str) -> str:
     """A gold answer without ``\\boxed{}`` and dollar signs."""
-    content = last_box(gold)
+    content = _last_boxes(gold)
     return _bare(gold if content is None else content)
 
 
+def lists_several(gold: str) -> bool:
+    r"""Whether a bare gold answer is a list: 4, 11; 4 and 11; \{4, 11\}; \pm 4; but not 1,234 or (4, 11)."""
+    depth = 0
+    for token in _LISTED.finditer(gold):
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(token.group(), 0)
+        if depth == 0 and token.lastgroup == "separator":
+            return number(tidy(gold)) is None
+    return False
+
+
 def choice_letter(text: str) -> str | None:
-    """The letter A to Z that ``text`` opens with, whatever it is wrapped in; None if it is none."""
+    """The letter A to Z that ``text`` opens with, whatever it is wrapped in; None if it is none, or one of several."""
     match = _LETTER.match(text)
-    return match.group(match.lastindex).upper() if match and match.lastindex else None
+    if not match or not match.lastindex or _ALTERNATIVE.match(text, end := match.end(match.lastindex), end + _ALTERNATIVES_WITHIN):
+        return None
+    return match.group(match.lastindex).upper()
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
@@ -93,6 +127,23 @@ def _box_content(text: str, start: int) -> str | None:
         if depth == 0:
             return text[start : brace.start()]
     return None
+
+
+def _last_boxes(text: str) -> str | None:
+    """The last box and those that stand just before it, as a list; None if there is none or one is not closed."""
+    items: list[str] = []
+    end = 0
+    for box in deque(_BOX.finditer(text), maxlen=MAX_BOXES):
+        if box.start() < end:  # inside the one before
+            continue
+        if not (box.start() - end <= 40 and _NEXT_BOX.fullmatch(text, end, box.start())):
+            items = []
+        content = _box_content(text, box.end())
+        if content is None:
+            return None
+        items.append(_bare(content))
+        end = box.end() + len(content) + 1
+    return ", ".join(items) if items else None
 
 
 def _last_expression(text: str) -> str | None:
@@ -152,7 +203,7 @@ _UPRIGHT = """textbf textit textrm textsf texttt textnormal textup mathrm mathbf
     operatorname emph underline boldsymbol bm boxed fbox mbox"""
 _SYNONYMS |= dict.fromkeys(_NO_MEANING.split(), "") | dict.fromkeys(_UPRIGHT.split(), r"\text")
 _FUNCTIONS = "a(?:rc)?(?:sin|cos|tan)h?|arc(?:cot|sec|csc)|ar(?:sin|cos|tan)h|sinh|cosh|tanh|ln|log|exp|gcd"
-_FUNCTIONS += "|sin|cos|tan|cot|sec|csc"
+_FUNCTIONS += "|sin|cos|tan|cot|sec|csc|coth|sech|csch"
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?(?: (?=\{))?")
 _RULES = [
     (re.compile(pattern), new)
@@ -185,7 +236,7 @@ _RULES = [
         (r"(?<![\\A-Za-z])sqrt(?= ?[\d({])", r"\\sqrt"),
         (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "),
         (r"(?<![\\A-Za-z])(?:infinity|inf)(?![A-Za-z])", r"\\infty "),
-        (r"(?<![\\A-Za-z])((?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp)(?= ?[({\d\\]| [a-z]\b)", r"\\\1"),
+        (r"(?<![\\A-Za-z])((?:a(?:rc)?)?(?:sin|cos|tan)h?|coth?|sech?|csch?|log|ln|exp)(?= ?[({\d\\]| [a-z]\b)", r"\\\1"),
         # braces around every argument: \frac12, \frac{1}2, \sqrt2, \sqrt(2), x^(1/2), x^-1
         (r"\\frac ?(\d|[A-Za-z]|\\pi)(?= ?[\d{\\A-Za-z])", r"\\frac{\1}"),
         (r"(\\frac ?\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}) ?(\d|[A-Za-z])", r"\1{\2}"),
@@ -195,7 +246,6 @@ _RULES = [
         (r"\^ ?(- ?\w|\d(?!\d))", r"^{\1}"),
         (r"_ ?\{ ?(\w) ?\}", r"_\1"),
         (r"\\mathbb ([A-Z])(?![A-Za-z])", r"\\mathbb{\1}"),
-        (r"\\pi ?(?=\()", r"\\pi \\cdot "),  # or the parser takes it for a function
         (r"\\text ?\{ ?\}", " "),
     ]
 ]  # fmt: skip

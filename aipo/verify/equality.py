@@ -23,9 +23,9 @@ from aipo.verify.notation import Based, Many, Matrix, Named, Node, Range, Relati
 from aipo.verify.units import conversion
 from aipo.verify.wording import plain_words
 
-_CHOICE = re.compile(
-    r"\\text ?\{ ?\(([A-E])\)[.:]? ?\} ?((?:(?!\\text|\\l?or|\bor\b|and|[,;]).)+)"
-)  # (B) 25 says B, and 25
+_CHOICE = re.compile(  # (B) 25 says B, and 25
+    r"(?:\\text ?\{ ?\(([A-E])\)[.:]? ?\} ?|\(([A-E])\) )((?:(?!\\text|\\l?or|\bor\b|and|[,;]).)+)"
+)
 
 
 def equal(gold: str, answer: str) -> bool:
@@ -34,13 +34,25 @@ def equal(gold: str, answer: str) -> bool:
     if settled is not None:
         return settled
     gold, answer = plain_words(tidy(gold)), plain_words(tidy(answer))
-    readings = [answer]
-    if (choice := _CHOICE.fullmatch(answer)) and not _CHOICE.fullmatch(gold):
-        readings = list(choice.groups())
-    try:
-        return any(same(read(gold), read(reading)) for reading in readings)
-    except Unreadable:
-        return False
+    golds, answers = _readings(gold), _readings(answer)
+    if len(golds) == len(answers) == 3:  # letter and value, each
+        return golds[1] == answers[1] and _any_same(golds[2:], answers[2:])
+    return _any_same(golds, answers)
+
+
+def _any_same(golds: list[str], answers: list[str]) -> bool:
+    for gold in golds:
+        for answer in answers:
+            with suppress(Unreadable):
+                if same(read(gold), read(answer)):
+                    return True
+    return False
+
+
+def _readings(text: str) -> list[str]:
+    """(B) 25 says B, and 25."""
+    match = _CHOICE.fullmatch(text)
+    return [text, match.group(1) or match.group(2), match.group(3)] if match else [text]
 
 
 def same(gold: Node, answer: Node) -> bool:
@@ -48,8 +60,8 @@ def same(gold: Node, answer: Node) -> bool:
     match gold, answer:
         case Named(), Named():
             # y = 2x + 1 and f(x) = 2x + 1 are the same function; x = 3 and y = 3 are different answers
-            if gold.name == answer.name or {gold.kind, answer.kind} in ({"function"}, {"function", "y"}):
-                return same(gold.value, answer.value)
+            if gold.letter == answer.letter or {gold.kind, answer.kind} in ({"function"}, {"function", "y"}):
+                return same(gold.value, answer.value) or _same_count(gold, answer)
             return _same_relation(gold.relation, answer.relation)
         case Named(), Relation():
             return _same_relation(gold.relation, answer)
@@ -62,11 +74,9 @@ def same(gold: Node, answer: Node) -> bool:
         case Relation(), _:
             return False  # x + y = 1 is more than 1
         case Named(), _:
-            return same(gold.value, answer)
-        case Value(), Named(name="C" | "P", value=Many("tuple", (Value(n), Value(k)))):  # no point, but a number
-            return _same_value(gold, Value(f"{answer.name}({n},{k})"))
+            return same(gold.value, answer) or _same_count(gold, answer)
         case _, Named():
-            return same(gold, answer.value)
+            return same(gold, answer.value) or _same_count(gold, answer)
         case _, Relation():  # a + b = 5 for 5; but x^2 - 1 = 0 does not say that something is 0
             return answer.right not in (None, "0") and same(gold, read(answer.right or ""))
         case Based(), Based():
@@ -82,6 +92,18 @@ def same(gold: Node, answer: Node) -> bool:
     if isinstance(gold, Matrix) and isinstance(answer, Matrix):
         return len(gold.rows) == len(answer.rows) and all(map(_in_order, gold.rows, answer.rows))
     return _same_value(gold, answer)
+
+
+def _same_count(gold: Node, answer: Node) -> bool:
+    """C(10, 3) and P(5, 2) may be points, or numbers."""
+    match gold, answer:
+        case Named("C" | "P", Many("tuple", (Value(n), Value(k)))), _ if n.isdigit() and k.isdigit():
+            return _same_count(Value(f"{gold.name}({n},{k})"), answer)
+        case _, Named("C" | "P", Many("tuple", (Value(n), Value(k)))) if n.isdigit() and k.isdigit():
+            return _same_count(gold, Value(f"{answer.name}({n},{k})"))
+        case Value(), Value():
+            return _same_value(gold, answer)
+    return False
 
 
 # --- several things -----------------------------------------------------------------------------------------------
@@ -248,7 +270,8 @@ def _same_words(gold: Node, answer: Node) -> bool:
         return True
     if any(isinstance(node, Words) and not node.loose for node in (gold, answer)):
         return False
-    return same_expression(*map(expression, texts))  # xy and yx, perhaps
+    products = [node.loose if isinstance(node, Words) else node.text for node in (gold, answer)]
+    return same_expression(*map(expression, products))  # xy and yx, perhaps
 
 
 def _same_value(gold: Node, answer: Node) -> bool:
@@ -260,11 +283,12 @@ def _same_value(gold: Node, answer: Node) -> bool:
         with suppress(Unreadable):
             if same_expression(*(expression(node.algebra or node.text) for node in (gold, answer))):
                 return True
-    # no unit stands for any unit, but not for percent: Math-Verify takes 18 % for 18, 1000 % for 10
+    # no unit stands for any unit, but not for percent: Math-Verify takes 18 % for 18, 1000 % for 10. Words that are no
+    # unit have to be those of the gold answer: "is wrong", "half"
     ratio: Any = conversion(answer.unit, gold.unit)
     if {gold.unit, answer.unit} == {"deg", "rad"}:
         ratio = sympy.pi / 180 if answer.unit == "deg" else 180 / sympy.pi
-    if ratio is None and ((gold.unit and answer.unit) or "%" in (gold.unit, answer.unit)):
+    if ratio is None and ((gold.unit and answer.unit) or "%" in (gold.unit, answer.unit) or answer.unit.startswith("?")):
         return False
     if ratio not in (None, 1):
         return same_expression(expression(gold.text), expression(answer.text) * sympy.sympify(ratio))
@@ -273,8 +297,13 @@ def _same_value(gold: Node, answer: Node) -> bool:
         return same_number(a, b)
     if normal_form(gold.text) == normal_form(answer.text):
         return True
+    texts = gold.text, answer.text
+    if r"^\circ" in "".join(texts) and not re.search(r"\\(?:pi|sin|cos|tan|cot|sec|csc)", "".join(texts)):
+        with suppress(Unreadable):  # 90^\circ - \alpha, with or without
+            if same_expression(*(expression(text.replace(r"^\circ", " ")) for text in texts)):
+                return True
     try:
-        x, y = expression(gold.text), expression(answer.text)
+        x, y = map(expression, texts)
     except Unreadable:  # one of several parts, perhaps, that has another partner
         return False
     if "deg" in (gold.unit, answer.unit) and (x.has(sympy.pi) or y.has(sympy.pi)):  # 90 degrees are \pi/2

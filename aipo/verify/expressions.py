@@ -12,27 +12,30 @@ import math
 import re
 from fractions import Fraction
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import sympy
 from antlr4 import PredictionMode, Token
-from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy, latex2sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy, latex2sympy
 from math_verify import verify
 from sympy import I, Symbol, oo
 
+from aipo.verify.functions import with_arguments
 from aipo.verify.notation import Unreadable
+from aipo.verify.sampling import has_steps, points, real_throughout
 
 MAX_BITS = 100_000  # of a number: 2^{2024} is computed, 9^{9^9} is not
 DIGITS = 30  # to which values are computed,
 CLOSE = sympy.Float("1e-22")  # and within which they are equal
+_KEEP_CASE = ConversionConfig(lowercase_symbols=False)
 
-_COMPUTED_AT_ONCE = re.compile(r"\\binom.*\d{5}")  # by the parser, before anything can be bounded
+_COMPUTED_AT_ONCE = re.compile(r"\\binom.*\d{5}|\\(?:gcd|lcm) ?\([^()]*[A-Za-z(]")  # too early: \gcd(a, b) is 1 then
 _FOR_THE_PARSER = [
     (re.compile(pattern), new)
     for pattern, new in [
         (r"(?<=\d)(?<![\^_]\d) ?(?=\()|(?<=\)) ?(?=[\d(])", r"\\cdot "),  # it reads 2(3) as the mixed number 5
         (r"(?<![\d.])\.(?=\d)", "0."),
+        (r"\\pi ?(?=\()", r"\\pi \\cdot "),  # or it is a function
         # combinations as others write them; behind a number it takes the result for the rest of a mixed number
         (
             r"(?<![A-Za-z\\])C ?\( ?(\d+) ?, ?(\d+) ?\)|(?:\{\})?[_^] ?\{?(\d+)\}? ?C ?_ ?\{?(\d+)\}?",
@@ -59,6 +62,7 @@ def expression(text: str) -> Any:
     """A tidy text as a sympy expression or matrix, unevaluated, without floats. Raises Unreadable."""
     if _COMPUTED_AT_ONCE.search(text):
         raise Unreadable
+    text = with_arguments(text)
     for pattern, new in _FOR_THE_PARSER:
         text = pattern.sub(new, text)
     try:
@@ -69,7 +73,7 @@ def expression(text: str) -> Any:
         raise Unreadable from error
     if not isinstance(parsed, sympy.Expr | sympy.MatrixBase) or parsed.has(sympy.zoo, sympy.nan):
         raise Unreadable
-    _bits(parsed)
+    _bits(parsed, points(parsed)[0])
     parsed = parsed.replace(lambda part: part.is_Float, lambda part: sympy.Rational(str(part)))
     if parsed.has(sympy.Sum, sympy.Product):  # where i is an index
         return parsed
@@ -81,7 +85,7 @@ def _parse(text: str) -> Any:
 
     ANTLR's two-stage parsing: what the first stage (SLL) accepts, the second (LL) reads alike, in three times the time.
     """
-    reader = _Latex2Sympy()
+    reader = _Latex2Sympy(config=_KEEP_CASE)
     parser = reader.create_parser(text)
     parser._interp.predictionMode = PredictionMode.SLL
     try:
@@ -92,11 +96,15 @@ def _parse(text: str) -> Any:
         raise
     except Exception:  # all of its errors are plain Exceptions; those that are no fault of this mode come again
         pass
-    return latex2sympy(text, normalization_config=None)
+    return latex2sympy(text, normalization_config=None, conversion_config=_KEEP_CASE)
 
 
 def same_expression(a: Any, b: Any) -> bool:
-    """Whether two expressions are equal for all values of their unknowns (that are positive, unless |x| occurs)."""
+    """Whether two expressions are equal wherever both are real: at points of both signs and several magnitudes.
+
+    A point at which neither is real proves nothing; one at which only one of them is tells them apart if they have
+    steps (|x|, max, floor), and otherwise not: ln(ab) and ln(a) + ln(b).
+    """
     if a == b:
         return True
     if a.is_Matrix or b.is_Matrix:
@@ -105,15 +113,45 @@ def same_expression(a: Any, b: Any) -> bool:
     x, y = _exact(a), _exact(b)
     if x is not None and y is not None:
         return x == y
-    for point in _points(a.free_symbols | b.free_symbols, signed=a.has(sympy.Abs) or b.has(sympy.Abs)):
+    b = _in_case_of(a, b)
+    complex_valued = not (a.free_symbols | b.free_symbols) or a.has(I) or b.has(I)
+    strict = has_steps(a, b)
+    values, real, alike = 0, 0, True
+    for point in points(a, b):
         left, right = _at(a, point), _at(b, point)
         if left is None or right is None:
-            if a.has(oo) or b.has(oo):
-                return bool(a.doit() == b.doit()) and not a.doit().has(sympy.nan)
-            return _by_math_verify(a, b)
-        if not _near(left, right):
+            continue
+        values += 1
+        near, domains = _near(left, right), {True}
+        if not complex_valued:
+            domains = {_is_real(left), _is_real(right)}
+            if domains == {True} and not near:
+                domains = {real_throughout(a, point), real_throughout(b, point)}
+        if (domains == {True} and not near) or (len(domains) > 1 and strict):
             return False
-    return True
+        real += domains == {True}
+        alike &= near
+    if values:
+        return real > 1 or (real == 1 and alike)
+    if a.has(oo) or b.has(oo):
+        return bool(a.doit() == b.doit()) and not a.doit().has(sympy.nan)
+    return _by_math_verify(a, b)
+
+
+def _in_case_of(a: Any, b: Any) -> Any:
+    """``b`` with R for r where ``a`` writes R and neither writes both: 3r^2 answers 3R^2, but R - r is not 0."""
+    names = {symbol.name for symbol in a.free_symbols}, {symbol.name for symbol in b.free_symbols}
+    return b.xreplace(
+        {
+            Symbol(name): Symbol(name.swapcase())
+            for name in names[1] - names[0]
+            if name.swapcase() in names[0] - names[1] and name.isalpha()
+        }
+    )
+
+
+def _is_real(value: Any) -> bool:
+    return value.is_Rational or value.is_Float or bool(abs(sympy.im(value)) <= CLOSE * max(abs(value), 1))
 
 
 def _by_math_verify(a: Any, b: Any) -> bool:
@@ -127,17 +165,24 @@ def _by_math_verify(a: Any, b: Any) -> bool:
 
 def proportional(a: Any, b: Any, *, equation: bool) -> bool:
     """Whether a = 0 and b = 0 are one equation in the same unknowns, or else a > 0 and b > 0 one inequality."""
+    b = _in_case_of(a, b)
     if not a.free_symbols or a.free_symbols != b.free_symbols:
         return False
     if equation:  # xy = 1 and y = 1/x
         a, b = (sympy.fraction(sympy.together(side))[0] for side in (a, b))
-    ratios = []
-    for point in _points(a.free_symbols, signed=True):
+    ratios: list[Any] = []
+    for point in points(a, b):
         left, right = _at(a, point), _at(b, point)
-        if left is None or right is None or _near(left, sympy.S.Zero) or _near(right, sympy.S.Zero):
-            return False
+        if left is None or right is None or not (_is_real(left) and _is_real(right)):
+            continue
+        if _near(left, sympy.S.Zero) or _near(right, sympy.S.Zero):
+            if not _near(left, right):
+                return False
+            continue
         ratios.append(left / right)
-    return (equation or bool(sympy.re(ratios[0]) > 0)) and all(_near(r, s) for r, s in pairwise(ratios))
+        if not _near(ratios[0], ratios[-1]):
+            return False
+    return len(ratios) > 2 and (equation or bool(ratios[0] > 0))
 
 
 def approximate(expr: Any) -> Fraction | None:
@@ -146,17 +191,18 @@ def approximate(expr: Any) -> Fraction | None:
     return Fraction(str(value)) if value is not None and value.is_Float and value.is_finite else None
 
 
-def _bits(expr: Any) -> float:
+def _bits(expr: Any, point: dict[Any, Any]) -> float:
     """An upper bound for the bits of all numbers in ``expr`` once evaluated. Raises Unreadable if it is too high."""
-    inner = [_bits(arg) for arg in expr.args]
+    inner = [_bits(arg, point) for arg in expr.args]
     bits: float
+    expr = point.get(expr, expr)
     if expr.is_Rational:
         bits = max(int(expr.p).bit_length(), int(expr.q).bit_length())
     elif expr.is_Float:
         bits = abs(math.frexp(float(expr))[1]) + 60 if math.isfinite(float(expr)) else math.inf
     elif expr.is_Pow or isinstance(expr, sympy.exp):
         exponent = expr.args[-1]
-        bits = (inner[0] if expr.is_Pow else 2) * max(_size(exponent, inner[-1]), 1.0)
+        bits = (inner[0] if expr.is_Pow else 2) * max(_size(exponent, inner[-1], point), 1.0)
     elif isinstance(expr, sympy.factorial | sympy.gamma):
         bits = 2.0 ** min(inner[0], 64) * inner[0]
     else:
@@ -166,12 +212,12 @@ def _bits(expr: Any) -> float:
     return bits
 
 
-def _size(exponent: Any, bits: float) -> float:
+def _size(exponent: Any, bits: float, point: dict[Any, Any]) -> float:
     """How large an exponent is, whose own numbers are bounded, where it will be evaluated."""
     if exponent.is_Rational:
         return abs(float(exponent))
     if bits < 200 and not exponent.has(sympy.Sum, sympy.Product, sympy.Integral, sympy.factorial):
-        value = exponent.xreplace(_points(exponent.free_symbols, signed=False)[0]).evalf(5)
+        value = exponent.xreplace(point).evalf(5)
         if value.is_number and value.is_finite and not value.has(sympy.Function):
             return 4 * float(abs(value))
     return float(2.0 ** min(bits, 64))
@@ -197,18 +243,12 @@ def _exact(expr: Any) -> Fraction | None:
     return values[0] if isinstance(expr, sympy.UnevaluatedExpr) else None
 
 
-def _points(symbols: set[Any], *, signed: bool) -> list[dict[Any, Any]]:
-    r"""Values that no formula knows. Positive ones, for which \sqrt{x^2} = x, and with ``signed`` negative ones too."""
-    names = sorted(symbols, key=str)
-    points = [
-        {symbol: sympy.Rational(37 + 29 * i + 17 * k, 31 + 7 * k) for i, symbol in enumerate(names)}
-        for k in range(3 if names else 1)
-    ]
-    return points + [{symbol: -value for symbol, value in point.items()} for point in points if signed]
-
-
 def _at(expr: Any, point: dict[Any, Any]) -> Any | None:
-    """The value at a point: a Rational if that is exact, else a complex number; None if there is none."""
+    """The value at a point: a Rational if that is exact, else a complex number; None if there is none, or it is too large."""
+    try:
+        _bits(expr, point)
+    except Unreadable:
+        return None
     expr = expr.xreplace(point)
     exact = _exact(expr)
     if exact is not None:

@@ -42,7 +42,7 @@ class Value:
 @dataclass(frozen=True)
 class Words:
     text: str  # letters and digits in lower case
-    loose: bool  # not in \text{}: may also be a product of variables
+    loose: str = ""  # as written if not in \text{}: may also be a product of variables
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,14 @@ class Named:
 
     @property
     def kind(self) -> str:
-        return "y" if self.name == "y" else "function" if re.search(r".[('{]", self.name) else "name"
+        if self.name == "y" or re.match(r"\\(?:sin|cos|tan|cot|sec|csc|frac\{(?:[A-Z\[|]|\\overline))", self.name):
+            return "y" if self.name == "y" else "name"
+        return "function" if re.search(r".[('{]", self.name) else "name"
+
+    @property
+    def letter(self) -> str:
+        """y of y(x)."""
+        return self.name if "\\" in self.name else self.name.partition("(")[0]
 
 
 @dataclass(frozen=True)
@@ -157,8 +164,12 @@ _SETS = {r"\mathbb{R}": "R", r"\mathbb{Z}": "Z", r"\mathbb{N}": "N", r"\emptyset
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|varphi|psi|omega|Omega|Delta|sigma|tau|rho|eta|xi"
 _SYMBOL = rf"(?:(?![ei](?![\w_]))[A-Za-z]|\\(?:{_GREEK}))'*(?: ?_ ?(?:\w|\{{[^{{}}]*\}}))?'*"
 _D = r"\{(?:d|\\text ?\{d\})[^{}]*(?:\{\d\}[^{}]*)?\}"  # of dy/dx
+_SIZE = r"(?:[A-Z]{2}|\|[A-Z]{2}\||\[[A-Z]+\]|\\(?:overline|text) ?\{[A-Z]{2}\})"  # AB, [ABC]
 _NAME = re.compile(
     rf"{_SYMBOL}|(?![xyz])[A-Za-z](?:\^\{{-1\}}|'|_\w)* ?\([\w, ]*\)|\( ?{_SYMBOL}(?: ?, ?{_SYMBOL})* ?\)"
+    rf"|([xyz]) ?\( ?(?!\1)[xtsun] ?\)|\\frac ?\{{ ?{_SIZE} ?\}} ?\{{ ?{_SIZE} ?\}}|{_SIZE}(?:/{_SIZE}|\^\{{2\}})"
+    rf"|\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{{2\}})? ?\(?(?:\\angle ?[A-Z]{{1,3}}|[A-Z]{{3}}|{_SYMBOL})\)?"
+    rf"|\|[zwuv]\||\|?\|\\(?:vec|text) ?\{{[a-z]\}}\|\|?"
     rf"|\\frac ?{_D} ?{_D}|\\(?:lim|int|sum|prod|det)(?![A-Za-z]).*|P\([^()]*\)"
     r"|\|?[A-Z]{2,}\|?|m?\\(?:angle|triangle|text|overline|vec|hat) ?\{?[\w ]*\}?|\[[A-Z]+\]"
 )
@@ -413,6 +424,6 @@ def _single(text: str) -> Node:
             return Range(kind)
         if letters.isdigit():
             return Value(letters)
-        return Words(letters, loose=r"\text" not in text and len(letters) <= 4)
+        return Words(letters, plain if r"\text" not in text and len(letters) <= 4 else "")
     value, unit = split_unit(text)
     return Value(value, unit, text if unit and re.search(r"[\d}] [A-Za-z](?: ?\^ ?\S+)?$", text) else "")

@@ -31,7 +31,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from aipo.verify.answers import after_thinking, bare_gold, choice_letter, extract_answer, last_box, settle
+from aipo.verify.answers import after_thinking, bare_gold, choice_letter, extract_answer, last_box, lists_several, settle
 
 __all__ = ["Verdict", "Verifier", "after_thinking", "extract_answer", "is_correct", "last_box"]
 
@@ -166,8 +166,8 @@ class Verifier:
         Equal answers to equal golds are judged once: while the first is under way the others wait for its verdict.
         """
         future: Future[Verdict] = Future()
-        answer = extract_answer(response, kind, lenient=lenient)
         gold = bare_gold(gold)
+        answer = extract_answer(response, kind, lenient=lenient, several=kind == "math" and lists_several(gold))
         verdict = _judge_as_text(gold, answer, kind)
         if verdict is None and answer is not None:
             job = _Job(gold, answer, self.timeout if timeout is None else timeout, future)

@@ -46,12 +46,31 @@ def _table() -> tuple[dict[str, str], dict[str, _Size]]:
 
 
 _UNITS, _SIZES = _table()
-_MULTIPLES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_MULTIPLES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _PREFIX = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _SUFFIX = {"squared": 2, "cubed": 3}
-_HEDGE = re.compile(
-    r"(?<![a-z])(?:not|or|wrong|approx[a-z]*|about|at (?:least|most)|(?:less|more|greater) than)(?![a-z])"
-)
+# What is counted, in the singular, and what stands around it: says nothing that the number does not.
+_COUNTED = set(
+    """
+    unit way time student people person year old day week month hour minute second point apple orange banana pear
+    marble ball book page card coin penny dime nickel cookie candy egg car bus train plane ticket game match team
+    player goal vote friend child kid boy girl man men woman women adult parent teacher student member guest passenger
+    runner worker employee customer house room table chair box bag basket bottle cup glass can jar pot plate piece slice
+    pizza cake pie sandwich sheep goat cow horse pig hen chicken duck dog cat fish bird rabbit animal tree flower plant
+    rose seed stone rock brick tile block cube square triangle rectangle circle polygon pentagon hexagon octagon side
+    edge face vertex vertice vertices diagonal angle line segment arc chord path route step move stair floor mile
+    integer number digit multiple divisor factor prime solution value pair triple tuple subset set element term
+    function polynomial permutation combination arrangement outcome possibility choice option word letter bead sticker
+    stamp pencil pen crayon shirt shoe sock hat dress toy doll gift present flag bit byte vowel consonant committee
+    handshake intersection region sequence string path matrices matrix graph color colour zero round lap turn trip
+    problem question answer test exam quiz mark class grade score song movie photo picture letter email message
+    call phone computer machine battery bike wheel truck boat ship bean carrot potato tomato lemon grape cherry
+    strawberry berry peach plum melon mango coconut nut muffin donut doughnut bagel burger calorie cal pint quart
+    serving share stock bill note job task shift fold
+    red blue green white black yellow small large big new more total different distinct possible real positive negative
+    odd even whole valid such ordered unordered in all of the a an each per th st nd rd altogether
+    """.split()
+) - {"more", "negative", "fold", "pair", "score", "square", "time"}
 _TEXT = r"\\text ?\{[^{}]*(?:\{-?\d\}[^{}]*)*\} ?(?:\^ ?(?:\d|\{ ?-?\d ?\}))?"
 _IN_TEXT = re.compile(rf"(.*?[^\s\\/]) ?((?:(?:\\cdot ?|/ ?)?{_TEXT} ?)+)")
 _BARE = re.compile(r"(.*[\d}])( ?)((?:[A-Za-z]++\.?[ /]?)++(?:\^ ?(?:\d|\{-?\d\}))?)")
@@ -60,9 +79,9 @@ _VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    r"""``(value, unit)``: the unit in one spelling (m s-2), "%" and "deg" among them, "" without one that is known.
+    r"""``(value, unit)``: the unit in one spelling (m s-2), "%" and "deg" among them, "" without one.
 
-    Unknown words behind a number go without a trace: apples are not told from oranges.
+    What is counted goes without a trace: apples are not told from oranges. Other words are a unit with a "?" in front.
     """
     if text.endswith("%"):
         return text[:-1].strip(), "%"
@@ -81,8 +100,8 @@ def split_unit(text: str) -> tuple[str, str]:
     else:
         return text, ""
     name = re.sub(r"\\text ?\{((?:[^{}]|\{-?\d\})*)\}", r"\1", name).replace(r"\cdot", " ").strip()
-    if _HEDGE.search(name.lower()):
-        return text, ""
+    if power := _SUFFIX.get(name.lower()):  # 5 squared
+        return f"({value.strip()})^{power}", ""
     first, _, rest = name.partition(" ")
     if multiple := _MULTIPLES.get(first.lower().removesuffix("s")):  # 3 million
         return rf"({value.strip()})\cdot {multiple}", _one_spelling(rest)
@@ -140,6 +159,12 @@ def _known(word: str) -> str | None:
     return _UNITS.get(word) or _UNITS.get(word.lower()) or _UNITS.get(word.lower().removesuffix("s"))
 
 
+def _is_counted(word: str) -> bool:
+    """7 apples, 7 boxes, 7 cherries, 7 square units."""
+    forms = {word, word.removesuffix("s"), word.removesuffix("es"), word.removesuffix("ies") + "y"}
+    return not _COUNTED.isdisjoint(forms) or word in _PREFIX or _known(word) is not None
+
+
 def _is_unit(name: str, *, spaced: bool) -> bool:
     """Whether bare letters behind a number are no variables: a known unit, or after a space words with vowels."""
     words = re.findall("[A-Za-z.]+", name)
@@ -153,7 +178,10 @@ def _is_unit(name: str, *, spaced: bool) -> bool:
 
 
 def _one_spelling(name: str) -> str:
-    """Of m/s^2, metres per second squared, m s^{-2}: m s-2; "" if a word is unknown."""
+    """Of m/s^2, metres per second squared, m s^{-2}: m s-2; "" of 7 red apples, "?squid" of 7 squid."""
+    words = re.findall(r"[^\s{}~/^\\.-]+", name.lower())
+    if re.search(r"(?<![A-Za-z^{-])\d|[^A-Za-z0-9 ./^{}*~-]", name):  # 5 \text{6}, 5 \text{!}
+        return "?" + "".join(words)
     name = re.sub(r" per |/", " / ", f" {name} ").replace("*", " ")
     powers: Counter[str] = Counter()
     sign, prefix, last = 1, 1, ""
@@ -169,5 +197,5 @@ def _one_spelling(name: str) -> str:
             powers[unit] += sign * prefix
             prefix, last = 1, unit
         else:
-            return ""
+            return "" if all(map(_is_counted, words)) else "?" + "".join(words)
     return " ".join(f"{unit}{power if power != 1 else ''}" for unit, power in sorted(powers.items()) if power)
