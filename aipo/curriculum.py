@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from aipo.config.sections import BucketBy, CurriculumConfig, KappaSchedule, MaskConfig
+from aipo.config.base import BucketBy, KappaSchedule
+from aipo.config.sections import CurriculumConfig, MaskConfig
 from aipo.mask import MAX_PEAKS, peaks
 
 Mixture = tuple[float, float, float]

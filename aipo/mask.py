@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aipo.config.sections import MaskConfig, Statistic
+from aipo.config.base import Statistic
+from aipo.config.sections import MaskConfig
 from aipo.layout import token_grid
 
 MAX_PEAKS = 40

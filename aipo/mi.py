@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from aipo.config.sections import Features
+from aipo.config.base import Features
 
 Sigma = float | Literal["median"]
 

@@ -13,7 +13,8 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from aipo.config.sections import POSITION_ELEMENTS, Features, MIConfig, Normalize
+from aipo.config.base import POSITION_ELEMENTS, Features, Normalize
+from aipo.config.sections import MIConfig
 from aipo.mi import (
     FourierFeatures,
     Sigma,

@@ -26,7 +26,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from aipo.config.sections import Features, MIConfig  # noqa: E402
+from aipo.config.base import Features  # noqa: E402
+from aipo.config.sections import MIConfig  # noqa: E402
 from aipo.evaluation.results import markdown  # noqa: E402
 from aipo.mi import exact_hsic, fast_hsic  # noqa: E402
 from aipo.problems.embedded import MODEL, embedded_model  # noqa: E402

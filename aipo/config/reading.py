@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from aipo.config.base import Section
 from aipo.config.schema import Config
-from aipo.config.sections import Section
 from aipo.errors import UserError
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import model_validator
 
+from aipo.config.base import POSITION_ELEMENTS, NonNegative, Section
 from aipo.config.sections import (
-    POSITION_ELEMENTS,
     AdvantageConfig,
     BranchConfig,
     CheckpointConfig,
@@ -23,11 +23,9 @@ from aipo.config.sections import (
     MaskConfig,
     MIConfig,
     ModelConfig,
-    NonNegative,
     OptimConfig,
     RewardConfig,
     RolloutConfig,
-    Section,
     ShardingConfig,
     TrackingConfig,
     ValidationConfig,

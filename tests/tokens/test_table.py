@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aipo.advantage import entropy_quadrants, information_advantages, reallocate_by_entropy, weight_tokens
 from aipo.config import Config, load_config
-from aipo.config.sections import AdvantageConfig, Measured
+from aipo.config.base import Measured
+from aipo.config.sections import AdvantageConfig
 from aipo.layout import filler, micro_batches
 from aipo.model.adapters import add_adapters
 from aipo.model.loading import load_model
