@@ -8,11 +8,11 @@ from typing import Any
 
 import train
 from aipo.reward import Rewarder
-from aipo.selection import TokenSelector
+from aipo.selection import Selection
 from aipo.sharding import DeepSpeed
 
 PLACES: dict[str, tuple[type, str]] = {
-    "forward": (TokenSelector, "__call__"),  # inside the policy's forward, between two gatherings of ZeRO-3
+    "forward": (Selection, "__call__"),  # inside the policy's forward, between two gatherings of ZeRO-3
     "reward": (Rewarder, "collect"),
     "save": (DeepSpeed, "save"),  # before DeepSpeed's own barrier, where the other rank then waits
 }
