@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def weights_digest(path: str, architecture: PretrainedConfig) -> str:
                 begun = 8 + length
             else:
                 cuts = [size * at // 1000 for at in range(1001)]
-                spans, begun = list(zip(cuts, cuts[1:])), 0
+                spans, begun = list(pairwise(cuts)), 0
             for start, end in sorted(spans):
                 for at in (start, (start + end) // 2, end - sample):
                     file.seek(begun + max(at, start))
