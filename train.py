@@ -75,6 +75,10 @@ def main() -> int:
     except UserError as error:
         print(f"rank {rank}: error: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:  # outside the steps, which end with a checkpoint: aipo.run.signals
+        if rank == 0:
+            print("\nstopped; labels that are done are kept, and --resume auto goes on", file=sys.stderr, flush=True)
+        return 130
 
 
 if __name__ == "__main__":

@@ -160,6 +160,19 @@ def test_exit_code_2_and_one_line(
     assert error.count("\n") == 1
 
 
+def test_ctrl_c_outside_the_steps(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pressed(work: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aipo.distributed.launch", pressed)
+    monkeypatch.setattr("train.settle", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "tiny.yaml", f"model.path={model}"])
+    assert train.main() == 130
+    assert capsys.readouterr().err.strip().startswith("stopped; labels")
+
+
 def test_under_a_launcher_only_one_rank_shows_the_plan(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

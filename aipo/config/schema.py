@@ -71,6 +71,13 @@ class Config(Section):
                 f"mi.estimator: position with {self.mi.num_features} features and {self.rollout.max_tokens} tokens "
                 "needs over 1 GiB: lower mi.num_features"
             )
+        longest, mask = self.rollout.max_tokens, self.mask
+        above_none = mask.rule == "peaks_only" or (mask.rule == "threshold" and mask.scope == "sequence")
+        if (longest == 1 and above_none) or (mask.rule == "prefix" and int(mask.prefix_end * longest) == 0):
+            raise ValueError(
+                f"rollout.max_tokens: {longest} leaves mask.rule: {mask.rule} no token to train on: raise it, or set "
+                "mask.rule: all"
+            )
         if self.rollout.samples_per_question == 1 and self.advantage.baseline != "batch":
             raise ValueError(
                 "rollout.samples_per_question: 1 leaves nothing to compare with: use advantage.baseline: batch"

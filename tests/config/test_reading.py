@@ -306,6 +306,8 @@ def test_every_bad_value_is_named() -> None:
         (["advantage.tokens=entropy", "advantage.alpha=2"], "advantage.alpha must be below advantage.phi"),
         (["advantage.tokens=entropy", "loss.ratio=sequence"], "set loss.ratio: token"),
         (["loss.kl_priority=2", "loss.kl_beta=0"], "raise loss.kl_beta"),
+        (["rollout.max_tokens=1", "reward.overlong_buffer=0"], "leaves mask.rule: threshold no token"),
+        (["rollout.max_tokens=2", "reward.overlong_buffer=0", "mask.rule=prefix"], "leaves mask.rule: prefix no token"),
         (["mask.rule=quadrant"], "set mask.score: entropy"),
         (["mask.prefix_start=0.5"], "mask.prefix_start (0.5) must not exceed mask.prefix_end (0.35)"),
         (["branch.enabled=true", "branch.base=8"], "leaves no branch among"),
