@@ -4,6 +4,8 @@ The map: what the paper (Chen et al., ACL 2026) numbers, and the name that imple
 
     eq. 1            aipo.mi.coordinate_scores, aipo.mi.fast_hsic; aipo.mi.exact_hsic is the O(n^2) reference
                      aipo.scorer.pointwise_scores, aipo.scorer.position_scores: other readings of its samples
+                     aipo.mi_normalized.normalized_scores: the normalised form of the work it builds on
+                     aipo.passes.Passes.gold_states: h*
     eq. 2            aipo.loss.policy_loss; aipo.loss.loss_terms, unnormalised, is what a step sums up
     eq. 3            aipo.loss.loss_terms: log_rho
     eq. 4            aipo.advantage.group_advantages
@@ -21,7 +23,8 @@ The map: what the paper (Chen et al., ACL 2026) numbers, and the name that imple
     line 33          aipo.mask.MaskRule.select, aipo.verify.is_correct
     line 34          aipo.advantage.assign, aipo.advantage.blend
     lines 35-38      aipo.trainer.Trainer.update
-    lines 39-42      aipo.curriculum.Curriculum.observe_validation, aipo.curriculum.kappa_at
+    lines 39-42      aipo.curriculum.Curriculum.observe_validation, aipo.curriculum.kappa_at;
+                     mask.kappa_schedule: literal is line 42 as printed
 
     table 1          aipo.metrics.avg_at_k, aipo.evaluation.benchmarking.run
     table 2          aipo.metrics.training_efficiency, aipo.evaluation.results.gains

@@ -67,6 +67,10 @@ class Config(Section):
             raise ValueError(
                 "mi.features: quadrature is for scalars: use mi.estimator: coordinate, or features: random"
             )
+        if self.mi.normalized == "cca" and self.mi.estimator != "coordinate":
+            raise ValueError(
+                "mi.normalized: cca is of the samples of one state: use mi.estimator: coordinate, or normalized: none"
+            )
         moments = self.rollout.max_tokens * self.mi.num_features**2
         if self.mi.estimator == "position" and moments > POSITION_ELEMENTS:
             raise ValueError(

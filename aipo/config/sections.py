@@ -189,6 +189,10 @@ class MIConfig(Section):
     """D"""
     sigma: Annotated[float, Field(gt=0)] | Literal["median"] = 50.0
     """kernel bandwidth, or the median heuristic"""
+    normalized: Literal["none", "cca"] = "none"
+    """HSIC, or the normalised one of the peaks work's code, tr(R_x R_y) with R = K (K + epsilon n)^-1 (coordinate)"""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    """of normalized: cca"""
     center: bool = True
     """subtract feature means; false is a diagnostic only"""
     layer: int = -1

@@ -119,7 +119,8 @@ def wrong_golds(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:
     order = random.Random(seed).sample(list(problems), len(problems))
     if len({problem.answer for problem in order}) < 2:
         raise UserError("mi.gold_control: shuffled needs questions of different answers; those of data.train have one")
-    wrong, other = {}, order[0]
+    wrong: dict[str, Problem] = {}
+    other = order[0]
     for problem in reversed(order + order):  # around the circle: the next of another answer
         if other.answer == problem.answer:
             other = wrong.get(other.id, other)
