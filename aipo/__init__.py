@@ -5,6 +5,8 @@ The map: what the paper (Chen et al., ACL 2026) numbers, and the name that imple
     eq. 1            aipo.scorer.TokenScorer.score, through aipo.mi.factor_scores; one at a time
                      aipo.mi.coordinate_scores, as printed aipo.mi.fast_hsic, in O(n^2) aipo.mi.exact_hsic
                      aipo.scorer.pointwise_scores, aipo.scorer.position_scores: other readings of its samples
+                     aipo.mi_normalized.normalized_scores: the normalised form of the work it builds on
+                     aipo.passes.Passes.gold_states: h*
     eq. 2            aipo.loss.loss_terms, unnormalised, as a step sums it up; aipo.loss.policy_loss, as printed
     eq. 3            aipo.loss.loss_terms: log_rho
     eq. 4            aipo.advantage.group_advantages
@@ -23,7 +25,8 @@ The map: what the paper (Chen et al., ACL 2026) numbers, and the name that imple
     line 33          aipo.mask.MaskRule.select, aipo.verify.is_correct
     line 34          aipo.advantage.assign, aipo.advantage.blend
     lines 35-38      aipo.trainer.Trainer.update
-    lines 39-42      aipo.curriculum.Curriculum.observe_validation, aipo.curriculum.kappa_at
+    lines 39-42      aipo.curriculum.Curriculum.observe_validation, aipo.curriculum.kappa_at;
+                     mask.kappa_schedule: literal is line 42 as printed
 
     table 1          aipo.metrics.avg_at_k, aipo.evaluation.benchmarking.run
     table 2          aipo.metrics.training_efficiency, aipo.evaluation.results.gains

@@ -262,14 +262,16 @@ def coordinate_scores(
     return factor_scores(hidden, factors, which, phi_of, token_bandwidths(hidden, sigma), center, chunk)
 
 
-def gold_factors(gold: Tensor, phi_of: FourierFeatures, sigma: Sigma, center: bool) -> Tensor:
+def gold_factors(
+    gold: Tensor, phi_of: FourierFeatures, sigma: Sigma, center: bool, ridge: float | None = None
+) -> Tensor:
     """F with F F^T = H Phi_y Phi_y^T H, that is || Phi_x^T H Phi_y || = || Phi_x^T F || for any x, of each gold state:
     (Q, d) -> fp32 (Q, d, r).
 
     r is the largest numerical rank, which is small (about 15) because the kernel is smooth; a factor of lower rank
     starts with columns of zeros. A gold state that cannot be measured has nothing else. In fp64, because the noise
     floor of fp32 cosines would hide how small the rank is. All states share the decompositions, as far as there is
-    room for them.
+    room for them. With a ``ridge``, F F^T is K (K + ridge)^-1 of that K instead (:mod:`aipo.mi_normalized`).
     """
     Q, d = gold.shape
     if not Q or d < 2:
@@ -283,13 +285,13 @@ def gold_factors(gold: Tensor, phi_of: FourierFeatures, sigma: Sigma, center: bo
         D, m = phi.series.shape
         width = D + 2 * d  # of what a column of W, and then of the factor, takes
         fitting = tokens_that_fit(2 * width * (m + len(columns)), _room(x))  # fp64 takes the place of two
-        factors = [_factors(part, columns, phi, center) for part in x.split(fitting)]  # (q, d, r) each
+        factors = [_factors(part, columns, phi, center, ridge) for part in x.split(fitting)]  # (q, d, r) each
         rank = max(part.shape[2] for part in factors)
         padded = [torch.nn.functional.pad(part, (rank - part.shape[2], 0)) for part in factors]
         return torch.where(measured[:, :, None], torch.cat(padded), 0)
 
 
-def _factors(x: Tensor, columns: Tensor, phi: Expansion, center: bool) -> Tensor:
+def _factors(x: Tensor, columns: Tensor, phi: Expansion, center: bool, ridge: float | None) -> Tensor:
     """Gold states in bandwidths (q, d), of which ``columns`` (o,) may be beyond REACH -> fp32 (q, d, r)."""
     near, far = near_and_far(x, columns)
     # Phi_y = A W^T, A (d, m + o) being the polynomials and an indicator of each coordinate beyond. W = Q R
@@ -303,6 +305,8 @@ def _factors(x: Tensor, columns: Tensor, phi: Expansion, center: bool) -> Tensor
     eigenvalue, vector = torch.linalg.eigh(factor.mT @ factor)  # ascending
     kept = eigenvalue > RANK_TOLERANCE * eigenvalue[:, -1:]  # (q, min(D, m + o))
     rank = int(kept.sum(1).max())
+    if ridge is not None:
+        vector = vector / (eigenvalue.clamp(min=0) + ridge).sqrt()[:, None]
     return (factor @ (vector * kept[:, None])[:, :, kept.shape[1] - rank :]).float()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,6 +53,15 @@ def combine(correct: Tensor, format: Tensor, length: Tensor, weights: Weights, *
     return weights[0] * right + weights[1] * format.float() + weights[2] * length.float()
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A rollout that was handed in and waits for its verdict."""
+
+    verdict: Future[Verdict]
+    formed: bool
+    length: int  # completion tokens
+
+
 class Rewarder:
     """Scores rollouts: all at once (:meth:`score`), or while generation runs (:meth:`submit`, then :meth:`collect`).
 
@@ -63,30 +74,27 @@ class Rewarder:
         self.config, self.max_tokens, self.thinking = config, max_tokens, thinking
         self.weights = config.correctness, config.format, config.length
         self.verifier = Verifier(config.workers, config.timeout_s, config.memory_mb)
-        self._pending: dict[int, tuple[Future[Verdict], bool, int]] = {}
 
-    def submit(self, index: int, gold: str, kind: str, text: str, length: int) -> None:
-        """Hand in rollout ``index`` of the batch; returns at once. ``length`` is in completion tokens."""
-        if index in self._pending:
-            raise ValueError(f"rollout {index} was handed in twice")
-        formed = well_formed(text, kind=kind, thinking=self.thinking)
-        self._pending[index] = (self.verifier.submit(gold, text, kind), formed, length)
+    def submit(self, gold: str, kind: str, text: str, length: int) -> Pending:
+        """Hand in a rollout; returns at once what to wait for. ``length`` is in completion tokens."""
+        return Pending(
+            self.verifier.submit(gold, text, kind), well_formed(text, kind=kind, thinking=self.thinking), length
+        )
 
-    def collect(self) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Wait for everything handed in since the last call.
+    def collect(self, pending: Sequence[Pending]) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Wait for B rollouts that were handed in.
 
-        Returns ``(rewards (B,) float, correct (B,) bool, metrics)`` in the order of the indices. An answer without a
+        Returns ``(rewards (B,) float, correct (B,) bool, metrics)`` in their order. An answer without a
         verdict (its check took too long, or too much memory) is not wrong: its reward is NaN. Metrics are means over
         the rollouts judged, and shares of all. Raises RuntimeError if no verifier process can be started.
         """
-        if not self._pending:
+        if not pending:
             raise ValueError("no rollout was handed in")
-        pending, self._pending = [self._pending[i] for i in sorted(self._pending)], {}
-        verdicts = [future.result() for future, _, _ in pending]
+        verdicts = [each.verdict.result() for each in pending]
         judged = torch.tensor([verdict not in NO_VERDICT for verdict in verdicts])  # (B,) bool
         correct = torch.tensor([verdict.correct for verdict in verdicts])  # (B,) bool
-        formed = torch.tensor([formed for _, formed, _ in pending])  # (B,) bool
-        lengths = torch.tensor([length for _, _, length in pending])  # (B,)
+        formed = torch.tensor([each.formed for each in pending])  # (B,) bool
+        lengths = torch.tensor([each.length for each in pending])  # (B,)
         too_long = soft_overlong(lengths, self.max_tokens, self.config.overlong_buffer)  # (B,) in [-1, 0]
         length = 1.0 + too_long  # (B,) in [0, 1]
         rewards = combine(correct, formed, length, self.weights, signed=self.config.signed)  # (B,)
@@ -105,9 +113,7 @@ class Rewarder:
         self, golds: list[str], kinds: list[str], texts: list[str], lengths: list[int]
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """:meth:`submit` of B rollouts and :meth:`collect`."""
-        for index, rollout in enumerate(zip(golds, kinds, texts, lengths, strict=True)):
-            self.submit(index, *rollout)
-        return self.collect()
+        return self.collect([self.submit(*rollout) for rollout in zip(golds, kinds, texts, lengths, strict=True)])
 
     def close(self) -> None:
         """Kill the verifier's workers."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from aipo import distributed
 from aipo.layout import pad
 from aipo.problems.datasets import Problem
+from aipo.reward import Pending
 from aipo.rollout.base import Completion
 
 BY_QUESTION, BY_ROLLOUT = {"by": "question"}, {"by": "rollout"}
@@ -35,6 +36,7 @@ class Rollouts:
     rewards: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,); NaN: there is no verdict
     correct: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,) bool
     texts: list[str] = field(default_factory=list, metadata=BY_ROLLOUT)  # B
+    pending: list[Pending] = field(default_factory=list, metadata=BY_ROLLOUT)  # B until they are judged
     advantages: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,)
     used: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,) bool: takes part in the update
     token_advantages: Tensor | None = field(default=None, metadata=BY_ROLLOUT)  # (B, T) where they differ by token

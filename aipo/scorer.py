@@ -25,6 +25,7 @@ from aipo.mi import (
     token_bandwidths,
     tokens_that_fit,
 )
+from aipo.mi_normalized import normalized_scores
 
 
 def pointwise_scores(
@@ -121,6 +122,7 @@ class TokenScorer:
     Keys of ``mi`` beyond the arguments of :func:`fast_hsic`, and arguments:
         normalize: "layernorm" gives every state zero mean and unit variance over its coordinates; "zscore" does so for
             every coordinate over the rollout's tokens (h* with the same shift and scale). "none" takes raw states.
+        normalized: "cca" is the normalised HSIC of :mod:`aipo.mi_normalized`; coordinate only.
         sigma: with "median", coordinate finds the bandwidths of every rollout anew; the others fix one for the run,
             the mean over ranks of the first micro-batch's, for both variables.
         ema_decay, warmup_steps: pointwise averages the moments behind C over steps, plainly during ``warmup_steps``
@@ -151,6 +153,7 @@ class TokenScorer:
                 )
         self.estimator, self.features, self.num_features, self.sigma = estimator, features, num_features, sigma
         self.center, self.normalize, self.seed = config.center, config.normalize, seed
+        self.epsilon = config.epsilon if config.normalized == "cca" else None
         self.ema_decay, self.warmup_steps, self.all_reduce = config.ema_decay, config.warmup_steps, all_reduce
         self.sets = max_positions if estimator == "position" and max_positions else 1
         self.bandwidth = None if sigma == "median" else torch.tensor(positive(sigma), dtype=torch.float64)
@@ -284,7 +287,11 @@ class TokenScorer:
         factors, which = self._factors_of(torch.stack(answers))
         all_states = hidden if self.normalize == "none" else torch.cat(states)
         assert self.phi_of is not None
-        return factor_scores(all_states, factors, which.repeat_interleave(counts), self.phi_of, bandwidth, self.center)
+        which = which.repeat_interleave(counts)
+        if self.epsilon is not None:
+            ridge = self.epsilon * hidden.shape[1]
+            return normalized_scores(all_states, factors, which, self.phi_of, bandwidth, self.center, ridge)
+        return factor_scores(all_states, factors, which, self.phi_of, bandwidth, self.center)
 
     def _factors_of(self, gold: Tensor) -> tuple[Tensor, Tensor]:
         """Factors (Q, d, r) of the different ones among gold (B, d), and the place (B,) of each, on the CPU.
@@ -296,7 +303,8 @@ class TokenScorer:
             assert self.phi_of is not None
             rows = dict(zip(keys, range(len(keys))))  # one of each
             self.places = {key: place for place, key in enumerate(rows)}
-            self.factors = gold_factors(gold[list(rows.values())], self.phi_of, self.sigma, self.center)
+            ridge = None if self.epsilon is None else self.epsilon * gold.shape[1]
+            self.factors = gold_factors(gold[list(rows.values())], self.phi_of, self.sigma, self.center, ridge)
         return self.factors, torch.tensor([self.places[key] for key in keys])
 
     def _rollouts(self, hidden: Tensor, gold: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -107,16 +107,15 @@ def test_score_by_hand(rewarder: Rewarder) -> None:
 
 def test_streaming_in_any_order_is_the_same_as_all_at_once(rewarder: Rewarder) -> None:
     together = rewarder.score(GOLDS, KINDS, TEXTS, LENGTHS)
-    for i in (3, 0, 4, 2, 1):
-        rewarder.submit(i, GOLDS[i], KINDS[i], TEXTS[i], LENGTHS[i])
-    with pytest.raises(ValueError, match="rollout 3 was handed in twice"):
-        rewarder.submit(3, "5", "math", "5", 1)
-    rewards, correct, metrics = rewarder.collect()
+    pending = {i: rewarder.submit(GOLDS[i], KINDS[i], TEXTS[i], LENGTHS[i]) for i in (3, 0, 4, 2, 1)}
+    other = rewarder.submit("5", "math", "5", 1)  # of another batch: nothing to do with this one
+    rewards, correct, metrics = rewarder.collect([pending[i] for i in range(5)])
     torch.testing.assert_close(rewards, together[0])
     assert correct.tolist() == together[1].tolist()
     assert metrics == together[2]
+    assert len(rewarder.collect([other])[0]) == 1
     with pytest.raises(ValueError, match="no rollout"):
-        rewarder.collect()
+        rewarder.collect([])
 
 
 def test_a_hostile_answer_has_no_verdict_and_is_counted() -> None:

@@ -13,22 +13,24 @@ from aipo.config.base import POSITION_ELEMENTS, NonNegative, Section
 from aipo.config.sections import (
     AdvantageConfig,
     BranchConfig,
-    CheckpointConfig,
     CurriculumConfig,
     DataConfig,
     DynamicConfig,
-    GuardsConfig,
-    LoraConfig,
     LossConfig,
     MaskConfig,
     MIConfig,
-    ModelConfig,
-    OptimConfig,
     RewardConfig,
     RolloutConfig,
+    ValidationConfig,
+)
+from aipo.config.training import (
+    CheckpointConfig,
+    GuardsConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
     ShardingConfig,
     TrackingConfig,
-    ValidationConfig,
 )
 from aipo.errors import UserError
 
@@ -64,6 +66,10 @@ class Config(Section):
         if self.mi.features == "quadrature" and self.mi.estimator != "coordinate":
             raise ValueError(
                 "mi.features: quadrature is for scalars: use mi.estimator: coordinate, or features: random"
+            )
+        if self.mi.normalized == "cca" and self.mi.estimator != "coordinate":
+            raise ValueError(
+                "mi.normalized: cca is of the samples of one state: use mi.estimator: coordinate, or normalized: none"
             )
         moments = self.rollout.max_tokens * self.mi.num_features**2
         if self.mi.estimator == "position" and moments > POSITION_ELEMENTS:

@@ -1,4 +1,7 @@
-"""Every key of a config by section: its type, default and meaning, as ``train.py --help`` prints them."""
+"""What a run does, by section: every key of the method with type, default and meaning, as ``--help`` prints them.
+
+How it is trained and kept is in :mod:`aipo.config.training`.
+"""
 
 from __future__ import annotations
 
@@ -19,26 +22,6 @@ from aipo.config.base import (
     Section,
     Statistic,
 )
-
-
-class ModelConfig(Section):
-    path: str
-    """Hugging Face folder (such as runs/NAME/final), hub id, or embedded:smollm2-135m"""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """of engine and trainer; auto: bfloat16 where the hardware multiplies it, else float32; kept by a resumed run"""
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """attention implementation of transformers"""
-    gradient_checkpointing: bool = True
-    """recompute each layer in the backward pass: less memory, about a third more compute"""
-    head_chunk: Positive = 1024
-    """positions whose logits exist at one time"""
-
-    @property
-    def bfloat16(self) -> bool:
-        """Whether the passes compute in it, once aipo.model.precision has put a dtype in the place of ``auto``."""
-        if self.dtype == "auto":
-            raise ValueError("model.dtype is still auto: aipo.model.precision.choose settles it")
-        return self.dtype == "bfloat16"
 
 
 class DataConfig(Section):
@@ -175,6 +158,10 @@ class MIConfig(Section):
     """D"""
     sigma: Annotated[float, Field(gt=0)] | Literal["median"] = 50.0
     """kernel bandwidth, or the median heuristic"""
+    normalized: Literal["none", "cca"] = "none"
+    """HSIC, or the normalised one of the peaks work's code, tr(R_x R_y) with R = K (K + epsilon n)^-1 (coordinate)"""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    """of normalized: cca"""
     center: bool = True
     """subtract feature means; false is a diagnostic only"""
     layer: int = -1
@@ -357,51 +344,6 @@ class LossConfig(Section):
     """weight of the self-reward A H, which raises the entropy of tokens with positive advantage"""
 
 
-class LoraConfig(Section):
-    rank: NonNegative = 0
-    """of LoRA adapters, which alone are trained then; 0 trains all weights"""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """an adapter's output is multiplied by alpha / rank"""
-    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("all-linear",)
-    """names of the layers that get one, such as q_proj; all-linear is every linear layer but the head"""
-
-
-class OptimConfig(Section):
-    steps: Positive = 500
-    """optimizer steps' worth of rollout batches, S"""
-    generated_tokens: Positive | None = None
-    """the run ends before S once it has generated so many tokens in training; for comparisons at equal cost"""
-    lr: Annotated[float, Field(gt=0)] = 1e-6
-    """learning rate of AdamW"""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """after the warm-up; linear and cosine fall to 0 at the last step"""
-    warmup_steps: NonNegative = 0
-    """steps over which the rate rises linearly"""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """of AdamW"""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """of AdamW"""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """decoupled"""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """global gradient norm is clipped to it"""
-    updates_per_batch: Positive = 1
-    """optimizer steps a rollout batch is split into; 1 is strictly on-policy and needs no probe"""
-    micro_tokens: Positive = 16384
-    """tokens of a micro-batch, padding included; one sequence always fits"""
-    packing: bool = False
-    """pack sequences without padding into one row (sdpa or flash_attention_2); else length-sorted padding"""
-    share_prompts: bool = False
-    """compute a prompt once for all its rollouts of a micro-batch, exactly; pays where prompts are long (sdpa only)"""
-
-
-class ShardingConfig(Section):
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 3
-    """of DeepSpeed: what is sharded over ranks; 0 is nothing, plain PyTorch without DeepSpeed"""
-    offload_optimizer: bool = False
-    """keep optimizer shards in host memory"""
-
-
 class ValidationConfig(Section):
     every: Positive = 10
     """steps between validations; there is always one before and one after training"""
@@ -425,26 +367,3 @@ class ValidationConfig(Section):
     """steps between such measurements; there is always one before and one after training"""
     watch_samples: Positive = 4
     """a question"""
-
-
-class CheckpointConfig(Section):
-    every: Positive = 20
-    """steps between checkpoints; there is always one at the end"""
-    keep_last: Positive = 2
-    """older ones are removed, but for the best by held-out accuracy"""
-
-
-class GuardsConfig(Section):
-    max_bad_steps: Positive = 5
-    """stop after so many steps in a row with a non-finite loss or gradient (each is skipped and its batch dumped)"""
-
-
-class TrackingConfig(Section):
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto is online where the user is logged in, else offline"""
-    project: str = "aipo"
-    """wandb project"""
-    plot_every: Positive = 10
-    """steps between redrawings of the curves"""
-    rollouts_per_step: NonNegative = 4
-    """rollouts written out each step, with MI and mask of each token"""

@@ -75,10 +75,10 @@ def read_verl(row: Row) -> Problem:
 
 def read_gsm8k(row: Row) -> Problem:
     """``answer`` is a worked solution whose last line is ``#### 1,234``."""
-    _, marks, answer = _text(row, "answer").rpartition("####")
+    solution, marks, answer = _text(row, "answer").rpartition("####")
     if not marks:
         raise ValueError("its answer has no '#### ' line")
-    return Problem("", _text(row, "question"), answer)
+    return Problem("", _text(row, "question"), answer, solution=solution.strip())
 
 
 def read_gpqa(row: Row) -> Problem:

@@ -397,4 +397,6 @@ def _line(problem: Problem) -> str:
     row: dict[str, object] = {key: getattr(problem, key) for key in ("id", "question", "answer", "kind", "source")}
     if problem.options:
         row["options"] = problem.options
+    if problem.solution:
+        row["solution"] = problem.solution
     return json.dumps(row, ensure_ascii=False) + "\n"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aipo.problems.datasets import Problem
 from aipo.problems.prompts import Prompter
-from aipo.reward import Rewarder
+from aipo.reward import Pending, Rewarder
 from aipo.rollout.base import Completion, Request, RolloutEngine, Sampling
 from aipo.rollouts import Rollouts
 
@@ -51,12 +51,14 @@ class Collector:
             for i, q in enumerate(owner)
         ]
         texts = [""] * len(requests)
+        pending: dict[int, Pending] = {}  # by request
 
         def finished(i: int, completion: Completion) -> None:
             texts[i] = self.prompter.decode(completion.token_ids)
             problem = problems[owner[i]]
             if submit:
-                self.rewarder.submit(i, problem.answer, problem.kind, texts[i], len(completion.token_ids))
+                length = len(completion.token_ids)
+                pending[i] = self.rewarder.submit(problem.answer, problem.kind, texts[i], length)
             if on_done is not None:
                 on_done()
 
@@ -68,13 +70,16 @@ class Collector:
             group_size=samples,
             ids=torch.tensor([request.seed for request in requests], dtype=torch.long),
             texts=texts,
+            pending=[pending[i] for i in sorted(pending)],
         )
 
     def submit(self, rollouts: Rollouts) -> None:
         """Hand rollouts to the verifier that were collected without."""
-        for i, (text, completion) in enumerate(zip(rollouts.texts, rollouts.completions)):
-            problem = rollouts.problems[i // rollouts.group_size]
-            self.rewarder.submit(i, problem.answer, problem.kind, text, len(completion.token_ids))
+        problems = [rollouts.question_of(i) for i in range(len(rollouts.texts))]
+        rollouts.pending = [
+            self.rewarder.submit(problem.answer, problem.kind, text, len(tokens))
+            for problem, text, tokens in zip(problems, rollouts.texts, rollouts.each_completion)
+        ]
 
     def continue_from(
         self, rollouts: Rollouts, cuts: Tensor, sampling: Sampling, *, samples: int, stream: str
@@ -89,27 +94,31 @@ class Collector:
         owner = [row for row in range(len(prefixes)) for _ in range(samples)]
         requests = []
         for i, row in enumerate(owner):
-            problem = rollouts.problems[row // rollouts.group_size]
+            problem = rollouts.question_of(row)
             seed = request_seed(self.seed, f"{stream} of {row % rollouts.group_size}", problem.id, i % samples)
             prompt = [*rollouts.prompts[row // rollouts.group_size], *prefixes[row]]
             requests.append(Request(prompt, seed, sampling.max_tokens - len(prefixes[row])))
 
+        pending: dict[int, Pending] = {}  # by request
+
         def finished(i: int, completion: Completion) -> None:
-            problem = rollouts.problems[owner[i] // rollouts.group_size]
+            problem = rollouts.question_of(owner[i])
             tokens = [*prefixes[owner[i]], *completion.token_ids]
-            self.rewarder.submit(i, problem.answer, problem.kind, self.prompter.decode(tokens), len(tokens))
+            pending[i] = self.rewarder.submit(problem.answer, problem.kind, self.prompter.decode(tokens), len(tokens))
 
         if not requests:
             return torch.zeros(0), 0
         completions = self.engine.generate(requests, sampling, on_done=finished)
-        rewards, correct, _ = self.rewarder.collect()  # (B * samples,) each
+        rewards, correct, _ = self.rewarder.collect([pending[i] for i in range(len(requests))])  # (B * samples,) each
         judged, right = (each.reshape(-1, samples).sum(1) for each in (rewards.isfinite(), correct))  # (B,)
         return samples * right / judged, sum(len(c.token_ids) for c in completions)
 
     def judge(self, rollouts: Rollouts) -> dict[str, float]:
-        """Fill in the rewards of what :meth:`collect` gave last; returns the rewarder's metrics, of this rank."""
+        """Wait for what was handed in of these rollouts and fill in rewards; returns the rewarder's metrics, of this
+        rank."""
         if not rollouts.completions:  # a rank without a share of the questions
             rollouts.rewards, rollouts.correct = torch.zeros(0), torch.zeros(0, dtype=torch.bool)
             return {}
-        rollouts.rewards, rollouts.correct, metrics = self.rewarder.collect()
+        rollouts.rewards, rollouts.correct, metrics = self.rewarder.collect(rollouts.pending)
+        rollouts.pending = []
         return metrics
