@@ -253,6 +253,7 @@ def test_every_field_is_taken_with_its_row() -> None:
     """By all the fields that there are: a field without a word on whose it is would stay whole."""
     whole = batch()
     whole.token_advantages = torch.arange(12.0).reshape(6, 2)
+    whole.pending = list("uvwxyz")  # type: ignore[arg-type]
     part = whole.take([5, 1])
     for each in fields(Rollouts):
         value = getattr(part, each.name)
