@@ -207,6 +207,8 @@ def _as_set(node: Node) -> Set:
         case Many("tuple" | "square", (low, high)):
             return Interval(_real(low), _real(high), node.kind == "tuple", node.kind == "tuple")
         case Many("list" | "set", items):
+            if node.kind == "set" and Range("empty") in items:  # a set with one element
+                raise Unreadable
             if any(isinstance(item, Range) for item in items):
                 return Union(*map(_as_set, items))
             return FiniteSet(*map(_real, items))
