@@ -1,7 +1,7 @@
 """How many answers does the verifier judge in a second, and how often is it right?
 
-Prints Markdown: agreement with the labelled pairs of tests/verify, of this verifier and of Math-Verify alone, throughput on those pairs that cannot be judged
-on their text, once each and as the rollouts of a question (where equal answers are judged once), and what a bomb
+Prints Markdown: agreement with the labelled pairs of tests/verify, of this verifier and of Math-Verify alone; throughput on
+those pairs that cannot be judged on their text, once each and as the rollouts of a question (where equal answers are judged once), and what a bomb
 costs. A minute on two cores:
 
     python bench/verify.py [--workers 4] [--data FILE]
@@ -93,7 +93,7 @@ def main() -> None:
     with Verifier(args.workers, timeout=20.0) as pool:
         verdicts = pool.verify_all((gold, boxed(answer), "math") for gold, answer in pairs)
     total = Counter(pair["equal"] for pair in labelled)
-    print(f"| verifier | accepts, of {total[True]} right answers | refuses, of {total[False]} wrong ones |\n|---|---:|---:|")
+    print(f"| verifier | accepts, of {total[True]} right | refuses, of {total[False]} wrong |\n|---|---:|---:|")
     alone = [math_verify_alone(*pair) for pair in pairs]
     for name, accepted in (("AIPO", [verdict.correct for verdict in verdicts]), ("Math-Verify alone", alone)):
         right = Counter(pair["equal"] for pair, correct in zip(labelled, accepted) if correct == pair["equal"])

@@ -290,7 +290,9 @@ def _same_value(gold: Node, answer: Node) -> bool:
     ratio: Any = conversion(answer.unit, gold.unit)
     if {gold.unit, answer.unit} == {"deg", "rad"}:
         ratio = sympy.pi / 180 if answer.unit == "deg" else 180 / sympy.pi
-    if ratio is None and ((gold.unit and answer.unit) or "%" in (gold.unit, answer.unit) or answer.unit.startswith("?")):
+    if ratio is None and (
+        (gold.unit and answer.unit) or "%" in (gold.unit, answer.unit) or answer.unit.startswith("?")
+    ):
         return False
     if ratio not in (None, 1):
         return same_expression(expression(gold.text), expression(answer.text) * sympy.sympify(ratio))

@@ -248,7 +248,7 @@ def _exact(expr: Any) -> Fraction | None:
 
 
 def _at(expr: Any, point: dict[Any, Any]) -> Any | None:
-    """The value at a point: a Rational if that is exact, else a complex number; None if there is none, or it is too large."""
+    """The value at a point: a Rational if exact, else a complex number; None if there is none or it is too large."""
     try:
         _bits(expr, point)
     except Unreadable:

@@ -31,7 +31,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from aipo.verify.answers import after_thinking, bare_gold, choice_letter, extract_answer, last_box, lists_several, settle
+from aipo.verify.answers import (
+    after_thinking,
+    bare_gold,
+    choice_letter,
+    extract_answer,
+    last_box,
+    lists_several,
+    settle,
+)
 
 __all__ = ["Verdict", "Verifier", "after_thinking", "extract_answer", "is_correct", "last_box"]
 
@@ -250,7 +258,9 @@ class Verifier:
                     worker = self._worker(slot)
                     verdict = worker.judge(job)
                     # CPU time says something of the answer; the clock and a crash may say something of the machine
-                    settled = verdict in (Verdict.CORRECT, Verdict.WRONG) or worker.process.returncode == -signal.SIGPROF
+                    settled = (
+                        verdict in (Verdict.CORRECT, Verdict.WRONG) or worker.process.returncode == -signal.SIGPROF
+                    )
                     if verdict in (Verdict.TIMED_OUT, Verdict.KILLED):
                         self._drop(slot)
             except Exception as error:  # no worker can be started: whoever waits for the verdict has to know

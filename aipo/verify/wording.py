@@ -51,9 +51,9 @@ _SYNONYMS = {
     "dne": "doesnotexist", "limitdoesnotexist": "doesnotexist", "thelimitdoesnotexist": "doesnotexist",
     "infinitesolutions": "infinitelymany", "infinitelymanysolutions": "infinitelymany", "infinite": "infinitelymany",
 }  # fmt: skip
-_ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
-    eighteen nineteen""".split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_NUMERALS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety"""
+_ONES, _TENS = _NUMERALS.split()[:20], _NUMERALS.split()[20:]
 _NUMBERS = {word: str(value) for value, word in enumerate(_ONES)} | {
     ten + (one if value else ""): str(10 * tens + value)
     for tens, ten in enumerate(_TENS, start=2)
