@@ -1,8 +1,8 @@
 """How many answers does the verifier judge in a second, and how often is it right?
 
-Prints Markdown: agreement with the labelled pairs of tests/verify, of this verifier and of Math-Verify alone; throughput on
-those pairs that cannot be judged on their text, once each and as the rollouts of a question (where equal answers are judged once), and what a bomb
-costs. A minute on two cores:
+Prints Markdown: agreement with the labelled pairs of tests/verify, of this verifier and of Math-Verify alone;
+throughput on those pairs that cannot be judged on their text, once each and as the rollouts of a question (where equal
+answers are judged once), and what a bomb costs. A minute on two cores:
 
     python bench/verify.py [--workers 4] [--data FILE]
 

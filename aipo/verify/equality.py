@@ -263,17 +263,15 @@ def _same_part(a: Set, b: Set) -> bool:
 
 
 def _same_words(gold: Node, answer: Node) -> bool:
-    texts = []
+    texts, products = [], []
     for node in (gold, answer):
         if not isinstance(node, Words | Value):
             return False
         texts.append(node.text if isinstance(node, Words) else normal_form(node.text).lower())
+        products.append(node.loose if isinstance(node, Words) else node.text)
     if texts[0] == texts[1]:
         return True
-    if any(isinstance(node, Words) and not node.loose for node in (gold, answer)):
-        return False
-    products = [node.loose if isinstance(node, Words) else node.text for node in (gold, answer)]
-    return same_expression(*map(expression, products))  # xy and yx, perhaps
+    return all(products) and same_expression(*map(expression, products))  # xy and yx, perhaps
 
 
 def _same_value(gold: Node, answer: Node) -> bool:
