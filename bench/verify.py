@@ -1,8 +1,8 @@
 """How many answers does the verifier judge in a second, and how often is it right?
 
-Prints Markdown: agreement with the labelled pairs of tests/verify, throughput on those pairs that cannot be judged
-on their text, once each and as the rollouts of a question (where equal answers are judged once), and what a bomb
-costs. A minute on two cores:
+Prints Markdown: agreement with the labelled pairs of tests/verify, of this verifier and of Math-Verify alone;
+throughput on those pairs that cannot be judged on their text, once each and as the rollouts of a question (where equal
+answers are judged once), and what a bomb costs. A minute on two cores:
 
     python bench/verify.py [--workers 4] [--data FILE]
 
@@ -19,6 +19,8 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+
+from math_verify import parse, verify
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -67,6 +69,11 @@ def rewritten(answer: str) -> str:
     return rf"\frac{{2 \cdot \left({answer}\right)}}{{2}}"
 
 
+def math_verify_alone(gold: str, answer: str) -> bool:
+    """As its README uses it."""
+    return bool(verify(parse(gold if "$" in gold or "boxed" in gold else f"${gold}$"), parse(boxed(answer))))
+
+
 def report(name: str, pairs: list[Pair], workers: int) -> None:
     parsed = [pair for pair in pairs if settle(bare_gold(pair[0]), bare_gold(pair[1])) is None]
     rollouts = [pair for pair in parsed for _ in range(ROLLOUTS)]
@@ -85,10 +92,13 @@ def main() -> None:
     pairs = [(pair["gold"], pair["answer"]) for pair in labelled]
     with Verifier(args.workers, timeout=20.0) as pool:
         verdicts = pool.verify_all((gold, boxed(answer), "math") for gold, answer in pairs)
-    right = Counter(pair["equal"] for pair, verdict in zip(labelled, verdicts) if verdict.correct == pair["equal"])
     total = Counter(pair["equal"] for pair in labelled)
-    print(f"Agreement with {len(pairs)} labelled pairs: {right.total() / total.total():.1%};", end=" ")
-    print(f"of {total[False]} to be refused: {right[False] / total[False]:.1%}\n")
+    print(f"| verifier | accepts, of {total[True]} right | refuses, of {total[False]} wrong |\n|---|---:|---:|")
+    alone = [math_verify_alone(*pair) for pair in pairs]
+    for name, accepted in (("AIPO", [verdict.correct for verdict in verdicts]), ("Math-Verify alone", alone)):
+        right = Counter(pair["equal"] for pair, correct in zip(labelled, accepted) if correct == pair["equal"])
+        print(f"| {name} | {right[True] / total[True]:.1%} | {right[False] / total[False]:.1%} |")
+    print()
 
     random.Random(0).shuffle(pairs)
     print(f"| answers | pairs | settled on text | others, each once: /s | others, {ROLLOUTS} rollouts: /s |")

@@ -56,15 +56,14 @@ def after_thinking(response: str) -> str | None:
     return None if "<think>" in tail else tail
 
 
-def extract_answer(
-    response: str, kind: str = "math", *, lenient: bool = False, several: bool = False
-) -> str | None:
+def extract_answer(response: str, kind: str = "math", *, lenient: bool = False, several: bool = False) -> str | None:
     """The final answer as written, or None. Linear in the length of ``response``.
 
     Only the text after the thinking block counts. math: the last ``\\boxed{}``, which must be complete (a
     truncated last box is no answer, whatever stood before it), or without any box the last line ``Answer: ...``;
     with ``several`` those just before it, too, in one list (``\\boxed{4}`` and ``\\boxed{11}``), for a gold answer that
-    is one (:func:`lists_several`). With ``lenient`` and neither box nor line the last ``$...$``, ``\\(...\\)`` or ``\\[...\\]``, or the last number.
+    is one (:func:`lists_several`). With ``lenient`` and neither box nor line the last ``$...$``, ``\\(...\\)`` or
+    ``\\[...\\]``, or the last number.
     choice: the capital letter in whichever of box and line stands last. Raises ValueError for another ``kind``.
     """
     if kind not in ("math", "choice"):
@@ -110,7 +109,11 @@ def lists_several(gold: str) -> bool:
 def choice_letter(text: str) -> str | None:
     """The letter A to Z that ``text`` opens with, whatever it is wrapped in; None if it is none, or one of several."""
     match = _LETTER.match(text)
-    if not match or not match.lastindex or _ALTERNATIVE.match(text, end := match.end(match.lastindex), end + _ALTERNATIVES_WITHIN):
+    if (
+        not match
+        or not match.lastindex
+        or _ALTERNATIVE.match(text, end := match.end(match.lastindex), end + _ALTERNATIVES_WITHIN)
+    ):
         return None
     return match.group(match.lastindex).upper()
 
@@ -204,6 +207,7 @@ _UPRIGHT = """textbf textit textrm textsf texttt textnormal textup mathrm mathbf
 _SYNONYMS |= dict.fromkeys(_NO_MEANING.split(), "") | dict.fromkeys(_UPRIGHT.split(), r"\text")
 _FUNCTIONS = "a(?:rc)?(?:sin|cos|tan)h?|arc(?:cot|sec|csc)|ar(?:sin|cos|tan)h|sinh|cosh|tanh|ln|log|exp|gcd"
 _FUNCTIONS += "|sin|cos|tan|cot|sec|csc|coth|sech|csch"
+_BARE_FUNCTIONS = "(?:a(?:rc)?)?(?:sin|cos|tan)h?|coth?|sech?|csch?|log|ln|exp"
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?(?: (?=\{))?")
 _RULES = [
     (re.compile(pattern), new)
@@ -236,7 +240,7 @@ _RULES = [
         (r"(?<![\\A-Za-z])sqrt(?= ?[\d({])", r"\\sqrt"),
         (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "),
         (r"(?<![\\A-Za-z])(?:infinity|inf)(?![A-Za-z])", r"\\infty "),
-        (r"(?<![\\A-Za-z])((?:a(?:rc)?)?(?:sin|cos|tan)h?|coth?|sech?|csch?|log|ln|exp)(?= ?[({\d\\]| [a-z]\b)", r"\\\1"),
+        (rf"(?<![\\A-Za-z])({_BARE_FUNCTIONS})(?= ?[({{\d\\]| [a-z]\b)", r"\\\1"),
         # braces around every argument: \frac12, \frac{1}2, \sqrt2, \sqrt(2), x^(1/2), x^-1
         (r"\\frac ?(\d|[A-Za-z]|\\pi)(?= ?[\d{\\A-Za-z])", r"\\frac{\1}"),
         (r"(\\frac ?\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}) ?(\d|[A-Za-z])", r"\1{\2}"),

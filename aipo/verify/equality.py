@@ -207,6 +207,8 @@ def _as_set(node: Node) -> Set:
         case Many("tuple" | "square", (low, high)):
             return Interval(_real(low), _real(high), node.kind == "tuple", node.kind == "tuple")
         case Many("list" | "set", items):
+            if node.kind == "set" and Range("empty") in items:  # a set with one element
+                raise Unreadable
             if any(isinstance(item, Range) for item in items):
                 return Union(*map(_as_set, items))
             return FiniteSet(*map(_real, items))
@@ -261,17 +263,15 @@ def _same_part(a: Set, b: Set) -> bool:
 
 
 def _same_words(gold: Node, answer: Node) -> bool:
-    texts = []
+    texts, products = [], []
     for node in (gold, answer):
         if not isinstance(node, Words | Value):
             return False
         texts.append(node.text if isinstance(node, Words) else normal_form(node.text).lower())
+        products.append(node.loose if isinstance(node, Words) else node.text)
     if texts[0] == texts[1]:
         return True
-    if any(isinstance(node, Words) and not node.loose for node in (gold, answer)):
-        return False
-    products = [node.loose if isinstance(node, Words) else node.text for node in (gold, answer)]
-    return same_expression(*map(expression, products))  # xy and yx, perhaps
+    return all(products) and same_expression(*map(expression, products))  # xy and yx, perhaps
 
 
 def _same_value(gold: Node, answer: Node) -> bool:
@@ -288,7 +288,9 @@ def _same_value(gold: Node, answer: Node) -> bool:
     ratio: Any = conversion(answer.unit, gold.unit)
     if {gold.unit, answer.unit} == {"deg", "rad"}:
         ratio = sympy.pi / 180 if answer.unit == "deg" else 180 / sympy.pi
-    if ratio is None and ((gold.unit and answer.unit) or "%" in (gold.unit, answer.unit) or answer.unit.startswith("?")):
+    if ratio is None and (
+        (gold.unit and answer.unit) or "%" in (gold.unit, answer.unit) or answer.unit.startswith("?")
+    ):
         return False
     if ratio not in (None, 1):
         return same_expression(expression(gold.text), expression(answer.text) * sympy.sympify(ratio))

@@ -56,11 +56,15 @@ _FOR_THE_PARSER = [
     ]
 ]
 
+_UNCLEAR = re.compile(  # \frac141, \sqrt21, x^21: for TeX the last digit is a factor
+    r"\\(?:frac ?\{[^{}]*\}|sqrt(?: ?\[[^\]]*\])?) ?\{[^{}]*\}\d|(?<![A-Za-z\\])[A-Za-z\d)] ?\^(?:\{\d+\}\d|\d\d)|\d ?'"
+)
+
 
 @lru_cache(maxsize=4096)  # the rollouts of one question share their gold
 def expression(text: str) -> Any:
     """A tidy text as a sympy expression or matrix, unevaluated, without floats. Raises Unreadable."""
-    if _COMPUTED_AT_ONCE.search(text):
+    if _COMPUTED_AT_ONCE.search(text) or _UNCLEAR.search(text):
         raise Unreadable
     text = with_arguments(text)
     for pattern, new in _FOR_THE_PARSER:
@@ -244,7 +248,7 @@ def _exact(expr: Any) -> Fraction | None:
 
 
 def _at(expr: Any, point: dict[Any, Any]) -> Any | None:
-    """The value at a point: a Rational if that is exact, else a complex number; None if there is none, or it is too large."""
+    """The value at a point: a Rational if exact, else a complex number; None if there is none or it is too large."""
     try:
         _bits(expr, point)
     except Unreadable:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 
 _RECIPROCALS = {r"\coth": r"\tanh", r"\sech": r"\cosh", r"\csch": r"\sinh"}
-_KNOWN = {rf"\{name}" for name in "ln log exp sin cos tan cot sec csc sinh cosh tanh".split()}
-_KNOWN |= {rf"\arc{name}" for name in "sin cos tan cot sec csc sinh cosh tanh".split()}
-_KNOWN |= {rf"\ar{name}" for name in "sinh cosh tanh".split()}
-_SHORT = {rf"\a{name}": rf"\arc{name}" for name in "sin cos tan cot sec csc sinh cosh tanh".split()}
+_INVERTIBLE = ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh"]
+_KNOWN = {rf"\{prefix}{name}" for name in _INVERTIBLE for prefix in ("", "arc")}
+_KNOWN |= {r"\ln", r"\log", r"\exp", r"\arsinh", r"\arcosh", r"\artanh"}
+_SHORT = {rf"\a{name}": rf"\arc{name}" for name in _INVERTIBLE}
 _NAMES = _KNOWN | _SHORT.keys() | _RECIPROCALS.keys()
 
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|(?<=[_^])\d|\d+(?:\.\d+)?|.", re.DOTALL)

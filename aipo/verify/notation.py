@@ -248,6 +248,9 @@ def _relation(text: str) -> Node:
         raise Unreadable
     if r"\approx" in operators:  # 1/3 \approx 0.33 says 1/3, x \approx 0.33 says 0.33
         where = operators.index(r"\approx")
+        exact, rounded = number(parts[where]), number(parts[where + 1])
+        if exact and rounded and abs(exact.value - rounded.value) > abs(exact.value) / 20:
+            raise Unreadable
         left = " ".join(part + " " + op for part, op in zip(parts[:where], operators)) + " " + parts[where]
         return _relation(parts[where + 1]) if where == 0 and _NAME.fullmatch(parts[0]) else _relation(left)
     first, last = parts[0], parts[-1]
@@ -422,7 +425,7 @@ def _single(text: str) -> Node:
         letters = meaning(re.sub("[^a-z0-9]", "", match.group(1).lower()))
         if kind := _SETS.get(letters):
             return Range(kind)
-        if letters.isdigit():
+        if number(letters):
             return Value(letters)
         return Words(letters, plain if r"\text" not in text and len(letters) <= 4 else "")
     value, unit = split_unit(text)

@@ -31,7 +31,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from aipo.verify.answers import after_thinking, bare_gold, choice_letter, extract_answer, last_box, lists_several, settle
+from aipo.verify.answers import (
+    after_thinking,
+    bare_gold,
+    choice_letter,
+    extract_answer,
+    last_box,
+    lists_several,
+    settle,
+)
 
 __all__ = ["Verdict", "Verifier", "after_thinking", "extract_answer", "is_correct", "last_box"]
 
@@ -152,7 +160,7 @@ class Verifier:
         self._memory_mb = memory_mb
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._pending: dict[tuple[str, str, float], Future[Verdict]] = {}
-        self._known: OrderedDict[tuple[str, str], Verdict] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str], tuple[Verdict, float]] = OrderedDict()  # and the timeout
         self._workers: list[_Worker | None] = [None] * workers
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
@@ -172,7 +180,9 @@ class Verifier:
         if verdict is None and answer is not None:
             job = _Job(gold, answer, self.timeout if timeout is None else timeout, future)
             with self._lock:
-                verdict = self._known.get(job.pair)
+                verdict, within = self._known.get(job.pair, (None, 0.0))
+                if verdict is Verdict.TIMED_OUT and job.timeout > within:
+                    verdict = None
                 first = future if verdict else self._enqueue(job)
             if first is not future:
                 first.add_done_callback(lambda done: self._follow(done, future))
@@ -242,27 +252,32 @@ class Verifier:
             job = self._jobs.get()
             if job is None:
                 break
-            verdict = None
+            verdict, settled = None, False
             try:
                 if job.future.set_running_or_notify_cancel():
-                    verdict = self._worker(slot).judge(job)
+                    worker = self._worker(slot)
+                    verdict = worker.judge(job)
+                    # CPU time says something of the answer; the clock and a crash may say something of the machine
+                    settled = (
+                        verdict in (Verdict.CORRECT, Verdict.WRONG) or worker.process.returncode == -signal.SIGPROF
+                    )
                     if verdict in (Verdict.TIMED_OUT, Verdict.KILLED):
                         self._drop(slot)
             except Exception as error:  # no worker can be started: whoever waits for the verdict has to know
                 self._forget(job)
                 job.future.set_exception(error)
             else:
-                self._forget(job, verdict)
+                self._forget(job, verdict if settled else None)
                 if verdict is not None:
                     self._resolve(job.future, verdict)
         self._drop(slot)
 
     def _forget(self, job: _Job, verdict: Verdict | None = None) -> None:
-        """The job is no longer under way; what it says about the answer, and not about the machine, is remembered."""
+        """The job is no longer under way; a verdict that is given is remembered."""
         with self._lock:
             self._pending.pop((*job.pair, job.timeout), None)
-            if verdict in (Verdict.CORRECT, Verdict.WRONG):
-                self._known[job.pair] = verdict
+            if verdict is not None:
+                self._known[job.pair] = verdict, job.timeout
                 if len(self._known) > REMEMBERED:
                     self._known.popitem(last=False)
 

@@ -50,27 +50,26 @@ _MULTIPLES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6
 _PREFIX = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _SUFFIX = {"squared": 2, "cubed": 3}
 # What is counted, in the singular, and what stands around it: says nothing that the number does not.
-_COUNTED = set(
-    """
-    unit way time student people person year old day week month hour minute second point apple orange banana pear
-    marble ball book page card coin penny dime nickel cookie candy egg car bus train plane ticket game match team
-    player goal vote friend child kid boy girl man men woman women adult parent teacher student member guest passenger
-    runner worker employee customer house room table chair box bag basket bottle cup glass can jar pot plate piece slice
-    pizza cake pie sandwich sheep goat cow horse pig hen chicken duck dog cat fish bird rabbit animal tree flower plant
-    rose seed stone rock brick tile block cube square triangle rectangle circle polygon pentagon hexagon octagon side
-    edge face vertex vertice vertices diagonal angle line segment arc chord path route step move stair floor mile
-    integer number digit multiple divisor factor prime solution value pair triple tuple subset set element term
-    function polynomial permutation combination arrangement outcome possibility choice option word letter bead sticker
-    stamp pencil pen crayon shirt shoe sock hat dress toy doll gift present flag bit byte vowel consonant committee
-    handshake intersection region sequence string path matrices matrix graph color colour zero round lap turn trip
-    problem question answer test exam quiz mark class grade score song movie photo picture letter email message
-    call phone computer machine battery bike wheel truck boat ship bean carrot potato tomato lemon grape cherry
-    strawberry berry peach plum melon mango coconut nut muffin donut doughnut bagel burger calorie cal pint quart
-    serving share stock bill note job task shift fold
-    red blue green white black yellow small large big new more total different distinct possible real positive negative
-    odd even whole valid such ordered unordered in all of the a an each per th st nd rd altogether
-    """.split()
-) - {"more", "negative", "fold", "pair", "score", "square", "time"}
+_THINGS = """
+    unit way student people person year old day week month hour minute point apple orange banana pear marble
+    ball book page card coin penny dime nickel cookie candy egg car bus train plane ticket game match team
+    player goal vote friend child kid boy girl man men woman women adult parent teacher member guest passenger
+    runner worker employee customer house room table chair box bag basket bottle cup glass can jar pot plate
+    piece slice pizza cake pie sandwich sheep goat cow horse pig hen chicken duck dog cat fish bird rabbit
+    animal tree flower plant rose seed stone rock brick tile block cube triangle rectangle circle polygon
+    pentagon hexagon octagon side edge face vertex vertice vertices diagonal angle line segment arc chord path
+    route step move stair floor mile integer number digit divisor factor prime solution value tuple subset set
+    element term function polynomial permutation combination arrangement outcome possibility choice option word
+    letter bead sticker stamp pencil pen crayon shirt shoe sock hat dress toy doll gift present flag byte vowel
+    consonant committee handshake intersection region sequence string matrices matrix graph color colour round
+    lap turn trip problem question answer test exam quiz mark class grade song movie photo picture email message
+    call phone computer machine battery bike wheel truck boat bean carrot potato tomato lemon grape cherry
+    strawberry berry peach plum melon mango coconut nut muffin donut doughnut bagel burger calorie pint quart
+    serving share stock bill note job task shift red blue green white black yellow small large big total
+    different distinct possible real positive odd even whole valid such ordered unordered in all of the a an
+    each per th st nd rd altogether
+"""
+_COUNTED = set(_THINGS.split())
 _TEXT = r"\\text ?\{[^{}]*(?:\{-?\d\}[^{}]*)*\} ?(?:\^ ?(?:\d|\{ ?-?\d ?\}))?"
 _IN_TEXT = re.compile(rf"(.*?[^\s\\/]) ?((?:(?:\\cdot ?|/ ?)?{_TEXT} ?)+)")
 _BARE = re.compile(r"(.*[\d}])( ?)((?:[A-Za-z]++\.?[ /]?)++(?:\^ ?(?:\d|\{-?\d\}))?)")

@@ -51,7 +51,16 @@ _SYNONYMS = {
     "dne": "doesnotexist", "limitdoesnotexist": "doesnotexist", "thelimitdoesnotexist": "doesnotexist",
     "infinitesolutions": "infinitelymany", "infinitelymanysolutions": "infinitelymany", "infinite": "infinitelymany",
 }  # fmt: skip
-_COUNTED = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+_NUMERALS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety"""
+_ONES, _TENS = _NUMERALS.split()[:20], _NUMERALS.split()[20:]
+_NUMBERS = {word: str(value) for value, word in enumerate(_ONES)} | {
+    ten + (one if value else ""): str(10 * tens + value)
+    for tens, ten in enumerate(_TENS, start=2)
+    for value, one in enumerate(_ONES[:10])
+}
+_NUMBERS |= {"half": "1/2", "onehalf": "1/2", "onethird": "1/3", "onequarter": "1/4", "onefourth": "1/4"}
+_NUMBERS |= {sign + word: "-" + value for word, value in _NUMBERS.items() for sign in ("minus", "negative")}
 
 
 def plain_words(text: str) -> str:
@@ -83,4 +92,4 @@ def meaning(words: str) -> str:
         return r"\emptyset"
     if _REALS.fullmatch(words):
         return r"\mathbb{R}"
-    return str(_COUNTED.index(words)) if words in _COUNTED else _SYNONYMS.get(words, words)
+    return _NUMBERS.get(words) or _SYNONYMS.get(words, words)

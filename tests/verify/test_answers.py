@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aipo.verify.answers import MAX_CHARS, bare_gold, extract_answer, normal_form, number, settle, tidy
+from aipo.verify.answers import (
+    MAX_CHARS,
+    bare_gold,
+    choice_letter,
+    extract_answer,
+    lists_several,
+    normal_form,
+    number,
+    settle,
+    tidy,
+)
 
 # --- where the answer stands
 
@@ -99,6 +109,80 @@ def test_a_choice_is_the_last_letter_on_an_answer_line_or_in_a_box(response: str
     assert extract_answer(response, "choice", lenient=True) == letter
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "A, B, C, D",
+            "A: no, B",
+            "A (or B)",
+            "A or B",
+            "A/B",
+            "(A), (B)",
+            "A. Wait, B",
+            "A, not sure",
+            "A (not B) C",
+        ),
+        *("A B C D", "A, maybe B", "A is wrong", "A) 12 or B) 13", "A. foo, B. bar", "a, b", r"\text{A, B}"),
+        r"\text{(A)} \text{ or } \text{(B)}",
+    ],
+)
+def test_a_letter_among_others_is_no_choice(text: str) -> None:
+    assert choice_letter(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "A",
+            "A)",
+            "A) 4.2 eV",
+            "A. vitamin C",
+            r"\textbf{(A)}\ 12",
+            "A: group A streptococcus",
+            "A. $x = 2B$",
+            "A: yes",
+        ),
+        *("(a)", "A, because it is larger", "A) 3, 4 and 5", "A) vitamin D deficiency", "A. New York, NY"),
+    ],
+)
+def test_what_an_option_says_may_stand_behind_its_letter(text: str) -> None:
+    assert choice_letter(text) == "A"
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"\boxed{4} and \boxed{11}", "4, 11"),
+        (r"$x=\boxed{4}$ \text{ or } $x_2 = \boxed{11}$.", "4, 11"),
+        (r"\boxed{7} is no root. \boxed{4}, \boxed{11}", "4, 11"),
+        (r"\boxed{4} and \boxed{11", None),
+        (r"\boxed{\boxed{4}}", r"\boxed{4}"),
+        ("Answer: 5", "5"),
+    ],
+)
+def test_several_boxes_in_a_row_are_one_list_for_a_gold_list(response: str, answer: str | None) -> None:
+    assert extract_answer(response, several=True) == answer
+
+
+@pytest.mark.parametrize(
+    ("gold", "several"),
+    [
+        *(
+            ("4, 11", True),
+            (r"4 \text{ and } 11", True),
+            (r"\pm 4", True),
+            (r"\{4, 11\}", True),
+            ("(1,2), (3,4)", True),
+        ),
+        *(("1,234", False), ("(4, 11)", False), ("4", False), (r"\text{Anders and}", False), ("[0, 1)", False)),
+    ],
+)
+def test_gold_lists_are_told_from_numbers_and_tuples(gold: str, several: bool) -> None:
+    assert lists_several(gold) is several
+
+
 @pytest.mark.parametrize("kind", ["math", "choice"])
 @pytest.mark.parametrize(
     "unit",
@@ -108,7 +192,7 @@ def test_a_choice_is_the_last_letter_on_an_answer_line_or_in_a_box(response: str
     ],
 )
 def test_extraction_stays_linear(unit: str, kind: str) -> None:
-    extract_answer(unit * 200_000, kind, lenient=True)  # minutes if quadratic: the suite would not end
+    extract_answer(unit * 200_000, kind, lenient=True, several=True)  # minutes if quadratic: the suite would not end
 
 
 def test_an_unknown_kind_is_an_error() -> None:

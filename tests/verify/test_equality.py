@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aipo.verify.answers import bare_gold, normal_form
+from aipo.verify.answers import bare_gold, extract_answer, lists_several, normal_form
 from aipo.verify.equality import equal
 from aipo.verify.notation import Unreadable, split
 from aipo.verify.units import split_unit
@@ -196,6 +196,24 @@ def test_equal_answers(gold: str, answer: str) -> None:
 @pytest.mark.parametrize(("gold", "answer"), pairs(DIFFERENT, "≠"))
 def test_different_answers(gold: str, answer: str) -> None:
     assert not equal(bare_gold(gold), bare_gold(answer))
+
+
+def judged(gold: str, answer: str) -> bool:
+    """As in the pool: an answer with a box is a response, and what raises is wrong."""
+    gold = bare_gold(gold)
+    if "boxed" in answer:
+        answer = extract_answer(answer, several=lists_several(gold)) or ""
+    try:
+        return equal(gold, bare_gold(answer))
+    except Exception:  # sympy raises every kind of error on nonsense
+        return False
+
+
+@pytest.mark.parametrize("sign", ["≅", "≠"])
+def test_what_a_policy_would_exploit(sign: str) -> None:
+    labelled = pairs((SUITES / "exploits.txt").read_text(), sign)
+    assert len(labelled) > 300
+    assert [pair for pair in labelled if judged(*pair) != (sign == "≅")] == []
 
 
 @pytest.mark.parametrize("suite", ["pairs", "more_pairs", "blind_pairs"])
