@@ -228,7 +228,8 @@ def _solution(inequality: Relation) -> Set:
     if len(side.free_symbols) != 1:
         raise Unreadable
     (x,) = side.free_symbols
-    if has_steps(side) or any(power.free_symbols for power in side.atoms(sympy.Pow)):  # 2|x + 5| > 6 is linear only from -5 on
+    # 2|x + 5| > 6 is linear only from -5 on
+    if has_steps(side) or any(power.free_symbols for power in side.atoms(sympy.Pow)):
         raise Unreadable
     at = [side.xreplace({x: sympy.Integer(value)}).doit() for value in range(4)]
     slope = at[1] - at[0]
