@@ -20,6 +20,7 @@ from sympy import FiniteSet, Intersection, Interval, Set, Symbol, Union
 from aipo.verify.answers import normal_form, same_number, settle, tidy
 from aipo.verify.expressions import approximate, expression, proportional, same_expression
 from aipo.verify.notation import Based, Many, Matrix, Named, Node, Range, Relation, Unreadable, Value, Words, read
+from aipo.verify.sampling import has_steps
 from aipo.verify.units import conversion
 from aipo.verify.wording import plain_words
 
@@ -227,6 +228,9 @@ def _solution(inequality: Relation) -> Set:
     if len(side.free_symbols) != 1:
         raise Unreadable
     (x,) = side.free_symbols
+    # 2|x + 5| > 6 is linear only from -5 on
+    if has_steps(side) or any(power.free_symbols for power in side.atoms(sympy.Pow)):
+        raise Unreadable
     at = [side.xreplace({x: sympy.Integer(value)}).doit() for value in range(4)]
     slope = at[1] - at[0]
     if not (slope.is_number and slope.is_nonzero and all(same_expression(at[i + 1] - at[i], slope) for i in (1, 2))):
@@ -326,7 +330,7 @@ def _same_family(gold: Value, answer: Value) -> bool:
         letters = [node.letter] if node.letter else [s.name for s in family.free_symbols if s.name in "kmnlt"]
         if len(letters) != 1 or Symbol(letters[0]) not in family.free_symbols:
             return False
-        ends.append([family.xreplace({Symbol(letters[0]): sympy.Integer(value)}) for value in range(5)])
+        ends.append([family.xreplace({Symbol(letters[0]): sympy.Integer(value)}) for value in range(-4, 5)])
     (a, *_), (b, *_) = ends
     if all(map(same_expression, *ends)):
         return True

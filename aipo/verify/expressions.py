@@ -204,7 +204,7 @@ def _bits(expr: Any, point: dict[Any, Any]) -> float:
         bits = max(int(expr.p).bit_length(), int(expr.q).bit_length())
     elif expr.is_Float:
         bits = abs(math.frexp(float(expr))[1]) + 60 if math.isfinite(float(expr)) else math.inf
-    elif expr.is_Pow or isinstance(expr, sympy.exp):
+    elif expr.is_Pow or isinstance(expr, sympy.exp | sympy.cosh | sympy.sinh):
         exponent = expr.args[-1]
         bits = (inner[0] if expr.is_Pow else 2) * max(_size(exponent, inner[-1], point), 1.0)
     elif isinstance(expr, sympy.factorial | sympy.gamma):

@@ -398,17 +398,6 @@ def _matrix(text: str) -> Node | None:
 # --- words, bases, values -----------------------------------------------------------------------------------------
 
 _BASED = re.compile(r"\(?([0-9A-F]*[0-9][0-9A-F]*)\)? ?(?:_ ?\{? ?\(?(?:base )?(\w+)\)? ?\}?|\(?(?:in )?base (\w+)\)?)")
-_COUNT = {
-    "ten": "10",
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-}
 _WORDS = re.compile(r"\(?(?:(?:an?|the) )?([A-Za-z][A-Za-z0-9 '.,!?()-]*)", re.IGNORECASE)
 
 
@@ -418,9 +407,8 @@ def _single(text: str) -> Node:
     plain = " ".join(re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text).split())
     if match := _BASED.fullmatch(plain):
         base = match.group(2) or match.group(3)
-        if base.lower() in ("10", "ten"):
-            return Value(match.group(1))
-        return Based(match.group(1).lstrip("0"), _COUNT.get(base.lower(), base))
+        base = meaning(base.lower())
+        return Value(match.group(1)) if base == "10" else Based(match.group(1).lstrip("0"), base)
     if (match := _WORDS.fullmatch(plain)) and (r"\text" in text or re.search("[A-Za-z]{2}", plain)):
         letters = meaning(re.sub("[^a-z0-9]", "", match.group(1).lower()))
         if kind := _SETS.get(letters):

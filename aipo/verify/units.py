@@ -179,7 +179,7 @@ def _is_unit(name: str, *, spaced: bool) -> bool:
 def _one_spelling(name: str) -> str:
     """Of m/s^2, metres per second squared, m s^{-2}: m s-2; "" of 7 red apples, "?squid" of 7 squid."""
     words = re.findall(r"[^\s{}~/^\\.-]+", name.lower())
-    if re.search(r"(?<![A-Za-z^{-])\d|[^A-Za-z0-9 ./^{}*~-]", name):  # 5 \text{6}, 5 \text{!}
+    if re.search(r"(?<![A-Za-z^{-])\d|[^A-Za-z0-9 ./^{}*~-]|\^ ?\{? ?0", name):  # 5 \text{6}, 5 \text{!}
         return "?" + "".join(words)
     name = re.sub(r" per |/", " / ", f" {name} ").replace("*", " ")
     powers: Counter[str] = Counter()
