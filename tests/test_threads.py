@@ -59,7 +59,6 @@ def test_no_number_of_threads(eight_cores, monkeypatch, asked) -> None:
 @pytest.mark.parametrize(
     ("launcher", "asked", "policy", "threads"),
     [
-        ([sys.executable], {}, "PASSIVE", CORES),
         ([sys.executable], {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE", 1),
         (["accelerate", "launch"], {}, "PASSIVE", CORES),
         (

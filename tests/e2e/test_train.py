@@ -212,6 +212,7 @@ def test_a_resumed_run_keeps_the_dtype_that_auto_chose(
 ) -> None:
     """Begun where oneDNN is held to AVX2, which has no bfloat16, and gone on with where it is not."""
     few = ["model.dtype=auto", "optim.steps=2", "curriculum.enabled=false", "sharding.zero_stage=0"]
+    few.append("rollout.engine=hf")
     small = arguments(model, data, tmp_path, "moved", *few)
     with monkeypatch.context() as old_machine:
         old_machine.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
