@@ -184,7 +184,7 @@ class Generation:
     def _bottleneck(self, rollouts: Rollouts) -> Tensor:
         """:func:`~aipo.branching.branches.bottleneck_scores` of every rollout, from four passes of the policy. (B,)"""
         prompter, ends = self.collector.prompter, self.collector.prompter.end_ids
-        blank = prompter.encode("")  # the prompt without its question
+        blanks = {origin: prompter.encode("", origin) for origin in {each.origin for each in rollouts.problems}}
         questions, drawn = rollouts.each_prompt, rollouts.each_completion
         golds = [prompter.encode_gold(rollouts.question_of(i)) for i in range(len(drawn))]
         postfix = postfix_ids(prompter.tokenizer, thinking=self.config.data.thinking)
@@ -198,7 +198,7 @@ class Generation:
             mean([[*q, *r, *postfix] for q, r in zip(questions, reasoned)], golds),
             mean([[*q, *postfix] for q in questions], golds),
             mean(questions, drawn),
-            mean([blank] * len(drawn), drawn),
+            mean([blanks[rollouts.question_of(i).origin] for i in range(len(drawn))], drawn),  # without its question
             beta=self.config.branch.beta,
         )
 

@@ -84,7 +84,7 @@ def problems(numbers: Sequence[int]) -> list[Problem]:
 
 
 def generation(prompter: Prompter, right: Right, settings: Config) -> Generation:
-    rewarder = Rewarder(RewardConfig(overlong_buffer=16, workers=1), max_tokens=64)
+    rewarder = Rewarder({"": RewardConfig(overlong_buffer=16, workers=1)}, max_tokens=64)
     collector = Collector(Scripted(prompter, right), prompter, rewarder, seed=0)  # type: ignore[arg-type]
 
     return Generation(collector, settings, ScriptedPasses(settings, prompter))
