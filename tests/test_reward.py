@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -136,6 +141,12 @@ def test_a_hostile_answer_has_no_verdict_and_is_counted() -> None:
 FUNCTIONS = """
 import os, time
 
+def burns(problem, completion):
+    start = time.process_time()
+    while time.process_time() < start + float(completion):
+        pass
+    return 1.0
+
 def length(problem, completion):
     return len(completion) / len(problem.question)
 
@@ -179,7 +190,7 @@ def test_a_function_takes_the_place_of_the_verifier() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("else", r"KeyError: 'else' \(.*graders.py, line 8\)"),
+        ("else", r"KeyError: 'else' \(.*graders.py, line 14\)"),
         ("none", "it returned None, which is not a finite number"),
         ("nan", "it returned nan, which is not"),
         ("text", "it returned '1', which is not"),
@@ -218,3 +229,47 @@ def test_each_origin_has_its_own_reward() -> None:
     rewards, _, _ = rewarder.score(problems, ["ab", r"\boxed{5}", r"\boxed{5}", "abcd", r"\boxed{6}"], [90] * 5)
     rewarder.close()
     torch.testing.assert_close(rewards, torch.tensor([0.5, 1.0, 0.5 + 0.5 * 0.5, 1.0, 0.0]))
+
+
+@contextmanager
+def load(each: int = 3) -> Iterator[None]:
+    """``each`` busy processes a core, every one in a session of its own, as a scheduler may share by sessions."""
+    spin = [sys.executable, "-c", "while True: pass"]
+    busy = [subprocess.Popen(spin, start_new_session=True) for _ in range(each * len(os.sched_getaffinity(0)))]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+        for process in busy:
+            process.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sched_getaffinity")
+@pytest.mark.usefixtures("functions")
+def test_a_busy_machine_changes_no_reward() -> None:
+    """The limit is CPU time: what takes half of it is judged although it takes longer than the limit by the clock."""
+    limit = 0.6
+    plain = RewardConfig(overlong_buffer=20, workers=2, timeout_s=limit)
+    configs = {"": plain, "burns": plain.model_copy(update={"function": "graders:burns"})}
+    problems = [Problem("1", "q", r"\sqrt{8}")] * 4 + [Problem("2", "q", "5", origin="burns")] * 4
+    texts = [r"\boxed{2\sqrt{2}}", r"\boxed{2\sqrt{3}}", r"\boxed{\sum_{n=1}^{10^9} n!}", "nothing"]
+    texts += ["0.3", "0.29", "0.31", "1000"]
+
+    def scored() -> tuple[list[float], list[bool], dict[str, float], float]:
+        rewarder = Rewarder(configs, max_tokens=100)
+        rewarder.score(problems[4:6], ["0", "0.01"], [9] * 2)  # workers have started
+        start = time.monotonic()
+        assert rewarder.score(problems[4:6], texts[4:6], [9] * 2)[0].tolist() == [1.0, 1.0]
+        took = time.monotonic() - start
+        rewards, correct, metrics = rewarder.score(problems, texts, [9] * 8)
+        rewarder.close()
+        return rewards.nan_to_num(-1.0).tolist(), correct.tolist(), metrics, took
+
+    rewards, correct, metrics, _ = scored()
+    assert rewards == [1.0, 0.0, -1.0, 0.0, 1.0, 1.0, 1.0, -1.0]
+    assert metrics["reward/timed_out"] == 0.25
+    with load():
+        again = scored()
+    assert again[:3] == (rewards, correct, metrics)
+    assert again[3] > limit  # or the machine was not busy
