@@ -114,6 +114,7 @@ class Trainer:
                 self.check_engine()
             rollouts, metrics = self.generation.rollouts(step, self.sample_questions, clock, prefix=prefix)
             metrics |= self.set_advantages(rollouts, clock)
+            prefix = prefix if rollouts.prefix is None else rollouts.prefix  # what was rewarded is what is trained on
             with clock("rollout"):
                 rollouts = self.balance(rollouts)
             selection, sums = self.update(rollouts, kappa, prefix, clock)

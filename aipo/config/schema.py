@@ -104,15 +104,13 @@ class Config(Section):
                 "raise it, or set dynamic.enabled: false"
             )
         if self.rollout.async_depth:
-            asks = {
-                "dynamic.enabled": self.dynamic.enabled,
-                "branch.enabled": self.branch.enabled,
-                "reward.rule: continuations": self.reward.rule == "continuations",
-            }
-            for key in (key for key, active in asks.items() if active):
+            filtered = self.branch.total not in (None, self.rollout.samples_per_question)
+            if self.branch.enabled and (self.branch.signal == "entropy" or filtered):
+                key = "branch.signal: entropy" if self.branch.signal == "entropy" else "branch.total"
                 raise ValueError(
-                    f"rollout.async_depth: 1 draws a batch while the policy is busy with its update, and {key} draws "
-                    "with the policy's or other ranks' help: leave one of them out"
+                    f"rollout.async_depth: 1 draws a batch while the policy is in its update, and {key} asks the "
+                    "policy, whose weights are changing: set branch.signal: logprob and branch.total: null, or "
+                    "rollout.async_depth: 0"
                 )
             if self.rollout.importance_correction == "none":
                 raise ValueError(
