@@ -1,8 +1,8 @@
 """Which rollouts a step trains on: one draw of questions, or as many as dynamic sampling takes, and their rewards.
 
-With ``rollout.async_depth: 1`` the next step's are drawn while this step's are trained on, all of them (those that dynamic
-sampling drops, branches and continuations too) by the weights of one update before, which the importance correction of
-the loss weighs.
+With ``rollout.async_depth: 1`` the next step's are drawn while this step's are trained on, all of them (those too that
+dynamic sampling drops, branches, continuations) by weights one update old, which the importance correction of the loss
+weighs.
 """
 
 from __future__ import annotations

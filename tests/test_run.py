@@ -285,6 +285,8 @@ def test_a_run_on_a_mix_of_sources(model: Path, tmp_path: Path, monkeypatch: pyt
     by_source = {name: [row for row in rollouts if row["question"].startswith(name)] for name in ("easy", "hard")}
     assert len(by_source["easy"]) == 3 * len(by_source["hard"]) == 3 * 16
     assert {row["reward"] for row in by_source["hard"]} == {2.0}
+    assert all((line["source/easy/share"], line["source/hard/share"]) == (0.75, 0.25) for line in lines[1:])
+    assert all(line["source/hard/correct"] == 1 for line in lines[1:])  # 1 or more
     with pytest.raises(UserError, match=r"reward\.function: nowhere:f cannot be imported \(ModuleNotFoundError"):
         check_inputs(load_config(str(tmp_path / "mixed.yaml"), [*more, "reward.function=nowhere:f"]), world=1)
 
