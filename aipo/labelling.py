@@ -33,6 +33,24 @@ from aipo.selection import TokenSelector
 Label = Callable[[Sequence[Problem]], dict[str, float]]
 """N_peak of each of this rank's questions of a block, which may be none; a collective"""
 
+DEPENDS_ON = (
+    "model.",
+    "data.",
+    "mi.",
+    "seed",
+    "train_fingerprint",
+    "mask.kappa_start",
+    "mask.statistic",
+    "mask.tau",
+    "curriculum.bucket_by",
+    "curriculum.probe_tokens",
+    "rollout.engine",
+    "rollout.max_tokens",
+    "rollout.temperature",
+    "rollout.top_",
+)
+"""Keys of a run's identity, by their beginnings; ``data.train`` and the weights are among its facts"""
+
 
 def peaks(rollouts: Rollouts, scores: Tensor, config: CurriculumConfig, mask: MaskConfig) -> dict[str, float]:
     """Mean N_peak of each question's rollouts from their scores (B, T), of those that were scored."""
