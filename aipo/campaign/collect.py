@@ -98,7 +98,7 @@ def evaluated(cell: Cell, before: float | None, otf: float | None) -> dict[str, 
     assert cell.results is not None
     results = load_results(cell.results).results
     accuracy = 100 * average(results)
-    mag = None if before is None or cell.setting.read == "first" else accuracy - before
+    mag = None if before is None else accuracy - before
     found: dict[str, Any] = {name: 100 * result.accuracy for name, result in results.items()}
     found |= {"accuracy": accuracy, "before": before, "mag": mag}
     return found | {"tes": training_efficiency(mag, otf) if mag is not None and otf else None}

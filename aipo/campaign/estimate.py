@@ -120,7 +120,8 @@ def dry_run(plan: Plan, workers: int, show: Callable[[Any], None]) -> int:
         )  # fmt: skip
     show(table)
     left = [job for job in plan.jobs if job.missing]
-    total = sum(made[job.key].seconds for job in left)
+    times = [made[job.key].seconds for job in left]
+    total, unknown = sum(each for each in times if not math.isnan(each)), sum(map(math.isnan, times))
     passes = len({cell.labels for cell in plan.cells if cell.labels})
     labelled = len({cell.key for cell in plan.cells if cell.labels})
     models = sorted({cell.setting.config.model.path for cell in plan.cells})
@@ -129,7 +130,9 @@ def dry_run(plan: Plan, workers: int, show: Callable[[Any], None]) -> int:
         f"{len(plan.cells)} cells are {len(plan.jobs)} runs: {len(plan.jobs) - len(left)} there already, "
         f"{len(left)} to do, {workers} at once"
     )
-    show(f"time: {hours(total / workers)} ({hours(total)} one after the other; an estimate)")
+    show(f"time: {hours(total / workers)} ({hours(total)} one after the other), an estimate")
+    if unknown:
+        show(f"of {unknown} runs the time is not known: nothing like them was measured here, so it is not in it")
     if asked:
         show(f"evaluations: {asked}, whose time is not in it")
     if plan.jobs and plan.jobs[0].gpus > 1:

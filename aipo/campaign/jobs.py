@@ -113,26 +113,30 @@ def run_job(
     lock = job.lock()
     while True:
         try:
-            lock.acquire(timeout=0.2)
+            held = lock.acquire(timeout=0.2)
             break
-        except Timeout:  # another campaign computes it, or a process that outlives a killed one comes to its end
+        except Timeout:  # another campaign computes it, or a run that outlives a killed one comes to its end
             if stopped():
                 return "stopped"
-    with lock:
-        (job.place / "failed.json").unlink(missing_ok=True)
-        tries = job.retries
-        while missing := job.missing:
-            code = _do(job, missing[0], {**os.environ, **job.environment, **environment}, stopped)
-            if code == 0 and missing[0].done:
-                continue
-            if stopped():
-                return "stopped"
-            if tries == 0 or code == BAD_INPUT:
-                _note(job.place / "failed.json", {"code": code, "what": missing[0].what, "last": _last_words(job)})
-                return "failed"
-            tries -= 1
-        for heavy in () if job.keep_model else ("final", "exported", "checkpoints"):  # gigabytes; numbers stay
-            shutil.rmtree(job.place / heavy, ignore_errors=True)
+    with held:
+        return _run(job, {**os.environ, **job.environment, **environment}, stopped)
+
+
+def _run(job: Job, environment: dict[str, str], stopped: Callable[[], bool]) -> Literal["done", "failed", "stopped"]:
+    (job.place / "failed.json").unlink(missing_ok=True)
+    tries = job.retries
+    while missing := job.missing:
+        code = _do(job, missing[0], environment, stopped)
+        if code == 0 and missing[0].done:
+            continue
+        if stopped():
+            return "stopped"
+        if tries == 0 or code == BAD_INPUT:
+            _note(job.place / "failed.json", {"code": code, "what": missing[0].what, "last": _last_words(job)})
+            return "failed"
+        tries -= 1
+    for heavy in () if job.keep_model else ("final", "exported", "checkpoints"):  # gigabytes; numbers stay
+        shutil.rmtree(job.place / heavy, ignore_errors=True)
     return "done"
 
 

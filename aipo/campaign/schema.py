@@ -19,6 +19,7 @@ from aipo.config import CONFIG_FOLDER, Config, load_config
 from aipo.config.base import NonNegative, Positive, Section
 from aipo.config.reading import read_yaml
 from aipo.errors import UserError
+from aipo.evaluation.benchmarks import ALIASES
 
 Read = Literal["first", "last", "best"]
 FIGURES = {
@@ -54,6 +55,11 @@ class Evaluation(Section):
     tokens_from_run: bool = False
     """interventions take the tokens of highest mean MI in the run itself, not the paper's words"""
 
+    @property
+    def names(self) -> list[str]:
+        """Of the benchmarks, in results and as columns."""
+        return [Path(name).stem if name.endswith(".jsonl") else ALIASES.get(name, name) for name in self.benchmarks]
+
 
 class Condition(Section):
     method: str | None = None
@@ -69,8 +75,8 @@ class Condition(Section):
 
     def over(self, other: Condition) -> Condition:
         """This one's settings where it has any, else the other's."""
-        mine = self.model_dump(include=self.model_fields_set - {"keys"})
-        return Condition(**(other.model_dump(exclude={"keys"}) | mine | {"keys": other.keys | self.keys}))
+        sides = [each.model_dump(exclude={"keys"}, exclude_unset=True) for each in (other, self)]
+        return Condition(**(sides[0] | sides[1]), keys=other.keys | self.keys)
 
 
 class Plot(Section):
@@ -176,8 +182,7 @@ class Campaign(Section):
             raise ValueError(f"seeds must be distinct, at least one; got {list(self.seeds)}")
         if self.control is not None and self.control not in names:
             raise ValueError(f"control: {self.control} is no condition{_near(self.control, names)}")
-        benchmarks = () if self.evaluate is None else self.evaluate.benchmarks
-        known = [*FIGURES, *benchmarks]
+        known = [*FIGURES, *(self.evaluate.names if self.evaluate else ())]
         for name in self.columns:
             if name not in known and "/" not in name:
                 raise ValueError(f"columns: {name} is unknown{_near(name, known)}; others are names in metrics.jsonl")
