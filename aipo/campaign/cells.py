@@ -19,7 +19,7 @@ import torch
 from transformers import PretrainedConfig
 
 from aipo.campaign.jobs import Job, Work
-from aipo.campaign.schema import Campaign, Setting, find_campaign, load_campaign, settings
+from aipo.campaign.schema import Campaign, Setting, find_campaign, load_campaign, reference, settings
 from aipo.config import Config, dump_config
 from aipo.errors import UserError
 from aipo.inputs import MAY_CHANGE, data_sets, file_digest
@@ -224,9 +224,11 @@ def check_here(plan: Plan) -> None:
         raise UserError(f"{plan.name}: {', '.join(missing)} not there: make data, or put the file there")
 
 
-def differences(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
-    """Cell key -> the config keys that are not the same in all cells, but for the seed."""
-    flat = {cell.key: flatten(cell.setting.config.model_dump(mode="json")) for cell in cells}
-    absent = object()
-    keys = [key for key in next(iter(flat.values())) if len({str(f.get(key, absent)) for f in flat.values()}) > 1]
-    return {cell: {key: values[key] for key in keys if key not in ("seed", "name")} for cell, values in flat.items()}
+def differences(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Cell key -> the config keys in which it is not what the campaign starts from, but for the seed."""
+    base = flatten(reference(plan.campaign).model_dump(mode="json"))
+    found = {}
+    for cell in plan.cells:
+        own = flatten(cell.setting.config.model_dump(mode="json"))
+        found[cell.key] = {k: v for k, v in own.items() if v != base.get(k) and k not in ("seed", "name")}
+    return found

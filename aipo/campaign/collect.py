@@ -22,7 +22,7 @@ SHARES = re.compile(r"accuracy|correct|otf|share|truncated|no_answer")  # metric
 
 def collect(plan: Plan) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(a row a cell, a row a cell and step). What is not there yet has ``state`` and no figures."""
-    own, backbone = differences(plan.cells), _backbone(plan)
+    own, backbone = differences(plan), _backbone(plan)
     runs, curves = [], []
     for cell in plan.cells:
         job, setting = plan.job(cell), cell.setting

@@ -61,6 +61,8 @@ def _measured(cells: Path) -> list[dict[str, Any]]:
 
 def _time(job: Job, cell: Cell, measured: list[dict[str, Any]], memory: MemoryPlan | str) -> tuple[float, str]:
     facts = job.facts
+    if not job.steps:
+        return 0.0, "not trained"
     if same := [each["seconds"] for each in measured if each["twins"] == facts["twins"]]:
         return sum(same) / len(same), f"measured, {len(same)} seeds" if len(same) > 1 else "measured, 1 seed"
     alike = ("model", "engine", "gpus", "device")
@@ -99,7 +101,7 @@ def _memory(cell: Cell, gpus: int) -> MemoryPlan | str:
 
 def dry_run(plan: Plan, workers: int, show: Callable[[Any], None]) -> int:
     """Print every run with what is its own, its time and memory, and what is there already; 2 if one cannot work."""
-    made, own = estimates(plan), differences(plan.cells)
+    made, own = estimates(plan), differences(plan)
     table = Table(title=f"{plan.name}: {plan.campaign.title}", title_justify="left")
     for column in ("run", "what differs", "state", "time", "from", "GiB a rank"):
         table.add_column(column, overflow="fold", justify="right" if column in ("time", "GiB a rank") else "left")
@@ -111,6 +113,8 @@ def dry_run(plan: Plan, workers: int, show: Callable[[Any], None]) -> int:
             continue
         first[cell.key] = cell.name
         keys = " ".join(f"{key}={value}" for key, value in own[cell.key].items()) if job.steps else "not trained"
+        if cell.setting.seed != plan.campaign.seeds[0]:
+            keys = "″"
         state = {"done": "reused", "waiting": "to do", "begun": f"goes on from step {job.reached}"}
         known = state.get(job.state(), job.state())
         done = not job.missing
@@ -122,8 +126,7 @@ def dry_run(plan: Plan, workers: int, show: Callable[[Any], None]) -> int:
     left = [job for job in plan.jobs if job.missing]
     times = [made[job.key].seconds for job in left]
     total, unknown = sum(each for each in times if not math.isnan(each)), sum(map(math.isnan, times))
-    passes = len({cell.labels for cell in plan.cells if cell.labels})
-    labelled = len({cell.key for cell in plan.cells if cell.labels})
+    labelling = {cell.key: cell.labels for cell in plan.cells if cell.labels and plan.job(cell).steps}
     models = sorted({cell.setting.config.model.path for cell in plan.cells})
     asked = sum(work.what == "evaluation" for job in left for work in job.missing)
     show(
@@ -137,7 +140,8 @@ def dry_run(plan: Plan, workers: int, show: Callable[[Any], None]) -> int:
         show(f"evaluations: {asked}, whose time is not in it")
     if plan.jobs and plan.jobs[0].gpus > 1:
         show(f"GPU hours: {total * plan.jobs[0].gpus / 3600:,.0f}")
-    show(f"shared: {passes} labelling passes for {labelled} runs with a curriculum; base models {', '.join(models)}")
+    passes, bases = len(set(labelling.values())), ", ".join(models)
+    show(f"shared: {passes} labelling passes for {len(labelling)} runs with a curriculum; base models {bases}")
     for missing in missing_data(plan.cells):
         show(f"not there yet: {missing}")
     problems = dict.fromkeys(f"{job.name}: {made[job.key].problem}" for job in plan.jobs if made[job.key].problem)
@@ -151,4 +155,4 @@ def hours(seconds: float) -> str:
         return "?"
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.{1 if seconds < 360000 else 0}f} h"

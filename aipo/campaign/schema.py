@@ -257,6 +257,13 @@ def load_campaign(path: Path) -> Campaign:
         raise UserError("; ".join(_explain(each, path) for each in error.errors())) from None
 
 
+def reference(campaign: Campaign) -> Config:
+    """The config without any condition, from which the dry run tells differences."""
+    common = campaign.common
+    overrides = [f"{key}={json.dumps(value)}" for key, value in common.keys.items()]
+    return load_config(common.config or campaign.base, overrides, method=common.method)
+
+
 def settings(campaign: Campaign, path: Path) -> Iterator[Setting]:
     """All runs of a campaign, panel by panel, seed by seed in each condition. UserError for a config that is wrong."""
     for panel, part in (campaign.panels or {"": Condition()}).items():
