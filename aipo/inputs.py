@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,9 +17,10 @@ from aipo.config.data import VERIFIER, Source, WatchSource
 from aipo.errors import UserError
 from aipo.evaluation.scoring import Watched
 from aipo.model.loading import read_folder, skeleton, weights_digest
-from aipo.problems.datasets import Loaded, Problem, fingerprint, load_mix, load_problems
+from aipo.problems.datasets import EMBEDDED, Loaded, Problem, fingerprint, load_mix, load_problems
 from aipo.problems.embedded import resolve_model
 from aipo.problems.holdout import hold_out
+from aipo.problems.problem import Split
 from aipo.problems.prompts import Prompter, wrong_golds
 from aipo.problems.readers import HUB
 from aipo.record.checkpoints import run_identity
@@ -60,7 +62,7 @@ def check_inputs(config: Config, world: int) -> Inputs:
     """Read and check model folder, tokenizer and data. Raises UserError; loads no weights."""
     config.check_world_size(world)
     path = resolve_model(config.model.path)
-    loaded = load_data(config)
+    loaded = {name: found for each in data_sets(config) for name, found in each.load().items()}
     folder = read_folder(path, key="model.path", name=config.model.path)
     check_model(config, folder.architecture)
     find_latents(config, path)
@@ -82,7 +84,7 @@ def check_inputs(config: Config, world: int) -> Inputs:
         short, too_long = prompter.filter(content.problems)
         reasons = {**content.dropped, f"longer than {data.max_prompt_tokens} tokens": too_long}
         notes.append(f"{name}: {len(short)} questions from {spec}{dropped(reasons)}")
-        purpose = "train" if name.startswith("train") else name  # of any source
+        purpose = "train" if name.startswith("train/") else name  # of any source
         kept[purpose] = [*kept.get(purpose, []), *short]
     if data.validation is None:
         count, seed = config.validation.holdout, config.validation.holdout_seed
@@ -114,7 +116,7 @@ def check_inputs(config: Config, world: int) -> Inputs:
     held_out = kept["validation"][: config.validation.questions]
     watched = {
         each.called: Watched(
-            kept[f"watch {each.called}"],
+            kept[f"watch/{each.called}"],
             samples=each.samples or config.validation.watch_samples,
             every=each.every or config.validation.watch_every,
         )
@@ -132,26 +134,36 @@ def check_inputs(config: Config, world: int) -> Inputs:
     return Inputs(path, kept["train"], held_out, watched, prompter, notes, identity)
 
 
-def load_data(config: Config) -> dict[str, tuple[str, Loaded]]:
-    """Everything that a run asks, as (path, problems) by what it is for: ``train`` or ``train NAME`` of each of several
-    sources, ``validation``, ``watch NAME``. Raises UserError."""
-    data = config.data
-    sets: dict[str, tuple[str, Loaded]] = {}
-    if isinstance(data.train, str):
-        sets["train"] = data.train, load_problems(data.train, split="train")
+@dataclass(frozen=True)
+class DataSet:
+    """One key of the config that asks for questions: where they lie, and what loads them as (path, problems) by what
+    they are for: ``train`` or ``train/NAME`` of each of several sources, ``validation``, ``watch/NAME``."""
+
+    key: str
+    paths: list[str]
+    load: Callable[[], dict[str, tuple[str, Loaded]]]
+
+
+def data_sets(config: Config) -> list[DataSet]:
+    """Everything that a run asks."""
+
+    def one(key: str, name: str, given: str | Source, split: Split) -> DataSet:
+        path, origin = (given, "") if isinstance(given, str) else (given.path, name)
+        return DataSet(key, [path], lambda: {name: (path, load_problems(given, split=split, origin=origin))})
+
+    def mix(sources: Sequence[Source]) -> dict[str, tuple[str, Loaded]]:
+        loaded = load_mix(sources)
+        return {f"train/{source.called}": (source.path, loaded[source.called]) for source in sources}
+
+    train, validation = config.data.train, config.data.validation
+    if isinstance(train, str):
+        sets = [one("data.train", "train", train, "train")]
     else:
-        mix = load_mix(data.train)
-        sets |= {f"train {source.called}": (source.path, mix[source.called]) for source in data.train}
-    if isinstance(data.validation, Source):
-        sets["validation"] = (
-            data.validation.path,
-            load_problems(data.validation, split="validation", origin="validation"),
-        )
-    elif data.validation is not None:
-        sets["validation"] = data.validation, load_problems(data.validation, split="validation")
-    for each, given in zip(watch_sources(config), config.validation.watch):
-        origin = "" if isinstance(given, str) else f"watch/{each.called}"
-        sets[f"watch {each.called}"] = each.path, load_problems(each, split="validation", origin=origin)
+        sets = [DataSet("data.train", [source.path for source in train], lambda: mix(train))]
+    if validation is not None:
+        sets.append(one("data.validation", "validation", validation, "validation"))
+    for given, each in zip(config.validation.watch, watch_sources(config)):
+        sets.append(one("validation.watch", f"watch/{each.called}", given, "validation"))
     return sets
 
 
@@ -207,21 +219,19 @@ def dropped(reasons: dict[str, int]) -> str:
 
 def describe_data(config: Config) -> list[str]:
     """For --dry-run: how many questions there are, or that they are not there yet. Raises UserError for bad rows."""
-    train = config.data.train
-    paths = [train] if isinstance(train, str) else [source.path for source in train]
-    paths += [each if isinstance(each, str) else each.path for each in (config.data.validation,) if each is not None]
-    paths += [each.path for each in watch_sources(config)]
-    missing = [path for path in paths if not path.startswith("embedded:") and not Path(path).expanduser().exists()]
-    lines = [
-        f"data: {path} is fetched when the run starts"
-        if path.startswith(HUB)
-        else f"data: {path} is not there yet; before the run, put a JSONL file there"
-        for path in dict.fromkeys(missing)
-    ]
-    if not missing:
-        for name, (path, loaded) in load_data(config).items():
-            key = f"validation.{name}" if name.startswith("watch ") else f"data.{name}"
-            lines.append(f"{key}: {len(loaded.problems)} questions from {path}{dropped(loaded.dropped)}")
+    lines = []
+    for each in data_sets(config):
+        missing = [
+            path for path in each.paths if not path.startswith(EMBEDDED) and not Path(path).expanduser().exists()
+        ]
+        for path in missing:
+            when = "is fetched when the run starts" if path.startswith(HUB) else "is not there yet"
+            advice = "" if path.startswith(HUB) else "; before the run, put a JSONL file there"
+            lines.append(f"{each.key}: {path} {when}{advice}")
+        if not missing:
+            for name, (path, loaded) in each.load().items():
+                key = f"{each.key.partition('.')[0]}.{name}"
+                lines.append(f"{key}: {len(loaded.problems)} questions from {path}{dropped(loaded.dropped)}")
     if config.data.validation is None:
         lines.append(f"validation.holdout: {config.validation.holdout} questions of data.train, not trained on")
     return lines
