@@ -48,7 +48,7 @@ def _files(source: Source) -> list[tuple[str, str]]:
             f"answer, or name a hub set as {HUB}OWNER/NAME"
         )
     datasets = _library()
-    place = source.path.removeprefix(HUB) if source.path.startswith(HUB) else str(path)
+    place = source.path.removeprefix(HUB) if source.path.startswith(HUB) else str(path.resolve())
     try:
         found = datasets.load_dataset_builder(place, name=source.subset, revision=source.revision).config.data_files
     except (OSError, ValueError) as error:  # not there, not reached, or no such subset
