@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,6 @@ from aipo.model.loading import read_folder, skeleton, weights_digest
 from aipo.problems.datasets import EMBEDDED, Loaded, Problem, fingerprint, load_mix, load_problems
 from aipo.problems.embedded import resolve_model
 from aipo.problems.holdout import hold_out
-from aipo.problems.problem import Split
 from aipo.problems.prompts import Prompter, wrong_golds
 from aipo.problems.readers import HUB
 from aipo.record.checkpoints import run_identity
@@ -62,7 +61,7 @@ def check_inputs(config: Config, world: int) -> Inputs:
     """Read and check model folder, tokenizer and data. Raises UserError; loads no weights."""
     config.check_world_size(world)
     path = resolve_model(config.model.path)
-    loaded = {name: found for each in data_sets(config) for name, found in each.load().items()}
+    loaded = load_data(config, data_sets(config))
     folder = read_folder(path, key="model.path", name=config.model.path)
     check_model(config, folder.architecture)
     find_latents(config, path)
@@ -84,7 +83,7 @@ def check_inputs(config: Config, world: int) -> Inputs:
         short, too_long = prompter.filter(content.problems)
         reasons = {**content.dropped, f"longer than {data.max_prompt_tokens} tokens": too_long}
         notes.append(f"{name}: {len(short)} questions from {spec}{dropped(reasons)}")
-        purpose = "train" if name.startswith("train/") else name  # of any source
+        purpose = "train" if name.startswith("train") else name  # of any source
         kept[purpose] = [*kept.get(purpose, []), *short]
     if data.validation is None:
         count, seed = config.validation.holdout, config.validation.holdout_seed
@@ -116,7 +115,7 @@ def check_inputs(config: Config, world: int) -> Inputs:
     held_out = kept["validation"][: config.validation.questions]
     watched = {
         each.called: Watched(
-            kept[f"watch/{each.called}"],
+            kept[f"watch {each.called}"],
             samples=each.samples or config.validation.watch_samples,
             every=each.every or config.validation.watch_every,
         )
@@ -134,37 +133,39 @@ def check_inputs(config: Config, world: int) -> Inputs:
     return Inputs(path, kept["train"], held_out, watched, prompter, notes, identity)
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """One key of the config that asks for questions: where they lie, and what loads them as (path, problems) by what
-    they are for: ``train`` or ``train/NAME`` of each of several sources, ``validation``, ``watch/NAME``."""
+def load_data(config: Config, names: Collection[str]) -> dict[str, tuple[str, Loaded]]:
+    """(path, problems) by some names of :func:`data_sets`, all sources of training or none. Raises UserError."""
+    data = config.data
+    given = dict(zip((f"watch {each.called}" for each in watch_sources(config)), config.validation.watch))
+    mix = {} if isinstance(data.train, str) or not _training(names) else load_mix(data.train)
+    sets: dict[str, tuple[str, Loaded]] = {}
+    for name, source in ((name, source) for name, source in data_sets(config).items() if name in names):
+        purpose, _, called = name.partition(" ")
+        if purpose == "train":
+            loaded = mix[called] if mix else load_problems(source.path, split="train")
+        elif isinstance(given.get(name, data.validation), str):  # a path alone: its problems are as if of no source
+            loaded = load_problems(source.path, split="validation")
+        else:
+            loaded = load_problems(source, split="validation", origin=name.replace(" ", "/"))
+        sets[name] = source.path, loaded
+    return sets
 
-    key: str
-    paths: list[str]
-    load: Callable[[], dict[str, tuple[str, Loaded]]]
+
+def _training(names: Collection[str]) -> set[str]:
+    return {name for name in names if name.partition(" ")[0] == "train"}
 
 
-def data_sets(config: Config) -> list[DataSet]:
-    """Everything that a run asks."""
-
-    def one(key: str, name: str, given: str | Source, split: Split) -> DataSet:
-        path, origin = (given, "") if isinstance(given, str) else (given.path, name)
-        return DataSet(key, [path], lambda: {name: (path, load_problems(given, split=split, origin=origin))})
-
-    def mix(sources: Sequence[Source]) -> dict[str, tuple[str, Loaded]]:
-        loaded = load_mix(sources)
-        return {f"train/{source.called}": (source.path, loaded[source.called]) for source in sources}
-
+def data_sets(config: Config) -> dict[str, Source]:
+    """Everything that a run reads, by what it is for: ``train`` or ``train NAME`` of each of several sources,
+    ``validation``, ``watch NAME``."""
     train, validation = config.data.train, config.data.validation
     if isinstance(train, str):
-        sets = [one("data.train", "train", train, "train")]
+        sets: dict[str, Source] = {"train": Source(path=train)}
     else:
-        sets = [DataSet("data.train", [source.path for source in train], lambda: mix(train))]
+        sets = {f"train {source.called}": source for source in train}
     if validation is not None:
-        sets.append(one("data.validation", "validation", validation, "validation"))
-    for given, each in zip(config.validation.watch, watch_sources(config)):
-        sets.append(one("validation.watch", f"watch/{each.called}", given, "validation"))
-    return sets
+        sets["validation"] = Source(path=validation) if isinstance(validation, str) else validation
+    return sets | {f"watch {each.called}": each for each in watch_sources(config)}
 
 
 def watch_sources(config: Config) -> list[WatchSource]:
@@ -219,19 +220,20 @@ def dropped(reasons: dict[str, int]) -> str:
 
 def describe_data(config: Config) -> list[str]:
     """For --dry-run: how many questions there are, or that they are not there yet. Raises UserError for bad rows."""
-    lines = []
-    for each in data_sets(config):
-        missing = [
-            path for path in each.paths if not path.startswith(EMBEDDED) and not Path(path).expanduser().exists()
-        ]
-        for path in missing:
-            when = "is fetched when the run starts" if path.startswith(HUB) else "is not there yet"
-            advice = "" if path.startswith(HUB) else "; before the run, put a JSONL file there"
-            lines.append(f"{each.key}: {path} {when}{advice}")
-        if not missing:
-            for name, (path, loaded) in each.load().items():
-                key = f"{each.key.partition('.')[0]}.{name}"
-                lines.append(f"{key}: {len(loaded.problems)} questions from {path}{dropped(loaded.dropped)}")
+    paths = {name: source.path for name, source in data_sets(config).items()}
+    keys = {name: f"validation.{name}" if name.startswith("watch ") else f"data.{name}" for name in paths}
+    there = {name for name, path in paths.items() if path.startswith(EMBEDDED) or Path(path).expanduser().exists()}
+    lines = [
+        f"{keys[name]}: {path} is fetched when the run starts"
+        if path.startswith(HUB)
+        else f"{keys[name]}: {path} is not there yet; before the run, put a JSONL file there"
+        for name, path in paths.items()
+        if name not in there
+    ]
+    if not _training(paths) <= there:  # sources are compared with each other
+        there -= _training(paths)
+    for name, (path, loaded) in load_data(config, there).items():
+        lines.append(f"{keys[name]}: {len(loaded.problems)} questions from {path}{dropped(loaded.dropped)}")
     if config.data.validation is None:
         lines.append(f"validation.holdout: {config.validation.holdout} questions of data.train, not trained on")
     return lines

@@ -23,7 +23,7 @@ from aipo.config import Config, dump_config
 from aipo.curriculum import Curriculum
 from aipo.errors import TrainingError
 from aipo.inputs import Inputs, check_inputs, find_latents
-from aipo.labelling import histogram, label, label_folder, label_questions
+from aipo.labelling import DEPENDS_ON, histogram, label, label_folder, label_questions
 from aipo.model.export import model_stamp
 from aipo.model.loading import save_model
 from aipo.model.precision import Precision, choose
@@ -123,7 +123,7 @@ def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None
         trainer.store.rewind(-1)
         if config.curriculum.enabled:
             # scores that look beyond one sequence depend on which questions a rank labels together
-            depends = LABELS_DEPEND_ON if trainer.selector.scorer.local else (*LABELS_DEPEND_ON, "world_size")
+            depends = DEPENDS_ON if trainer.selector.scorer.local else (*DEPENDS_ON, "world_size")
             folder = label_folder(
                 cache_folder(),
                 identity={k: v for k, v in inputs.identity.items() if k.startswith(depends)},
@@ -147,24 +147,6 @@ def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None
     if not finished and distributed.rank() == 0:
         trainer.progress.say(f"stopped after step {trainer.step}; go on with: {resume_command()}")
     return finished
-
-
-LABELS_DEPEND_ON = (
-    "model.",
-    "data.",
-    "mi.",
-    "seed",
-    "train_fingerprint",
-    "mask.kappa_start",
-    "mask.statistic",
-    "mask.tau",
-    "curriculum.bucket_by",
-    "curriculum.probe_tokens",
-    "rollout.engine",
-    "rollout.max_tokens",
-    "rollout.temperature",
-    "rollout.top_",
-)
 
 
 def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Progress, device: torch.device) -> Trainer:

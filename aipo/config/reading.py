@@ -143,12 +143,7 @@ def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str
     """(file, content) from the deepest base to the file itself."""
     if path.resolve() in seen:
         raise UserError(f"{path}: base: goes in a circle")
-    try:
-        tree = yaml.load(path.read_text(), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold keys and values, not a {type(tree).__name__}")
+    tree = read_yaml(path)
     base = tree.pop("base", None)
     if base is None:
         return [(str(path), tree)]
@@ -156,6 +151,17 @@ def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str
     if not parent.is_file():
         parent = find_config(str(base), asked_by=f"{path}: base: ")
     return [*_layers(parent, (*seen, path.resolve())), (str(path), tree)]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a file. UserError where it holds something else, or a key twice."""
+    try:
+        tree = yaml.load(path.read_text(), _Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold keys and values, not a {type(tree).__name__}")
+    return tree
 
 
 class _Loader(yaml.SafeLoader):

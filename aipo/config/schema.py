@@ -151,7 +151,8 @@ class Config(Section):
             )
         if self.mask.score == "residual" and self.lora.rank == 0:
             raise ValueError("mask.score: residual is what the adapters change: set lora.rank (such as 16)")
-        if self.mask.score == "information" and self.model.attention != "sdpa":
+        trees = self.advantage.information != "next_token" and self.model.attention != "sdpa"
+        if self.mask.score == "information" and trees:
             raise ValueError("mask.score: information lays early exits out as trees, which needs model.attention: sdpa")
         if self.advantage.tokens == "residual" and self.lora.rank == 0:
             raise ValueError(
@@ -173,7 +174,7 @@ class Config(Section):
                 "loss.ratio: sequence has one ratio for all tokens of a completion, through which advantages by token "
                 "(advantage.tokens, advantage.mi_blend) cannot tell them apart: set loss.ratio: token"
             )
-        if self.advantage.tokens == "information" and self.model.attention != "sdpa":
+        if self.advantage.tokens == "information" and trees:
             raise ValueError(
                 "advantage.tokens: information lays early exits out as trees, which needs model.attention: sdpa"
             )

@@ -309,7 +309,13 @@ class AdvantageConfig(Section):
     information_weight: Annotated[float, Field(ge=0)] = 0.01
     """information (IAPO): weight of the gain, the alpha of its paper"""
     beta: Annotated[float, Field(ge=0)] = 0.01
-    """information: weight of the signed probability"""
+    """information: weight of the signed confidence"""
+    information: Literal["difference", "smoothed", "next_token"] = "difference"
+    """gain: H before a token - H after, (H before + H one earlier) / 2 - H after, or that of the policy's entropies"""
+    signed: Literal["probability", "entropy"] = "probability"
+    """information: confidence is the drawn token's probability or minus the policy's entropy, times -1 if wrong"""
+    token_norm: Literal["zscore", "l2"] = "zscore"
+    """information: how gain and confidence are scaled within a completion"""
     phi: Annotated[float, Field(gt=0)] = 2.0
     """entropy: the clip of the normalised entropy is |A| / phi"""
     stride: Positive = 1
