@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,7 @@ from aipo.config.data import VERIFIER, Source, WatchSource
 from aipo.errors import UserError
 from aipo.evaluation.scoring import Watched
 from aipo.model.loading import read_folder, skeleton, weights_digest
-from aipo.problems.datasets import Loaded, Problem, fingerprint, load_mix, load_problems
+from aipo.problems.datasets import EMBEDDED, Loaded, Problem, fingerprint, load_mix, load_problems
 from aipo.problems.embedded import resolve_model
 from aipo.problems.holdout import hold_out
 from aipo.problems.prompts import Prompter, wrong_golds
@@ -60,7 +61,7 @@ def check_inputs(config: Config, world: int) -> Inputs:
     """Read and check model folder, tokenizer and data. Raises UserError; loads no weights."""
     config.check_world_size(world)
     path = resolve_model(config.model.path)
-    loaded = load_data(config)
+    loaded = load_data(config, data_sets(config))
     folder = read_folder(path, key="model.path", name=config.model.path)
     check_model(config, folder.architecture)
     find_latents(config, path)
@@ -132,13 +133,13 @@ def check_inputs(config: Config, world: int) -> Inputs:
     return Inputs(path, kept["train"], held_out, watched, prompter, notes, identity)
 
 
-def load_data(config: Config) -> dict[str, tuple[str, Loaded]]:
-    """Everything that a run asks, as (path, problems) by the names of :func:`data_sets`. Raises UserError."""
+def load_data(config: Config, names: Collection[str]) -> dict[str, tuple[str, Loaded]]:
+    """(path, problems) by some names of :func:`data_sets`, all sources of training or none. Raises UserError."""
     data = config.data
     given = dict(zip((f"watch {each.called}" for each in watch_sources(config)), config.validation.watch))
-    mix = {} if isinstance(data.train, str) else load_mix(data.train)
+    mix = {} if isinstance(data.train, str) or not _training(names) else load_mix(data.train)
     sets: dict[str, tuple[str, Loaded]] = {}
-    for name, source in data_sets(config).items():
+    for name, source in ((name, source) for name, source in data_sets(config).items() if name in names):
         purpose, _, called = name.partition(" ")
         if purpose == "train":
             loaded = mix[called] if mix else load_problems(source.path, split="train")
@@ -148,6 +149,10 @@ def load_data(config: Config) -> dict[str, tuple[str, Loaded]]:
             loaded = load_problems(source, split="validation", origin=name.replace(" ", "/"))
         sets[name] = source.path, loaded
     return sets
+
+
+def _training(names: Collection[str]) -> set[str]:
+    return {name for name in names if name.partition(" ")[0] == "train"}
 
 
 def data_sets(config: Config) -> dict[str, Source]:
@@ -215,18 +220,20 @@ def dropped(reasons: dict[str, int]) -> str:
 
 def describe_data(config: Config) -> list[str]:
     """For --dry-run: how many questions there are, or that they are not there yet. Raises UserError for bad rows."""
-    paths = [source.path for source in data_sets(config).values()]
-    missing = [path for path in paths if not path.startswith("embedded:") and not Path(path).expanduser().exists()]
+    paths = {name: source.path for name, source in data_sets(config).items()}
+    keys = {name: f"validation.{name}" if name.startswith("watch ") else f"data.{name}" for name in paths}
+    there = {name for name, path in paths.items() if path.startswith(EMBEDDED) or Path(path).expanduser().exists()}
     lines = [
-        f"data: {path} is fetched when the run starts"
+        f"{keys[name]}: {path} is fetched when the run starts"
         if path.startswith(HUB)
-        else f"data: {path} is not there yet; before the run, put a JSONL file there"
-        for path in dict.fromkeys(missing)
+        else f"{keys[name]}: {path} is not there yet; before the run, put a JSONL file there"
+        for name, path in paths.items()
+        if name not in there
     ]
-    if not missing:
-        for name, (path, loaded) in load_data(config).items():
-            key = f"validation.{name}" if name.startswith("watch ") else f"data.{name}"
-            lines.append(f"{key}: {len(loaded.problems)} questions from {path}{dropped(loaded.dropped)}")
+    if not _training(paths) <= there:  # sources are compared with each other
+        there -= _training(paths)
+    for name, (path, loaded) in load_data(config, there).items():
+        lines.append(f"{keys[name]}: {len(loaded.problems)} questions from {path}{dropped(loaded.dropped)}")
     if config.data.validation is None:
         lines.append(f"validation.holdout: {config.validation.holdout} questions of data.train, not trained on")
     return lines

@@ -33,22 +33,22 @@ def rows_of(source: Source) -> Iterator[Found]:
 
 
 def _every_row(source: Source) -> Iterator[Found]:
-    for file in _files(source):
-        yield from _parquet(file) if file.endswith(".parquet") else _jsonl(file)
+    for file, place in _files(source):
+        yield from _parquet(file, place) if file.endswith(".parquet") else _jsonl(file, place)
 
 
-def _files(source: Source) -> list[str]:
-    """The files of a source, on this machine or (``streaming``) on the hub."""
+def _files(source: Source) -> list[tuple[str, str]]:
+    """The files of a source: what they are called, and where they are read from (``streaming``: on the hub)."""
     path = Path(source.path).expanduser()
     if path.is_file():
-        return [str(path)]
+        return [(str(path), str(path))]
     if not source.path.startswith(HUB) and not path.is_dir():
         raise UserError(
             f"data file {source.path} does not exist: put a JSONL file there, one object a line with question and "
             f"answer, or name a hub set as {HUB}OWNER/NAME"
         )
     datasets = _library()
-    place = source.path.removeprefix(HUB) if source.path.startswith(HUB) else str(path)
+    place = source.path.removeprefix(HUB) if source.path.startswith(HUB) else str(path.resolve())
     try:
         found = datasets.load_dataset_builder(place, name=source.subset, revision=source.revision).config.data_files
     except (OSError, ValueError) as error:  # not there, not reached, or no such subset
@@ -59,23 +59,24 @@ def _files(source: Source) -> list[str]:
     files = [str(file) for file in found[source.split]]
     if odd := [file for file in files if not file.endswith((".parquet", *JSON_SUFFIXES))]:
         raise UserError(f"{source.path}: {odd[0]} is neither Parquet nor JSONL: convert the set, or name a part of it")
+    places = files
     if source.path.startswith(HUB) and not source.streaming:
         with _readable(source.path, "a set of the hub"):
-            files = datasets.DownloadManager().download(files)
-    return files
+            places = datasets.DownloadManager().download(files)
+    return list(zip(files, places, strict=True))
 
 
-def _parquet(file: str) -> Iterator[Found]:
+def _parquet(file: str, place: str) -> Iterator[Found]:
     with _readable(file, "Parquet"):
-        for row, content in enumerate(_stream("parquet", file, batch_size=BATCH), start=1):
+        for row, content in enumerate(_stream("parquet", place, batch_size=BATCH), start=1):
             yield file, row, content, True
 
 
-def _jsonl(file: str) -> Iterator[Found]:
+def _jsonl(file: str, place: str) -> Iterator[Found]:
     row = 0
     try:
         with _readable(file, "JSONL"):
-            for row, line in enumerate(_stream("text", file, encoding="utf-8-sig", chunksize=CHUNK), start=1):
+            for row, line in enumerate(_stream("text", place, encoding="utf-8-sig", chunksize=CHUNK), start=1):
                 if line["text"].strip():
                     yield file, row, _decoded(line["text"], f"{file}, row {row}"), False
     except UnicodeDecodeError as error:
@@ -94,9 +95,9 @@ def _decoded(line: str, where: str) -> Any:
     return content
 
 
-def _stream(form: str, file: str, **options: Any) -> Any:
+def _stream(form: str, place: str, **options: Any) -> Any:
     """Rows as they are read, without a copy in the library's cache."""
-    where = file if "://" in file else glob.escape(file)
+    where = place if "://" in place else glob.escape(place)
     return _library().load_dataset(form, data_files=[where], split="train", streaming=True, **options)
 
 
