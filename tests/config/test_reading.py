@@ -346,6 +346,9 @@ def test_a_method_goes_on_top_of_a_config() -> None:
     assert (config.reward.signed, config.dynamic.enabled, config.loss.aggregation) == (True, True, "token")
     assert config.loss.clip_high == 0.3  # overrides come last
     assert load_config("qwen3_8b", ["name=mine"], method="dapo").name == "mine"
+    control = load_config("qwen3_8b", method="random_mask")
+    assert (control.model.path, control.mask.rule) == ("Qwen/Qwen3-8B", "random")
+    assert control.loss == load_config("qwen3_8b", method="aipo").loss  # of the method that it is based on
     own = load_config("methods/dapo.yaml")
     assert own.name == "dapo"
     assert own.model.path == "embedded:smollm2-135m"
