@@ -111,7 +111,8 @@ def find_method(name: str) -> Path:
 def load_config(name: str, overrides: Sequence[str] = (), *, method: str | None = None) -> Config:
     """Read ``name`` with its bases, then a method's own keys, apply ``key.path=value`` overrides, validate.
 
-    ``method`` is a name in ``configs/methods/`` or a file; its ``base:`` is left aside, since ``name`` takes its place.
+    ``method`` is a name in ``configs/methods/`` or a file. Of its bases only other methods come along: ``name`` takes
+    the place of the rest.
 
     Raises:
         UserError: with the key and the file or override that is wrong.
@@ -122,7 +123,8 @@ def load_config(name: str, overrides: Sequence[str] = (), *, method: str | None 
     own = []
     if method is not None:
         file = find_method(method)
-        own = _layers(file)[-1:]
+        *bases, itself = _layers(file)
+        own = [layer for layer in bases if Path(layer[0]).resolve().parent == CONFIG_FOLDER / "methods"] + [itself]
         values["name"] = f"{path.stem}-{file.stem}"
     for layer, tree in [*_layers(path), *own, *map(_parse_override, overrides)]:
         for key, value in _flatten(tree):

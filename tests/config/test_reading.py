@@ -347,6 +347,9 @@ def test_a_method_goes_on_top_of_a_config() -> None:
     assert (config.reward.signed, config.dynamic.enabled, config.loss.aggregation) == (True, True, "token")
     assert config.loss.clip_high == 0.3  # overrides come last
     assert load_config("qwen3_8b", ["name=mine"], method="dapo").name == "mine"
+    control = load_config("qwen3_8b", method="random_mask")
+    assert (control.model.path, control.mask.rule) == ("Qwen/Qwen3-8B", "random")
+    assert control.loss == load_config("qwen3_8b", method="aipo").loss  # of the method that it is based on
     own = load_config("methods/dapo.yaml")
     assert own.name == "dapo"
     assert own.model.path == "embedded:smollm2-135m"
@@ -492,3 +495,23 @@ def test_shipped_configs_are_valid(path: Path) -> None:
 @pytest.mark.parametrize(("old", "new"), [("true", "reward"), ("false", "none")])
 def test_configs_of_older_runs_are_read(old: str, new: str) -> None:
     assert load_config("tiny.yaml", [f"advantage.drop_constant_groups={old}"]).advantage.drop_constant_groups == new
+
+
+def test_forking_tokens_at_the_scale_of_the_authors_script() -> None:
+    """verl's keys of run_only_top20_high_entropy_tokens_dapo_qwen3_14b.sh and of its baseline on all tokens."""
+    prompts, mini, response = 512, 32, 1024 * 20
+    config = load_config("dapo_ft_14b")
+    optim, rollout, dynamic = config.optim, config.rollout, config.dynamic
+    assert (rollout.questions_per_step, rollout.samples_per_question, rollout.max_tokens) == (prompts, 16, response)
+    assert optim.updates_per_batch == prompts // mini == 16
+    assert (optim.lr, optim.warmup_steps, optim.weight_decay, optim.max_grad_norm) == (1e-6, 10, 0.1, 1.0)
+    assert (optim.schedule, rollout.temperature, rollout.top_p, rollout.top_k) == ("constant", 1.0, 1.0, -1)
+    assert (dynamic.enabled, dynamic.by, dynamic.factor, dynamic.max_tries) == (True, "correct", 3, 10)
+    assert (config.reward.signed, config.reward.overlong, config.reward.overlong_buffer) == (True, 1.0, 4096)
+    assert (config.loss.clip_low, config.loss.clip_high, config.loss.kl_beta) == (0.2, 0.28, 0.0)
+    assert (config.loss.aggregation, config.loss.ratio, config.advantage.normalize) == ("token", "token", "std")
+    assert (config.mask.rule, config.mask.score, config.mask.fraction) == ("top_fraction", "entropy", 0.2)
+    config.check_world_size(32)
+    baseline = load_config("dapo_14b")
+    assert baseline.model_copy(update={"name": config.name, "mask": config.mask}) == config
+    assert baseline.mask.rule == "all"
