@@ -72,7 +72,7 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
     console = Console(stderr=False)
     slowness = Slowness(precision, device.type)
     passes = {"validation": config.validation.every}
-    passes |= {f"watch/{name}": config.validation.watch_every for name in inputs.watched}
+    passes |= {f"watch/{name}": each.every for name, each in inputs.watched.items()}
     with Progress(
         config.optim.steps, active=rank == 0, console=console, every=passes, why_long=slowness.reasons
     ) as progress:
@@ -173,13 +173,13 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
         **options,
     )
     engine.sleep()  # weights arrive by the first sync; until then its GPU memory serves the loading of the policy
-    rewarder = Rewarder(config.reward, max_tokens=rollout.max_tokens, thinking=config.data.thinking)
+    rewarder = Rewarder(config.rewards(), max_tokens=rollout.max_tokens, thinking=config.data.thinking)
     collector = Collector(engine, inputs.prompter, rewarder, seed=config.seed)
     policy = make_policy(config, inputs.model_path)
     sharded = shard(policy, config, device)
     reference = frozen_reference(config, inputs.model_path, device) if config.loss.kl_beta > 0 else None
     seed_everything(config.seed, rank)  # building engines draws random numbers
-    prompts = [inputs.prompter.encode(problem.question) for problem in inputs.problems[:4]]
+    prompts = [inputs.prompter.encode(problem.question, problem.origin) for problem in inputs.problems[:4]]
     log_probs = Passes(config, sharded, inputs.prompter, device).completion_log_probs
     if rollout.check_sync:
         gap = check_weight_sync(engine, sharded.full_parameters, log_probs, prompts, seed=config.seed)
@@ -201,6 +201,8 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
             config.mask,
             total_steps=config.optim.steps,
             seed=config.seed,
+            origins=[problem.origin for problem in inputs.problems],
+            weights=config.weights(),
         ),
         store=CheckpointStore(
             config.folder / "checkpoints",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import aipo
+from aipo.config import Config
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {"aipo.branching.latent"}  # run by python -m, as train.py is: they may build what train.py builds
@@ -87,3 +88,24 @@ def test_the_documents_name_what_is_there() -> None:
                 assert (ROOT / path).exists(), f"{document.name}: {path}"
         for name in re.findall(r"python -m (aipo[\w.]+)", text):
             assert importlib.util.find_spec(name), f"{document.name}: {name}"
+
+
+def test_every_formula_has_its_key_and_its_test() -> None:
+    """The table of docs/methods.md."""
+    table = (ROOT / "docs" / "methods.md").read_text().split("## Every formula")[1]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    keys = set(flatten(Config.model_fields))
+    for formula, named, tests, source in rows[1:]:
+        assert re.search("paper|code|notes|ours", source), formula
+        for key in re.findall(r"`([^`]+)`", named):
+            assert key in keys, key
+        assert tests, formula
+        for path, name in re.findall(r"`([^`:]+)::(\w+)`", tests):
+            assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.MULTILINE), f"{path}::{name}"
+
+
+def flatten(fields: dict[str, Any]) -> list[str]:
+    """Dotted names of a config's keys."""
+    return [
+        f"{section}.{key}" for section, field in fields.items() for key in getattr(field.annotation, "model_fields", {})
+    ]

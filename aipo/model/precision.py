@@ -9,10 +9,11 @@ import torch
 
 from aipo.config import Config
 
-# measured with AVX2
-SLOW_BF16 = (
+# what bfloat16 costs where it does not pay, measured on two cores of each kind
+NO_INSTRUCTIONS = (
     "on two such cores a step of `make train` took 200 s in bfloat16 (backward 189) and 26 s in float32 (backward 11)"
 )
+ONE_PORT = "on two such cores a step of `make train` took 27 s in bfloat16 and 23 s in float32"
 
 
 @dataclass(frozen=True)
@@ -39,22 +40,30 @@ def this_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def multiplies_bf16(device: str) -> tuple[bool, str]:
-    """Whether the hardware multiplies bfloat16, and who says so.
+def gains_from_bf16(device: str) -> tuple[bool, str, str]:
+    """Whether the hardware multiplies bfloat16 faster than float32, who says so, and what it costs where it does not.
 
     Asked for ``cuda`` where there is none, it answers for the GPUs that a run is planned for.
     """
     if device == "cpu":
-        # Without oneDNN's kernels torch multiplies in scalar loops on one thread. oneDNN says yes to any AVX-512, but
-        # without an instruction for it converts to float32 and back: slower than float32, too.
-        has = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if platform.machine() == "x86_64":
-            has = has and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-        return has, f"this CPU has {'' if has else 'no '}instructions for bfloat16"
+        return _cpu()
     if not torch.cuda.is_available():
-        return True, "planned for GPUs, which multiply bfloat16"
+        return True, "planned for GPUs, which multiply bfloat16", ""
     has = torch.cuda.is_bf16_supported(including_emulation=False)
-    return has, f"{torch.cuda.get_device_name()} {'multiplies' if has else 'does not multiply'} bfloat16"
+    return has, f"{torch.cuda.get_device_name()} {'multiplies' if has else 'does not multiply'} bfloat16", ""
+
+
+def _cpu() -> tuple[bool, str, str]:
+    # Without oneDNN's kernels torch multiplies in scalar loops on one thread. oneDNN says yes to any AVX-512, but
+    # without an instruction for it converts to float32 and back: slower than float32, too.
+    has = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if platform.machine() == "x86_64":
+        amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+        if has and avx512 and not amx and "Intel" in torch.cpu.get_capabilities()["cpu_name"]:
+            # One port has the instruction, two multiply float32. Seen on virtual machines that hide AMX.
+            return False, "this CPU has bfloat16 in AVX-512 but no AMX, which on Intel is slower than float32", ONE_PORT
+        has = has and (amx or avx512)
+    return has, f"this CPU has {'' if has else 'no '}instructions for bfloat16", NO_INSTRUCTIONS
 
 
 def choose(asked: str, device: str, *, begun: str | None = None) -> Precision:
@@ -65,14 +74,14 @@ def choose(asked: str, device: str, *, begun: str | None = None) -> Precision:
         device: ``cuda`` or ``cpu``.
         begun: dtype of the run that is resumed, which ``auto`` keeps: it goes on as it would have undisturbed.
     """
-    has, said = multiplies_bf16(device)
+    gains, said, cost = gains_from_bf16(device)
     if asked != "auto":
         dtype, reason = asked, "as configured"
     elif begun is not None:
         dtype, reason = begun, "auto: as the run began that is resumed"
     else:
-        dtype, reason = "bfloat16" if has else "float32", f"auto: {said}"
-    if device == "cpu" and dtype == "bfloat16" and not has:
+        dtype, reason = "bfloat16" if gains else "float32", f"auto: {said}"
+    if device == "cpu" and dtype == "bfloat16" and not gains:
         other = "float32 takes a run of its own (name=...)" if begun else "use float32, or auto"
-        return Precision(dtype, reason, f"{said}: {SLOW_BF16}; {other}")
+        return Precision(dtype, reason, f"{said}: {cost}; {other}")
     return Precision(dtype, reason)

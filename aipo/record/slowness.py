@@ -8,7 +8,7 @@ import time
 import psutil
 import torch
 
-from aipo.model.precision import Precision, multiplies_bf16
+from aipo.model.precision import Precision, gains_from_bf16
 
 BUSY = 0.25  # share of the machine's cores from which other programs are worth a word
 
@@ -31,7 +31,7 @@ class Slowness:
     def _dtype(self) -> list[str]:
         if self._precision.warning:
             return [self._precision.warning]
-        if self._device == "cuda" and self._precision.dtype == "float32" and multiplies_bf16("cuda")[0]:
+        if self._device == "cuda" and self._precision.dtype == "float32" and gains_from_bf16("cuda")[0]:
             return ["model.dtype is float32 on a GPU that multiplies bfloat16: model.dtype=auto would take it"]
         return []
 

@@ -12,10 +12,15 @@ from tests import processes
 ROOT = Path(__file__).parents[2]
 
 
+def torchrun(ranks: int) -> list[str]:
+    """On a port of its own, so that two can go on at once."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+
+
 def command(*arguments: str, ranks: int = 1) -> list[str]:
     if ranks == 1:
         return ["accelerate", "launch", "train.py", *arguments]
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "train.py", *arguments]
+    return [*torchrun(ranks), "train.py", *arguments]
 
 
 def train(*arguments: str, ranks: int = 1, expect: int = 0) -> str:
@@ -24,8 +29,7 @@ def train(*arguments: str, ranks: int = 1, expect: int = 0) -> str:
 
 
 def evaluation(*arguments: str, ranks: int = 1) -> list[str]:
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    return [sys.executable, *launcher, "evaluate.py", *arguments]
+    return [*(torchrun(ranks) if ranks > 1 else [sys.executable]), "evaluate.py", *arguments]
 
 
 def evaluate(*arguments: str, ranks: int = 1, expect: int = 0) -> str:

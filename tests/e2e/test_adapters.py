@@ -27,7 +27,7 @@ from aipo.rollout.base import Request, Sampling
 from aipo.rollout.check import TOLERANCE, check_weight_sync, logprob_gap
 from aipo.sharding import Sharded, shard
 from tests import processes
-from tests.e2e.launch import ROOT
+from tests.e2e.launch import ROOT, torchrun
 from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.e2e
@@ -165,9 +165,8 @@ def outs(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path
     made = {}
     for ranks in SHARES:
         out = made[ranks] = tmp_path_factory.mktemp(f"ranks{ranks}")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         done = processes.run(
-            [*launcher, __file__, model, str(out)],
+            [*torchrun(ranks), __file__, model, str(out)],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},
         )

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from aipo.record.tracker import has_begun
-from tests.e2e.launch import ROOT
+from tests import processes
+from tests.e2e.launch import ROOT, torchrun
 from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.e2e
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-ACCELERATE = ["accelerate", "launch", "--use_deepspeed", "--num_processes", "2"]
+ACCELERATE = ["accelerate", "launch", "--use_deepspeed", "--num_processes", "2", "--main_process_port", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +33,9 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def start(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """Both streams in one, as on a terminal. The timeout is there for hangs."""
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    """Both streams in one, as on a terminal."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return processes.run(["/bin/sh", "-c", 'exec "$0" "$@" 2>&1', *command], cwd=ROOT, env=environment)
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -66,7 +58,7 @@ def test_nothing_is_compiled(arguments: list[str], offload: bool, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("where", "launcher"),
-    [("forward", ACCELERATE), ("reward", TORCHRUN), ("save", TORCHRUN)],
+    [("forward", ACCELERATE), ("reward", torchrun(2)), ("save", torchrun(2))],
     ids=["forward", "reward", "save"],
 )
 def test_a_rank_that_fails_ends_all(arguments: list[str], where: str, launcher: list[str], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from aipo.rollout.check import TOLERANCE, check_weight_sync, logprob_gap, pertur
 from aipo.rollout.vllm import VllmEngine
 from aipo.threads import cpu_threads
 from tests import processes
+from tests.e2e.launch import torchrun
 from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.e2e
@@ -208,8 +209,7 @@ def test_under_a_launcher(tmp_path, ranks):
     """The trainer owns the process group; each rank has its own engine and as much work as it likes."""
     folder = make_tiny(tmp_path / "tiny")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
-    done = processes.run([*command, str(folder)], env=environment)
+    done = processes.run([*torchrun(ranks), __file__, str(folder)], env=environment)
     assert done.returncode == 0, done.stderr
     assert all(f"rank {rank} is done" in done.stdout for rank in range(ranks))
 

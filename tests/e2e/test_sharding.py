@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from tests import processes
-from tests.e2e.launch import ROOT
+from tests.e2e.launch import ROOT, torchrun
 from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.e2e
@@ -26,9 +25,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any
     found = {}
     for ranks in (1, 2):
         out = tmp_path_factory.mktemp(f"ranks{ranks}")
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
         done = processes.run(
-            [*launcher, str(Path(__file__).with_name("update_worker.py")), str(model), str(out)],
+            [*torchrun(ranks), str(Path(__file__).with_name("update_worker.py")), str(model), str(out)],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},
         )

@@ -16,10 +16,13 @@ from aipo.model.precision import choose
 
 @pytest.fixture
 def look_like(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    def change(*, onednn: bool, instructions: bool, machine: str = "x86_64") -> None:
+    def change(
+        *, onednn: bool, instructions: bool, amx: bool = False, cpu: str = "AMD Zen 4", machine: str = "x86_64"
+    ) -> None:
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu})
         monkeypatch.setattr(platform, "machine", lambda: machine)
 
     return change
@@ -41,6 +44,17 @@ def test_auto_is_what_the_cpu_multiplies(  # type: ignore[no-untyped-def]
     chosen = choose("auto", "cpu")
     assert (chosen.dtype, chosen.warning) == (dtype, None)
     assert chosen.lines == [f"model.dtype: {dtype} ({chosen.reason})"]
+
+
+@pytest.mark.parametrize(
+    ("cpu", "amx", "dtype"),
+    [("Intel Xeon", True, "bfloat16"), ("Intel Xeon", False, "float32"), ("AMD Zen 4", False, "bfloat16")],
+)
+def test_avx512_alone_gains_nothing_on_intel(cpu: str, amx: bool, dtype: str, look_like) -> None:  # type: ignore[no-untyped-def]
+    look_like(onednn=True, instructions=True, amx=amx, cpu=cpu)
+    assert choose("auto", "cpu").dtype == dtype
+    asked = choose("bfloat16", "cpu")
+    assert asked.warning is None if dtype == "bfloat16" else "27 s in bfloat16 and 23 s in float32" in asked.lines[1]
 
 
 def test_a_slow_dtype_is_taken_with_a_warning(look_like) -> None:  # type: ignore[no-untyped-def]

@@ -39,7 +39,7 @@ def test_nothing_wrong() -> None:
 
 def test_a_slow_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reasons("bfloat16", "no instructions: use float32") == ["no instructions: use float32"]
-    monkeypatch.setattr(slowness, "multiplies_bf16", lambda device: (True, device))
+    monkeypatch.setattr(slowness, "gains_from_bf16", lambda device: (True, device, ""))
     clock(monkeypatch, (0.0, 0.0, 0.0))
     (only,) = reasons("float32", device="cuda")
     assert "model.dtype=auto" in only
