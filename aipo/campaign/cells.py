@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from aipo.campaign.jobs import Job, Work
+from aipo.campaign.jobs import Job, State, Work
 from aipo.campaign.schema import Campaign, Setting, find_campaign, load_campaign, reference, settings
 from aipo.config import Config, dump_config
 from aipo.errors import UserError
@@ -64,6 +64,10 @@ class Plan:
 
     def job(self, cell: Cell) -> Job:
         return next(job for job in self.jobs if job.key == cell.key)
+
+    def state(self, cell: Cell) -> State:
+        """Of the cell alone: another condition may want more of the same run."""
+        return "done" if (cell.results or cell.folder / "summary.json").is_file() else self.job(cell).state()
 
 
 def make_plan(path: Path, runs: Path) -> Plan:

@@ -25,9 +25,9 @@ def collect(plan: Plan) -> tuple[pd.DataFrame, pd.DataFrame]:
     own, backbone = differences(plan), _backbone(plan)
     runs, curves = [], []
     for cell in plan.cells:
-        job, setting = plan.job(cell), cell.setting
+        setting = cell.setting
         named = {"panel": setting.panel, "condition": setting.condition, "seed": setting.seed}
-        row: dict[str, Any] = named | {"state": job.state(), "key": cell.key, "folder": str(cell.folder)}
+        row: dict[str, Any] = named | {"state": plan.state(cell), "key": cell.key, "folder": str(cell.folder)}
         row["differs"] = json.dumps(own[cell.key])
         trained = (cell.folder / "summary.json").is_file()
         if trained:

@@ -124,17 +124,23 @@ def run_job(
 
 def _run(job: Job, environment: dict[str, str], stopped: Callable[[], bool]) -> Literal["done", "failed", "stopped"]:
     (job.place / "failed.json").unlink(missing_ok=True)
-    tries = job.retries
-    while missing := job.missing:
-        code = _do(job, missing[0], environment, stopped)
-        if code == 0 and missing[0].done:
-            continue
+    failed: list[dict[str, Any]] = []
+    for work in job.missing:
+        tries = job.retries
         if stopped():
             return "stopped"
-        if tries == 0 or code == BAD_INPUT:
-            _note(job.place / "failed.json", {"code": code, "what": missing[0].what, "last": _last_words(job)})
-            return "failed"
-        tries -= 1
+        while (code := _do(job, work, environment, stopped)) or not work.done:
+            if stopped():
+                return "stopped"
+            if tries == 0 or code == BAD_INPUT:
+                failed.append({"code": code, "what": work.what, "last": _last_words(job)})
+                break
+            tries -= 1
+        if failed and work.what == "training":
+            break
+    if failed:
+        _note(job.place / "failed.json", failed[0])
+        return "failed"
     for heavy in () if job.keep_model else ("final", "exported", "checkpoints"):  # gigabytes; numbers stay
         shutil.rmtree(job.place / heavy, ignore_errors=True)
     return "done"

@@ -142,6 +142,16 @@ def test_a_model_that_was_not_kept_is_trained_again_for_an_evaluation(tmp_path: 
     assert more.missing == []
 
 
+def test_an_evaluation_that_fails_stops_no_other(tmp_path: Path) -> None:
+    trained = job(tmp_path, "a", "mkdir final; touch done")
+    good = Work("evaluation", ("sh", "-c", f"cd {trained.place}; touch score"), str(trained.place / "score"))
+    bad = Work("evaluation", ("sh", "-c", "exit 2"), str(trained.place / "never"))
+    both = Job(**{**trained.__dict__, "work": (*trained.work, bad, good)})
+    assert run_job(both) == "failed"
+    assert [work.done for work in both.work] == [True, False, True]
+    assert (trained.place / "final").is_dir()  # kept for the one that is missing
+
+
 SBATCH = """#!/bin/bash
 # a stand-in: runs the tasks of the array one after the other, as Slurm would on a machine with one slot
 for argument; do case "$argument" in

@@ -12,12 +12,13 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from aipo.campaign.cells import Plan, make_plan, write_configs
-from aipo.campaign.estimate import dry_run
+from aipo.campaign.cells import Plan, check_here, make_plan, write_configs
+from aipo.campaign.estimate import dry_run, estimates
 from aipo.campaign.plots import band
 from aipo.campaign.report import write_report
 from aipo.campaign.status import show
 from aipo.config import load_config
+from aipo.errors import UserError
 from aipo.evaluation.results import Result, save_results
 from aipo.metrics import bootstrap_interval
 from tests.tiny import make_tiny
@@ -190,6 +191,20 @@ def test_the_dry_run_lists_all_and_writes_nothing(tmp_path: Path, model: Path) -
     console.print(said[0])
     assert "measured, 1 seed" in console.export_text()  # seeds 1 and 2 of the same condition
     assert "time: 5 min" in "\n".join(map(str, said[1:]))
+
+
+def test_the_papers_campaigns_fit_the_papers_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight A100, no network: every run is planned, none exceeds its memory, and each has a time."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    plan = make_plan(Path("paper/table3.yaml"), tmp_path)
+    made = estimates(plan)
+    assert not [estimate.problem for estimate in made.values() if estimate.problem]
+    assert all(estimate.memory > 10 for estimate in made.values())
+    assert all(estimate.source == "arithmetic, not measured" for estimate in made.values())
+    by_model = {plan.job(cell).facts["model"]: made[cell.key].seconds for cell in plan.cells}
+    assert list(by_model.values()) == sorted(by_model.values())
+    with pytest.raises(UserError, match=r"data/aime24\.jsonl"):
+        check_here(plan)
 
 
 def test_a_band_is_the_interval_at_each_step() -> None:

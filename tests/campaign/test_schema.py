@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aipo.campaign.schema import load_campaign, settings
+from aipo.campaign.schema import FIGURES, Campaign, load_campaign, settings
 from aipo.config import CONFIG_FOLDER
 from aipo.errors import UserError
 
@@ -101,3 +101,25 @@ def test_the_paper_by_name(name: str, scale: str) -> None:
     assert all(model.startswith("embedded:" if scale == "laptop" else "Qwen/Qwen3-") for model in models)
     assert campaign.gpus == (8 if scale == "paper" else 1)
     assert bool(campaign.printed) == (scale == "paper" and name.startswith("table"))
+
+
+def test_the_document_names_every_key_and_its_example_works(tmp_path: Path) -> None:
+    text = (CONFIG_FOLDER.parent / "docs" / "campaigns.md").read_text()
+    table = text[text.index("## Keys") : text.index("## What is run")]
+    for name in (*Campaign.model_fields, *FIGURES):
+        assert f"`{name}`" in table, name
+    example = text[text.index("```yaml\n") + 8 :]
+    example = example[: example.index("```")]
+    assert len(example.splitlines()) == 7  # a comment with its name, and six lines
+    path = write(tmp_path, example)
+    assert len(list(settings(load_campaign(path), path))) == 9
+
+
+def test_table_2_and_3_read_the_runs_of_table_1() -> None:
+    for scale in ("laptop", "paper"):
+        made = {}
+        for name in ("table1", "table2", "table3"):
+            path = CONFIG_FOLDER / "campaigns" / scale / f"{name}.yaml"
+            made[name] = {each.config.model_dump_json(exclude={"name"}) for each in settings(load_campaign(path), path)}
+        assert made["table2"] == made["table1"]
+        assert len(made["table3"] & made["table1"]) == (6 if scale == "laptop" else 9)
