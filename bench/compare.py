@@ -30,7 +30,7 @@ from aipo.record.tracker import read_jsonl
 from bench.machine import machine, slug
 
 ROOT = Path(__file__).resolve().parents[1]
-# About three and a half minutes a run on two cores: 17 methods with three seeds each take three hours.
+# About three and a half minutes a run on two cores: 23 methods with three seeds each take four hours.
 FULL = {
     "rollout.questions_per_step": 8,
     "optim.generated_tokens": 14_000,  # ten steps of plain rollouts

@@ -21,6 +21,7 @@ from aipo.advantage import (
     gini,
     information_advantages,
     reallocate_by_entropy,
+    subtract_token_baseline,
     weight_tokens,
 )
 from aipo.config import Config
@@ -61,6 +62,10 @@ def _certainty(passes: Passes, micro: MicroBatch) -> Tensor:
     return passes.sharded.forward(micro, full=True)["certainty"]
 
 
+def _energy(passes: Passes, micro: MicroBatch) -> Tensor:
+    return passes.sharded.forward(micro, full=True)["energy"]
+
+
 def _residual(passes: Passes, micro: MicroBatch) -> Tensor:
     states = passes.states(micro)  # (N, d)
     with adapters_off(passes.sharded.policy.model):
@@ -97,6 +102,7 @@ def _information(passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollou
 MEASURES = {
     "entropy": Measure(by_micro_batch(_entropy), 1, "of the policy over the whole vocabulary, nats"),
     "certainty": Measure(by_micro_batch(_certainty), 1, "KL from the uniform distribution to the policy (INTUITOR)"),
+    "energy": Measure(by_micro_batch(_energy), 1, "squared norm of its log-probability's gradient by the logits (OTB)"),
     "residual": Measure(by_micro_batch(_residual), 2, "norm of what adapters change in the hidden state (ARCA)"),
     "attention": Measure(by_micro_batch(_attention), 1, "normalised entropy of the row that predicts the token"),
     "information": Measure(_information, math.nan, "how far a token lowers the entropy of an early answer (IAPO)"),
@@ -176,10 +182,16 @@ def _weighted_by_attention(rollouts: Rollouts, entropy: Tensor, config: Advantag
     return weight_tokens(rollouts.advantages, weights, rollouts.lengths)
 
 
+def _less_optimal_baseline(rollouts: Rollouts, energy: Tensor, config: AdvantageConfig) -> Tensor:
+    tail = rollouts.rewards.nan_to_num(0.0) if config.tail == "reward" else None
+    return subtract_token_baseline(rollouts.advantages, energy, rollouts.lengths, rollouts.group_size, tail=tail)
+
+
 RULES = {
     "entropy": TokenRule("entropy", _reallocated, "HAPO, arXiv 2604.11056"),
     "information": TokenRule("information", _informed, "IAPO, arXiv 2602.19049"),
     "residual": TokenRule("residual", _weighted_by_residual, "ARCA"),
+    "baseline": TokenRule("energy", _less_optimal_baseline, "OTB, arXiv 2602.07078"),
     "attention": TokenRule("attention", _weighted_by_attention, "attention entropy, arXiv 2605.07660"),
 }
 
