@@ -133,26 +133,34 @@ def check_inputs(config: Config, world: int) -> Inputs:
 
 
 def load_data(config: Config) -> dict[str, tuple[str, Loaded]]:
-    """Everything that a run asks, as (path, problems) by what it is for: ``train`` or ``train NAME`` of each of several
-    sources, ``validation``, ``watch NAME``. Raises UserError."""
+    """Everything that a run asks, as (path, problems) by the names of :func:`data_sets`. Raises UserError."""
     data = config.data
+    given = dict(zip((f"watch {each.called}" for each in watch_sources(config)), config.validation.watch))
+    mix = {} if isinstance(data.train, str) else load_mix(data.train)
     sets: dict[str, tuple[str, Loaded]] = {}
-    if isinstance(data.train, str):
-        sets["train"] = data.train, load_problems(data.train, split="train")
-    else:
-        mix = load_mix(data.train)
-        sets |= {f"train {source.called}": (source.path, mix[source.called]) for source in data.train}
-    if isinstance(data.validation, Source):
-        sets["validation"] = (
-            data.validation.path,
-            load_problems(data.validation, split="validation", origin="validation"),
-        )
-    elif data.validation is not None:
-        sets["validation"] = data.validation, load_problems(data.validation, split="validation")
-    for each, given in zip(watch_sources(config), config.validation.watch):
-        origin = "" if isinstance(given, str) else f"watch/{each.called}"
-        sets[f"watch {each.called}"] = each.path, load_problems(each, split="validation", origin=origin)
+    for name, source in data_sets(config).items():
+        purpose, _, called = name.partition(" ")
+        if purpose == "train":
+            loaded = mix[called] if mix else load_problems(source.path, split="train")
+        elif isinstance(given.get(name, data.validation), str):  # a path alone: its problems are as if of no source
+            loaded = load_problems(source.path, split="validation")
+        else:
+            loaded = load_problems(source, split="validation", origin=name.replace(" ", "/"))
+        sets[name] = source.path, loaded
     return sets
+
+
+def data_sets(config: Config) -> dict[str, Source]:
+    """Everything that a run reads, by what it is for: ``train`` or ``train NAME`` of each of several sources,
+    ``validation``, ``watch NAME``."""
+    train, validation = config.data.train, config.data.validation
+    if isinstance(train, str):
+        sets: dict[str, Source] = {"train": Source(path=train)}
+    else:
+        sets = {f"train {source.called}": source for source in train}
+    if validation is not None:
+        sets["validation"] = Source(path=validation) if isinstance(validation, str) else validation
+    return sets | {f"watch {each.called}": each for each in watch_sources(config)}
 
 
 def watch_sources(config: Config) -> list[WatchSource]:
@@ -207,10 +215,7 @@ def dropped(reasons: dict[str, int]) -> str:
 
 def describe_data(config: Config) -> list[str]:
     """For --dry-run: how many questions there are, or that they are not there yet. Raises UserError for bad rows."""
-    train = config.data.train
-    paths = [train] if isinstance(train, str) else [source.path for source in train]
-    paths += [each if isinstance(each, str) else each.path for each in (config.data.validation,) if each is not None]
-    paths += [each.path for each in watch_sources(config)]
+    paths = [source.path for source in data_sets(config).values()]
     missing = [path for path in paths if not path.startswith("embedded:") and not Path(path).expanduser().exists()]
     lines = [
         f"data: {path} is fetched when the run starts"

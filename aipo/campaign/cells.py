@@ -25,11 +25,13 @@ from aipo.errors import UserError
 from aipo.inputs import MAY_CHANGE, data_sets, file_digest
 from aipo.labelling import DEPENDS_ON
 from aipo.model.loading import weights_digest
+from aipo.problems.readers import HUB
 from aipo.record.checkpoints import flatten, run_identity, write_atomically
 from aipo.record.tracker import versions
 
 ROOT = Path(__file__).resolve().parents[2]
 APART = ("campaign", "evaluation", "plan")  # folders of aipo/ that no training run reads
+ELSEWHERE = ("embedded:", HUB)
 FREE = [key for key in MAY_CHANGE if not key.startswith("validation.")]  # what is watched must be there to be read
 
 
@@ -93,7 +95,7 @@ def _cell(campaign: Campaign, setting: Setting, runs: Path) -> Cell:
     config = setting.config
     facts = {
         "ranks": campaign.gpus,
-        "data": {name: _content(spec) for name, (spec, _) in data_sets(config).items()},
+        "data": {name: _content(source.path) for name, source in data_sets(config).items()},
         "model": _weights(config.model.path),
         "latents": config.branch.latent_path and _content(config.branch.latent_path),
         "code": code_version(),
@@ -199,11 +201,15 @@ def code_version(*also: str) -> str:
 
 
 @functools.cache
-def _content(spec: str) -> str:
-    """A file by what is in it; what is made from the code by its name."""
-    if spec.startswith("embedded:"):
-        return spec
-    return file_digest(spec) if Path(spec).is_file() else f"{spec} is not there"
+def _content(path: str) -> str:
+    """A file or folder by what is in it; what is made from the code, or lies on the hub, by its name."""
+    if path.startswith(ELSEWHERE):
+        return path
+    place = Path(path).expanduser()
+    if place.is_dir():
+        files = (file for file in sorted(place.rglob("*")) if file.is_file())
+        return digest({str(file.relative_to(place)): file_digest(str(file)) for file in files})
+    return file_digest(str(place)) if place.is_file() else f"{path} is not there"
 
 
 @functools.cache
@@ -214,8 +220,8 @@ def _weights(name: str) -> str:
 
 def missing_data(cells: Iterable[Cell]) -> list[str]:
     """Files that runs read and that are not there."""
-    specs = {spec for cell in cells for spec, _ in data_sets(cell.setting.config).values()}
-    return sorted(spec for spec in specs if not spec.startswith("embedded:") and not Path(spec).is_file())
+    paths = {source.path for cell in cells for source in data_sets(cell.setting.config).values()}
+    return sorted(path for path in paths if not path.startswith(ELSEWHERE) and not Path(path).expanduser().exists())
 
 
 def check_here(plan: Plan) -> None:

@@ -15,6 +15,7 @@ from aipo.campaign.cells import Plan
 from aipo.campaign.collect import values_of
 from aipo.campaign.schema import LOWER_IS_BETTER, Campaign
 from aipo.campaign.statistics import Comparison, compare
+from aipo.inputs import data_sets
 from aipo.metrics import bootstrap_interval
 
 
@@ -152,7 +153,16 @@ def note(plan: Plan, runs: pd.DataFrame, machine: str) -> str:
     """At which scale the figures were made, in a line."""
     configs = [cell.setting.config for cell in plan.cells]
     models = ", ".join(sorted({config.model.path for config in configs}))
-    data = ", ".join(sorted({config.data.train for config in configs}))
+    data = ", ".join(
+        sorted(
+            {
+                source.path
+                for config in configs
+                for name, source in data_sets(config).items()
+                if name.startswith("train")
+            }
+        )
+    )
     steps = _span([config.optim.steps for config in configs])
     rollouts = _span([config.rollout.questions_per_step * config.rollout.samples_per_question for config in configs])
     campaign, done = plan.campaign, int((runs["state"] == "done").sum())
