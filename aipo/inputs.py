@@ -242,8 +242,9 @@ def describe_data(config: Config) -> list[str]:
 def without_effect(config: Config) -> list[str]:
     """For --dry-run: keys that were set and change nothing."""
     loss = config.loss
-    keys = [key for key in ("clip_low", "clip_high", "ratio") if key in loss.model_fields_set]
-    if config.optim.updates_per_batch > 1 or not keys:
+    about_ratio = ("clip_low", "clip_high", "ratio", "gate_positive", "gate_negative", "divergence")
+    keys = [key for key in about_ratio if key in loss.model_fields_set]
+    if config.optim.updates_per_batch > 1 or loss.old_policy == "engine" or not keys:
         return []
     named = ", ".join(f"loss.{key}" for key in keys)
     return [

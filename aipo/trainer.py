@@ -153,7 +153,7 @@ class Trainer:
     ) -> tuple[Selection, dict[str, float]]:
         """One optimizer step on each part of the batch (one part by default); what was selected, and sums to log."""
         config, rollout, passes = self.config, self.config.rollout, self.passes
-        correction = rollout.importance_correction, rollout.importance_cap
+        correction = rollout.importance_correction, rollout.importance_cap, rollout.importance_floor
         with clock("forward"):
             gold = passes.gold_states(rollouts.problems) if self.selector.scored else None  # (Q, d)
             parts = passes.update_batches(rollouts)
@@ -236,6 +236,7 @@ class Trainer:
             mask=micro.grid(mask),
             lengths=rollouts.lengths[rows],
             kl_weight=kl_weight,
+            inclusion=selection.inclusion(micro),
             entropy=micro.grid(out["entropy"], mask) if self.config.loss.entropy_weight else None,
         )
 

@@ -333,6 +333,8 @@ def test_held_out_training_questions(model: Path, tmp_path: Path) -> None:
         (["loss.clip_high=0.3"], "loss.clip_high without effect"),
         (["loss.clip_low=0.1", "loss.ratio=sequence"], "loss.clip_low, loss.ratio without effect"),
         (["loss.clip_high=0.3", "optim.updates_per_batch=2"], None),
+        (["loss.ratio=tv_mask", "loss.divergence=0.1"], "loss.ratio, loss.divergence without effect"),
+        (["loss.ratio=tv_mask", "loss.old_policy=engine", "rollout.importance_correction=none"], None),
         (["loss.kl_beta=0.1"], None),
     ],
 )

@@ -95,6 +95,13 @@ class Config(Section):
                 "rollout.top_p below 1 or rollout.top_k above 0 samples from another distribution than the policy's: "
                 "set them to 1 and -1, or rollout.importance_correction: none"
             )
+        by_engine = self.loss.old_policy == "engine"
+        if by_engine and (truncated or self.rollout.importance_correction != "none"):
+            raise ValueError(
+                "loss.old_policy: engine has the engine's probabilities in the ratio: set "
+                "rollout.importance_correction: none, which would count the difference twice, and rollout.top_p: 1 and "
+                "rollout.top_k: -1, or it would compare with another distribution than the policy's"
+            )
         drop = self.advantage.drop_constant_groups
         if drop != "none" and self.advantage.baseline == "batch":
             raise ValueError("advantage.drop_constant_groups needs a baseline inside the group: group or leave_one_out")
@@ -112,10 +119,10 @@ class Config(Section):
                     "policy, whose weights are changing: set branch.signal: logprob and branch.total: null, or "
                     "rollout.async_depth: 0"
                 )
-            if self.rollout.importance_correction == "none":
+            if self.rollout.importance_correction == "none" and not by_engine:
                 raise ValueError(
                     "rollout.async_depth: 1 trains on rollouts of older weights: set rollout.importance_correction: "
-                    "token_truncated or sequence_mask"
+                    "token_truncated, token_mask or sequence_mask, or loss.old_policy: engine"
                 )
         if self.rollout.mode == "server" and self.rollout.engine != "vllm":
             raise ValueError(
@@ -169,6 +176,27 @@ class Config(Section):
                 "mask.rule: prefix leaves most of them out: set mask.rule: all, or advantage.tokens: none"
             )
         by_token = self.advantage.tokens != "none" or self.advantage.mi_blend != "none"
+        if self.loss.ratio == "sequence" and self.mask.reweight:
+            raise ValueError(
+                "mask.reweight makes sums over tokens unbiased, and loss.ratio: sequence has one ratio for a whole "
+                "completion: set another loss.ratio, or mask.reweight: false"
+            )
+        if self.advantage.tokens == "baseline" and self.rollout.samples_per_question == 1:
+            raise ValueError(
+                "advantage.tokens: baseline compares the rollouts of a question: raise rollout.samples_per_question, "
+                "or set advantage.tokens: none"
+            )
+        if self.advantage.tail == "reward" and self.advantage.normalize != "none":
+            raise ValueError(
+                "advantage.tail: reward leaves rewards beside advantages that advantage.normalize divides: set it to "
+                "none, or advantage.tail: zero"
+            )
+        below_zero = self.reward.signed or self.reward.overlong > 0 or self.loss.kl_in == "reward"
+        if self.advantage.normalize == "mean" and below_zero:
+            raise ValueError(
+                "advantage.normalize: mean divides by a mean reward that must not be negative: leave reward.signed, "
+                "reward.overlong and loss.kl_in: reward out, or set advantage.normalize: std or none"
+            )
         if self.loss.ratio == "sequence" and by_token:
             raise ValueError(
                 "loss.ratio: sequence has one ratio for all tokens of a completion, through which advantages by token "

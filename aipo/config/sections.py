@@ -67,10 +67,12 @@ class RolloutConfig(Section):
     """share of a GPU's memory that vLLM takes while it generates; handed back during the update"""
     kv_cache_gb: Annotated[float, Field(gt=0)] = 1.0
     """KV cache on a machine without a GPU"""
-    importance_correction: Literal["none", "token_truncated", "sequence_mask"] = "token_truncated"
-    """weight for the difference between vLLM's and our log-probabilities"""
+    importance_correction: Literal["none", "token_truncated", "token_mask", "sequence_mask"] = "token_truncated"
+    """weight for the difference between vLLM's and our probabilities: their ratio with a cap, or 0 outside bounds"""
     importance_cap: Annotated[float, Field(ge=1)] = 2.0
-    """truncation of that weight"""
+    """truncation of that weight, or its upper bound"""
+    importance_floor: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """token_mask: lower bound of the ratio"""
     async_depth: Annotated[int, Field(ge=0, le=1)] = 0
     """1 draws the next batch during the update, with weights one update old; 0 is strictly on-policy"""
     check_sync: bool = True
@@ -188,7 +190,9 @@ class MIConfig(Section):
 
 
 class MaskConfig(Section):
-    rule: Literal["threshold", "top_fraction", "peaks_only", "random", "all", "prefix", "quadrant"] = "threshold"
+    rule: Literal[
+        "threshold", "top_fraction", "peaks_only", "random", "bernoulli", "random_prefix", "all", "prefix", "quadrant"
+    ] = "threshold"
     """which completion tokens are trained on; all is every token"""
     score: Literal["mi"] | Measured = "mi"
     """what the rules threshold, top_fraction, peaks_only look at; quadrant wants entropy"""
@@ -201,7 +205,11 @@ class MaskConfig(Section):
     tau: Annotated[float, Field(gt=0)] = 1.5
     """of the iqr statistic"""
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """of the rules top_fraction and random"""
+    """of the rules top_fraction and random; of bernoulli the chance of each token"""
+    shortest: Positive = 1
+    """random_prefix: completions are cut after a uniform number of tokens from this on"""
+    reweight: bool = False
+    """divide a drawn token's loss by the chance of drawing it, which makes it unbiased (rules that draw)"""
     invert: bool = False
     """take the lowest scores of each completion instead, equally many: a control"""
     prefix_start: Fraction = 0.15
@@ -220,6 +228,11 @@ class MaskConfig(Section):
     """falls with the step, with stalls of the validation accuracy, with both, or not; literal: with the clock"""
     kappa_decay_steps: Positive | None = None
     """T_dec; null is optim.steps"""
+
+    @property
+    def draws(self) -> bool:
+        """Whether the rule selects by chance alone."""
+        return self.rule in ("random", "bernoulli", "random_prefix")
 
     @property
     def ranks(self) -> bool:
@@ -245,6 +258,11 @@ class MaskConfig(Section):
             raise ValueError(
                 f"mask.invert takes the lowest scores, and mask.rule: {self.rule} ranks none: set mask.rule: "
                 "threshold, top_fraction or peaks_only"
+            )
+        if self.reweight and not self.draws:
+            raise ValueError(
+                f"mask.reweight divides by the chance of drawing a token, and mask.rule: {self.rule} draws none: set "
+                "mask.rule: random, bernoulli or random_prefix"
             )
         if self.prefix_start > self.prefix_end:
             raise ValueError(
@@ -296,14 +314,14 @@ class CurriculumConfig(Section):
 class AdvantageConfig(Section):
     baseline: Literal["group", "batch", "leave_one_out"] = "group"
     """what is subtracted from a reward"""
-    normalize: Literal["none", "std"] = "none"
-    """divide by the sample standard deviation of the group"""
+    normalize: Literal["none", "std", "mean"] = "none"
+    """divide by the sample standard deviation, or by the mean, of the group's rewards"""
     mi_blend: Literal["none", "additive", "multiplicative"] = "none"
     """A + w z(MI) or A (1 + w z(MI)), z within the sequence"""
     mi_weight: Annotated[float, Field(ge=0)] = 0.1
     """w"""
-    tokens: Literal["none", "entropy", "information", "residual", "attention"] = "none"
-    """how it differs by token: reallocated by entropy, plus information gained, weighted by adapter or attention"""
+    tokens: Literal["none", "entropy", "information", "residual", "attention", "baseline"] = "none"
+    """by token: reallocated by entropy, plus information, weighted by adapter or attention, less an optimal baseline"""
     alpha: Annotated[float, Field(ge=0)] = 0.2
     """entropy (HAPO): share of |A| moved"""
     information_weight: Annotated[float, Field(ge=0)] = 0.01
@@ -326,6 +344,8 @@ class AdvantageConfig(Section):
     """attention: 0 weights all tokens alike"""
     favour: Literal["anchors", "explorers"] = "anchors"
     """attention: which tokens weigh more, those of low or of high entropy"""
+    tail: Literal["zero", "reward"] = "zero"
+    """baseline: advantage of tokens that no other rollout of the group is long enough to be compared with"""
     drop_constant_groups: Literal["correctness", "reward", "none"] = "none"
     """which groups are left out of the update: all right or all wrong; of rewards that do not vary; none"""
 
@@ -349,8 +369,16 @@ class LossConfig(Section):
     """mask leaves completions that rollout.max_tokens cut out of the update; their rewards count in their groups"""
     aggregation: Literal["sequence", "token", "constant", "all_tokens"] = "sequence"
     """mean in each sequence then over sequences (eq. 2), over all selected tokens, over max_tokens, over all tokens"""
-    ratio: Literal["token", "sequence", "clipped_weight"] = "token"
-    """importance ratio: of each token, of the sequence (geometric mean), or clipped and detached as a weight"""
+    ratio: Literal["token", "sequence", "clipped_weight", "soft_gate", "tv_mask", "kl_mask"] = "token"
+    """importance ratio: by token, by sequence, clipped as a weight, gated by a sigmoid, masked by divergence"""
+    old_policy: Literal["trainer", "engine"] = "trainer"
+    """whose log-probabilities the ratio compares with: ours from before the update, or those the engine drew with"""
+    gate_positive: Annotated[float, Field(gt=0)] = 1.0
+    """soft_gate: tau where the advantage is positive"""
+    gate_negative: Annotated[float, Field(gt=0)] = 1.05
+    """soft_gate: tau elsewhere; larger fades faster as the ratio leaves 1"""
+    divergence: Annotated[float, Field(gt=0)] = 0.15
+    """tv_mask, kl_mask: largest total variation, or KL in nats, of a token from the old policy"""
     kl_priority: Annotated[float, Field(ge=0)] = 0.0
     """the KL of a token is weighted by (1 - H / log V)^power, so that uncertain tokens are free to move"""
     entropy_weight: Annotated[float, Field(ge=0)] = 0.0

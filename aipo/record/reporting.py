@@ -80,6 +80,7 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
         "mi/skew": per("mi_skew", "mi_sequences"),
         "mismatch/kl": per("mismatch_kl", "selected"),
         "mismatch/gap": per("mismatch_gap", "selected"),
+        **({"mismatch/dropped": per("mismatch_dropped", "selected")} if "mismatch_dropped" in total else {}),
         "mismatch/weight_mean": per("mismatch_weight", "selected"),
         "mismatch/weight_max": max(part.get("weight_max", 0.0) for part, _, _ in parts),
         **{f"time/{phase}_s": value for phase, value in seconds.items()},

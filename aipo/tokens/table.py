@@ -21,6 +21,7 @@ from aipo.advantage import (
     gini,
     information_advantages,
     reallocate_by_entropy,
+    subtract_token_baseline,
     weight_tokens,
 )
 from aipo.config import Config
@@ -59,6 +60,10 @@ def _entropy(passes: Passes, micro: MicroBatch) -> Tensor:
 
 def _certainty(passes: Passes, micro: MicroBatch) -> Tensor:
     return passes.sharded.forward(micro, full=True)["certainty"]
+
+
+def _energy(passes: Passes, micro: MicroBatch) -> Tensor:
+    return passes.sharded.forward(micro, full=True)["energy"]
 
 
 def _residual(passes: Passes, micro: MicroBatch) -> Tensor:
@@ -105,6 +110,7 @@ def _information(passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollou
 MEASURES = {
     "entropy": Measure(by_micro_batch(_entropy), 1, "of the policy over the whole vocabulary, nats"),
     "certainty": Measure(by_micro_batch(_certainty), 1, "KL from the uniform distribution to the policy (INTUITOR)"),
+    "energy": Measure(by_micro_batch(_energy), 1, "squared norm of its log-probability's gradient by the logits (OTB)"),
     "residual": Measure(by_micro_batch(_residual), 2, "norm of what adapters change in the hidden state (ARCA)"),
     "attention": Measure(by_micro_batch(_attention), 1, "normalised entropy of the row that predicts the token"),
     "information": Measure(_information, math.nan, "how far a token lowers the entropy of an early answer (IAPO)"),
@@ -187,6 +193,12 @@ def _weighted_by_attention(rollouts: Rollouts, signals: Mapping[str, Tensor], co
     return weight_tokens(rollouts.advantages, weights, lengths)
 
 
+def _less_optimal_baseline(rollouts: Rollouts, signals: Mapping[str, Tensor], config: AdvantageConfig) -> Tensor:
+    energy, lengths = signals["energy"], rollouts.lengths  # (B, T), (B,)
+    tail = rollouts.rewards.nan_to_num(0.0) if config.tail == "reward" else None
+    return subtract_token_baseline(rollouts.advantages, energy, lengths, rollouts.group_size, tail=tail)
+
+
 def _only(name: str) -> Callable[[AdvantageConfig], set[str]]:
     return lambda config: {name}
 
@@ -200,6 +212,7 @@ RULES = {
     "information": TokenRule(_information_and_entropy, _informed, "IAPO, arXiv 2602.19049"),
     "residual": TokenRule(_only("residual"), _weighted_by_residual, "ARCA"),
     "attention": TokenRule(_only("attention"), _weighted_by_attention, "attention entropy, arXiv 2605.07660"),
+    "baseline": TokenRule(_only("energy"), _less_optimal_baseline, "OTB, arXiv 2602.07078"),
 }
 
 

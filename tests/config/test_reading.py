@@ -325,6 +325,19 @@ def test_every_bad_value_is_named() -> None:
             "branch.total asks the policy",
         ),
         (["rollout.async_depth=1", "rollout.importance_correction=none"], "trains on rollouts of older weights"),
+        (["loss.old_policy=engine"], "would count the difference twice"),
+        (
+            ["loss.old_policy=engine", "rollout.importance_correction=none", "rollout.top_k=20"],
+            "another distribution than the policy's",
+        ),
+        (["mask.reweight=true"], "mask.rule: threshold draws none"),
+        (["mask.reweight=true", "mask.rule=bernoulli", "loss.ratio=sequence"], "set another loss.ratio"),
+        (
+            ["advantage.tokens=baseline", "rollout.samples_per_question=1", "advantage.baseline=batch"],
+            "raise rollout.samples_per_question",
+        ),
+        (["advantage.tail=reward", "advantage.normalize=std"], "or advantage.tail: zero"),
+        (["advantage.normalize=mean", "reward.signed=true"], "must not be negative"),
     ],
 )
 def test_values_that_contradict_each_other(overrides: list[str], expected: str) -> None:
@@ -337,6 +350,8 @@ def test_bounds_that_are_allowed() -> None:
     config = load_config("base", ["mask.kappa_end=0.3", "curriculum.t1=0.7", "curriculum.start=[0.1,0.2,0.7]"])
     assert config.mask.kappa_end == config.mask.kappa_start
     assert load_config("base", ["advantage.baseline=batch", "rollout.samples_per_question=1"])
+    ahead = ["rollout.async_depth=1", "rollout.importance_correction=none", "loss.old_policy=engine"]
+    assert load_config("base", ahead)
 
 
 def test_a_method_goes_on_top_of_a_config() -> None:
@@ -360,8 +375,8 @@ def test_a_method_of_ones_own_and_unknown_ones(tmp_path: Path) -> None:
     file.write_text("mask: {rule: all}\n")
     config = load_config("base", method=str(file))
     assert (config.name, config.mask.rule) == ("base-mine", "all")
-    with pytest.raises(UserError, match="--method dappo is unknown: did you mean dapo"):
-        load_config("base", method="dappo")
+    with pytest.raises(UserError, match="--method dapoo is unknown: did you mean dapo"):
+        load_config("base", method="dapoo")
 
 
 def test_world_size_must_divide_the_batch() -> None:

@@ -11,7 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aipo.advantage import entropy_quadrants, information_advantages, reallocate_by_entropy, weight_tokens
+from aipo.advantage import (
+    entropy_quadrants,
+    information_advantages,
+    reallocate_by_entropy,
+    subtract_token_baseline,
+    weight_tokens,
+)
 from aipo.config import Config, load_config
 from aipo.config.base import Measured
 from aipo.config.sections import AdvantageConfig
@@ -170,6 +176,7 @@ def test_residual_and_attention(path: Path, rollouts: Rollouts) -> None:
         (["loss.kl_beta=0.1", "loss.kl_priority=2"], {"entropy"}),
         (["advantage.tokens=entropy"], {"entropy"}),
         (["advantage.tokens=attention"], {"attention"}),
+        (["advantage.tokens=baseline"], {"energy"}),
         (["advantage.tokens=information"], {"information"}),
         (["advantage.tokens=information", "advantage.signed=entropy"], {"information", "entropy"}),
     ],
@@ -203,6 +210,12 @@ def test_shapes_are_the_formulas_over_the_batch(rollouts: Rollouts) -> None:
     assert shaped is not None
     assert torch.equal(shaped, weight_tokens(rollouts.advantages, values.nan_to_num(0.0), LENGTHS))
     assert shaped[0].mean() == pytest.approx(1.0)
+    rollouts.rewards = torch.tensor([1.0, 0.0, 0.5, 0.25])
+    for keys, tail in (([], None), (["advantage.tail=reward", "advantage.normalize=none"], rollouts.rewards)):
+        _, shaped = shape(rollouts, {"energy": values}, config("advantage.tokens=baseline", *keys))
+        assert shaped is not None
+        wanted = subtract_token_baseline(rollouts.advantages, values, LENGTHS, rollouts.group_size, tail=tail)
+        assert torch.equal(shaped, wanted)
     assert shape(rollouts, {}, config()) == (None, None)
     # what is measured for another stage does not take the place of mutual information
     assert shape(rollouts, {"entropy": values}, config("loss.kl_beta=0.1", "loss.kl_priority=2"))[0] is None
