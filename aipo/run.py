@@ -180,7 +180,9 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
     reference = frozen_reference(config, inputs.model_path, device) if config.loss.kl_beta > 0 else None
     seed_everything(config.seed, rank)  # building engines draws random numbers
     prompts = [inputs.prompter.encode(problem.question, problem.origin) for problem in inputs.problems[:4]]
-    log_probs = Passes(config, sharded, inputs.prompter, device).completion_log_probs
+    passes = Passes(config, sharded, inputs.prompter, device)
+    passes.check_layout(prompts)
+    log_probs = passes.completion_log_probs
     if rollout.check_sync:
         gap = check_weight_sync(engine, sharded.full_parameters, log_probs, prompts, seed=config.seed)
         progress.say(f"weight sync checked: {rollout.engine} and the policy differ by {gap:.4f} nats a token")

@@ -38,7 +38,7 @@ from aipo.record.clock import Clock
 from aipo.record.progress import Progress
 from aipo.record.reporting import add_up, dump_batch, reduce_metrics, rollout_rows
 from aipo.record.tracker import Tracker
-from aipo.rollout.check import TOLERANCE, lost_weights
+from aipo.rollout.check import TOLERANCE, GapGuard, lost_weights
 from aipo.rollout.collect import Collector
 from aipo.rollouts import Rollouts, balanced
 from aipo.selection import Selection, TokenSelector
@@ -87,6 +87,7 @@ class Trainer:
         self.selector, self.curriculum = selector, curriculum
         self.store, self.tracker, self.progress = store, tracker, progress
         self.identity, self.engine_gap, self.stop_requested = identity, engine_gap, stop_requested
+        self.gap_guard = GapGuard(config.guards)
         self.passes = Passes(config, sharded, collector.prompter, device, problems)
         self.generation = Generation(collector, config, self.passes, latents=latents)
         self.validator = Validator(collector, self.passes, progress, config, held_out, watched or {})
@@ -140,6 +141,8 @@ class Trainer:
             stop = not distributed.all_true(not self.stop_requested())
             if self.step % config.checkpoint.every == 0 or self.finished or best or stop:
                 self.save()
+            if self.gap_guard.ends(self.step, metrics["mismatch/gap"], self.progress.say):
+                raise TrainingError(self.gap_guard.why(self.save()))
         return self.finished
 
     @property
