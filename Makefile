@@ -52,9 +52,14 @@ bench: setup  ## time and memory of a step, the head, MI, rollouts and the plann
 # two workers of one thread each: small tensors gain nothing from threads
 UNITS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE pytest -m 'not e2e' -n 2
 
+# two files of tests at a time, each with its share of the cores; a GPU is not shared
+CORES := $(shell nproc)
+E2E := OMP_NUM_THREADS=$(shell echo $$(( ($(CORES) + 1) / 2 ))) OMP_WAIT_POLICY=PASSIVE pytest -m e2e -n 2 --dist loadfile
+E2E := $(if $(filter cuda,$(DEVICE)),pytest -m e2e,$(E2E))
+
 test: lint  ## everything: lint and types, units, then end to end on the real stack
 	$(UNITS)
-	pytest -m e2e
+	$(E2E)
 
 test-fast: setup  ## the units alone
 	$(UNITS)

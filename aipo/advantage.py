@@ -98,6 +98,25 @@ def zscore(values: Tensor, lengths: Tensor) -> Tensor:
     return torch.where(std > NOISE * mean.abs(), centred / std, 0.0)
 
 
+def unit_norm(values: Tensor, lengths: Tensor) -> Tensor:
+    """v / ||v|| of each sequence, v = x - mean / std: what the published code of IAPO makes of its scores.
+
+    It means a z-score there, but divides the mean alone by the (sample) standard deviation. Args and special cases
+    as in :func:`zscore`; (B, T) float64 without gradient.
+    """
+    counted = token_grid(lengths, values.shape[1]) & values.isfinite()  # (B, T)
+    count = counted.sum(1, keepdim=True)  # (B, 1)
+    values = torch.where(counted, values.detach(), 0.0).double()  # (B, T)
+    mean = values.sum(1, keepdim=True) / count.clamp(min=1)  # (B, 1)
+    squares = torch.where(counted, values - mean, 0.0).square().sum(1, keepdim=True)  # (B, 1)
+    std = (squares / (count - 1).clamp(min=1)).sqrt()  # (B, 1)
+    shifted = torch.where(counted & (std > NOISE * mean.abs()), values - mean / std, 0.0)  # (B, T)
+    return shifted / shifted.norm(dim=1, keepdim=True).clamp(min=1e-300)
+
+
+NORMS = {"zscore": zscore, "l2": unit_norm}
+
+
 def blend(advantages: Tensor, scores: Tensor, lengths: Tensor, *, how: str, weight: float) -> Tensor:
     """AIPO's blend with mutual information (Alg. 1, line 34): A + w z(MI), or A (1 + w z(MI)).
 
@@ -121,30 +140,33 @@ def blend(advantages: Tensor, scores: Tensor, lengths: Tensor, *, how: str, weig
 def information_advantages(
     advantages: Tensor,
     information: Tensor,
-    logp_old: Tensor,
+    confidence: Tensor,
     correct: Tensor,
     lengths: Tensor,
     *,
     alpha: float = 1e-2,
     beta: float = 1e-2,
+    norm: str = "zscore",
 ) -> Tensor:
-    """A + alpha z(s) + beta z(c), z within the sequence (IAPO, arXiv 2602.19049).
+    """A + alpha norm(s) + beta norm(+-c), norm within the sequence (IAPO, arXiv 2602.19049).
 
-    A token without s (NaN: a stride left it out) gets no such bonus and z(s) is taken over the others, because nothing
-    is known about it; a scorer that means its value for several tokens has to give it to each of them.
+    A token without s (NaN: a stride left it out) gets no such bonus and norm(s) is taken over the others, because
+    nothing is known about it; a scorer that means its value for several tokens has to give it to each of them.
 
     Args:
         advantages: (B,), normalised within the group.
         information: (B, T) s, how far a token lowers the entropy of the answer, in nats.
-        logp_old: (B, T) log-probabilities in nats under the policy that drew the tokens. c is the probability, minus
-            the probability in a rollout that is wrong.
+        confidence: (B, T) c, how sure the policy that drew the tokens was of each; its sign turns in a rollout that is
+            wrong.
         correct: (B,) bool; lengths: (B,) completion tokens.
+        norm: ``zscore``, or ``l2`` (:func:`unit_norm`).
 
     Returns:
         (B, T)
     """
     sign = torch.where(correct.bool(), 1.0, -1.0)[:, None]  # (B, 1)
-    bonus = alpha * zscore(information, lengths) + beta * zscore(sign * logp_old.exp(), lengths)  # (B, T)
+    scaled = NORMS[norm]
+    bonus = alpha * scaled(information, lengths) + beta * scaled(sign * confidence, lengths)  # (B, T)
     return advantages[:, None] + bonus.to(advantages)
 
 

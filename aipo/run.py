@@ -23,7 +23,7 @@ from aipo.config import Config, dump_config
 from aipo.curriculum import Curriculum
 from aipo.errors import TrainingError
 from aipo.inputs import Inputs, check_inputs, find_latents
-from aipo.labelling import histogram, label, label_folder, label_questions
+from aipo.labelling import DEPENDS_ON, histogram, label, label_folder, label_questions
 from aipo.model.export import model_stamp
 from aipo.model.loading import save_model
 from aipo.model.precision import Precision, choose
@@ -73,7 +73,7 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
     console = Console(stderr=False)
     slowness = Slowness(precision, device.type)
     passes = {"validation": config.validation.every}
-    passes |= {f"watch/{name}": config.validation.watch_every for name in inputs.watched}
+    passes |= {f"watch/{name}": each.every for name, each in inputs.watched.items()}
     with Progress(
         config.optim.steps, active=rank == 0, console=console, every=passes, why_long=slowness.reasons
     ) as progress:
@@ -131,7 +131,7 @@ def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None
         trainer.store.rewind(-1)
         if config.curriculum.enabled:
             # scores that look beyond one sequence depend on which questions a rank labels together
-            depends = LABELS_DEPEND_ON if trainer.selector.scorer.local else (*LABELS_DEPEND_ON, "world_size")
+            depends = DEPENDS_ON if trainer.selector.scorer.local else (*DEPENDS_ON, "world_size")
             folder = label_folder(
                 cache_folder(),
                 identity={k: v for k, v in inputs.identity.items() if k.startswith(depends)},
@@ -155,24 +155,6 @@ def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None
     if not finished and distributed.rank() == 0:
         trainer.progress.say(f"stopped after step {trainer.step}; go on with: {resume_command()}")
     return finished
-
-
-LABELS_DEPEND_ON = (
-    "model.",
-    "data.",
-    "mi.",
-    "seed",
-    "train_fingerprint",
-    "mask.kappa_start",
-    "mask.statistic",
-    "mask.tau",
-    "curriculum.bucket_by",
-    "curriculum.probe_tokens",
-    "rollout.engine",
-    "rollout.max_tokens",
-    "rollout.temperature",
-    "rollout.top_",
-)
 
 
 def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Progress, device: torch.device) -> Trainer:
@@ -199,13 +181,13 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
         **options,
     )
     engine.sleep()  # weights arrive by the first sync; until then its GPU memory serves the loading of the policy
-    rewarder = Rewarder(config.reward, max_tokens=rollout.max_tokens, thinking=config.data.thinking)
+    rewarder = Rewarder(config.rewards(), max_tokens=rollout.max_tokens, thinking=config.data.thinking)
     collector = Collector(engine, inputs.prompter, rewarder, seed=config.seed)
     policy = make_policy(config, inputs.model_path)
     sharded = shard(policy, config, device)
     reference = frozen_reference(config, inputs.model_path, device) if config.loss.kl_beta > 0 else None
     seed_everything(config.seed, rank)  # building engines draws random numbers
-    prompts = [inputs.prompter.encode(problem.question) for problem in inputs.problems[:4]]
+    prompts = [inputs.prompter.encode(problem.question, problem.origin) for problem in inputs.problems[:4]]
     log_probs = Passes(config, sharded, inputs.prompter, device).completion_log_probs
     if rollout.check_sync:
         gap = check_weight_sync(engine, sharded.full_parameters, log_probs, prompts, seed=config.seed)
@@ -227,6 +209,8 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
             config.mask,
             total_steps=config.optim.steps,
             seed=config.seed,
+            origins=[problem.origin for problem in inputs.problems],
+            weights=config.weights(),
         ),
         store=CheckpointStore(
             config.folder / "checkpoints",

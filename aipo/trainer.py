@@ -24,7 +24,7 @@ from aipo.branching.cvae import Latents
 from aipo.config import Config
 from aipo.curriculum import Curriculum
 from aipo.errors import TrainingError
-from aipo.evaluation.scoring import Validator
+from aipo.evaluation.scoring import Validator, Watched
 from aipo.generation import Generation
 from aipo.labelling import peaks
 from aipo.layout import MicroBatch
@@ -55,7 +55,7 @@ class Trainer:
         reference: log-probabilities of the initial model; None without a KL term.
         engine_gap: nats between the engine's log-probabilities and the policy's
             (:func:`~aipo.rollout.check.engine_gap`); a collective.
-        watched: sets of questions that are measured and steer nothing, by name.
+        watched: sets that are measured and steer nothing, by name.
         latents: what branches are drawn with; None without ``branch.latent``.
         identity: what a run that resumes this one must share with it; kept beside each checkpoint.
         stop_requested: asked after every step; true on any rank ends the run after a checkpoint.
@@ -78,7 +78,7 @@ class Trainer:
         device: torch.device,
         identity: dict[str, Any],
         engine_gap: Callable[[], float],
-        watched: Mapping[str, Sequence[Problem]] | None = None,
+        watched: Mapping[str, Watched] | None = None,
         latents: Latents | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -116,6 +116,7 @@ class Trainer:
                 self.check_engine()
             rollouts, metrics = self.generation.rollouts(step, self.sample_questions, clock, prefix=prefix)
             metrics |= self.set_advantages(rollouts, clock)
+            prefix = prefix if rollouts.prefix is None else rollouts.prefix  # what was rewarded is what is trained on
             with clock("rollout"):
                 rollouts = self.balance(rollouts)
             selection, sums = self.update(rollouts, kappa, prefix, clock)

@@ -118,13 +118,25 @@ def blend(advantage: float, scores: Sequence[float], how: str, weight: float) ->
 def information_advantages(
     advantage: float,
     information: Sequence[float],
-    logp_old: Sequence[float],
+    confidence: Sequence[float],
     correct: bool,
     alpha: float,
     beta: float,
+    norm: str = "zscore",
 ) -> list[float]:
-    confidence = [math.exp(p) if correct else -math.exp(p) for p in logp_old]
-    return [advantage + alpha * s + beta * c for s, c in zip(zscore(information), zscore(confidence))]
+    scaled = zscore if norm == "zscore" else unit_norm
+    signed = [c if correct else -c for c in confidence]
+    return [advantage + alpha * s + beta * c for s, c in zip(scaled(information), scaled(signed))]
+
+
+def unit_norm(values: Sequence[float]) -> list[float]:
+    """IAPO's published code: x - mean / std, then divided by the length of the vector."""
+    measured = [v for v in values if math.isfinite(v)]
+    if len(measured) < 2 or statistics.stdev(measured) <= 1e-6 * abs(statistics.fmean(measured)):
+        return [0.0] * len(values)
+    shift = statistics.fmean(measured) / statistics.stdev(measured)
+    length = math.sqrt(sum((v - shift) ** 2 for v in measured))
+    return [(v - shift) / length if math.isfinite(v) else 0.0 for v in values]
 
 
 def reallocate_by_entropy(

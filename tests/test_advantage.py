@@ -204,7 +204,7 @@ def ragged(seed: int, rows: int, width: int, *, constant: bool = False, garbage:
         "scores": tokens(),
         "entropy": tokens().abs(),
         "weights": tokens().abs(),
-        "logp_old": -tokens().abs(),
+        "confidence": -tokens().abs(),
         "correct": torch.rand(rows, generator=random) < 0.5,
         "lengths": lengths,
     }
@@ -217,8 +217,14 @@ RULES: dict[str, tuple[Callable[..., Tensor], Callable[..., Any], tuple[str, ...
     "information": (
         information_advantages,
         reference.information_advantages,
-        ("advantages", "scores", "logp_old", "correct"),
+        ("advantages", "scores", "confidence", "correct"),
         {"alpha": 0.1, "beta": 0.05},
+    ),
+    "information, unit norm": (
+        information_advantages,
+        reference.information_advantages,
+        ("advantages", "scores", "confidence", "correct"),
+        {"alpha": 0.1, "beta": 0.05, "norm": "l2"},
     ),
     "reallocation": (
         reallocate_by_entropy,
@@ -262,12 +268,24 @@ def test_rules_against_loops(rule: str, seed: int, rows: int, width: int, consta
 
 def test_information_by_hand() -> None:
     # s = 1, 3: z = -1, 1. pi = 0.2, 0.6: z = -1, 1 where right, 1, -1 where wrong
-    s, logp = torch.tensor([[1.0, 3.0], [1.0, 3.0]]), torch.tensor([[0.2, 0.6], [0.2, 0.6]]).log()
+    s, probability = torch.tensor([[1.0, 3.0], [1.0, 3.0]]), torch.tensor([[0.2, 0.6], [0.2, 0.6]])
     lengths = torch.tensor([2, 2])
     out = information_advantages(
-        torch.tensor([1.0, -1.0]), s, logp, torch.tensor([True, False]), lengths, alpha=0.1, beta=0.01
+        torch.tensor([1.0, -1.0]), s, probability, torch.tensor([True, False]), lengths, alpha=0.1, beta=0.01
     )
     torch.testing.assert_close(out, torch.tensor([[0.89, 1.11], [-1.09, -0.91]]))
+
+
+def test_information_as_published_by_hand() -> None:
+    # s = 1, 3, 5: mean 3, deviation 2, so s - 1.5 = -0.5, 1.5, 3.5 of length sqrt(14.75)
+    # H = 4, 2, 0: mean 2, deviation 2, so H - 1 = 3, 1, -1 of length sqrt(11); c = -sign(R) H
+    s, entropy = torch.tensor([[1.0, 3.0, 5.0]] * 2), torch.tensor([[4.0, 2.0, 0.0]] * 2)
+    out = information_advantages(
+        torch.tensor([1.0, -1.0]), s, -entropy, torch.tensor([True, False]), torch.tensor([3, 3]), norm="l2"
+    )
+    gain, confidence = torch.tensor([-0.5, 1.5, 3.5]) / 14.75**0.5, torch.tensor([3.0, 1.0, -1.0]) / 11**0.5
+    expected = torch.stack([1 + 0.01 * gain - 0.01 * confidence, -1 + 0.01 * gain + 0.01 * confidence])
+    torch.testing.assert_close(out, expected)
 
 
 def test_tokens_that_a_stride_left_out_get_no_bonus() -> None:
@@ -276,7 +294,7 @@ def test_tokens_that_a_stride_left_out_get_no_bonus() -> None:
         zscore(s, torch.full((3,), 4)), torch.tensor([[0.0, -1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]).double()
     )
     out = information_advantages(
-        torch.tensor([0.5, 0.5, 0.5]), s, torch.zeros(3, 4), torch.ones(3), torch.full((3,), 4), alpha=0.1
+        torch.tensor([0.5, 0.5, 0.5]), s, torch.ones(3, 4), torch.ones(3), torch.full((3,), 4), alpha=0.1
     )
     torch.testing.assert_close(out, torch.tensor([[0.5, 0.4, 0.5, 0.6], [0.5] * 4, [0.5] * 4]))
 

@@ -22,13 +22,14 @@ from aipo.config.base import (
     Section,
     Statistic,
 )
+from aipo.config.data import VERIFIER, Function, PathOrMix, PathOrSource, PathOrWatched
 
 
 class DataConfig(Section):
-    train: str
-    """JSONL file with question and answer, or embedded:chain_sum"""
-    validation: str | None = None
-    """held-out problems, same forms as data.train; null holds validation.holdout training questions out"""
+    train: PathOrMix
+    """JSONL or Parquet file, folder laid out as on the hub, hub:OWNER/NAME, embedded:chain_sum; or a list of sources"""
+    validation: PathOrSource | None = None
+    """held-out problems, a path or a source; null holds validation.holdout training questions out"""
     system: str | None = None
     """system prompt"""
     examples: tuple[tuple[str, str], ...] = ()
@@ -127,8 +128,10 @@ class RewardConfig(Section):
     """correctness is -1 or 1 instead of 0 or 1"""
     overlong: Annotated[float, Field(ge=0)] = 0.0
     """weight of DAPO's soft overlong punishment, between -1 and 0, added to the reward"""
+    function: Function = VERIFIER
+    """what judges an answer: the verifier, or package.module:name of a function (problem, completion) -> number"""
     correctness: Fraction = 1.0
-    """weight of a right answer"""
+    """weight of a right answer, or of what reward.function returns"""
     format: Fraction = 0.0
     """weight of a well-formed answer"""
     length: Fraction = 0.0
@@ -144,6 +147,8 @@ class RewardConfig(Section):
 
     @model_validator(mode="after")
     def _weights(self) -> RewardConfig:
+        if self.signed and self.function != VERIFIER:
+            raise ValueError("reward.signed is of right and wrong: with a reward.function let it return -1 and 1")
         if abs(self.correctness + self.format + self.length - 1) > 1e-6:
             raise ValueError("reward.correctness + reward.format + reward.length must be 1")
         return self
@@ -259,6 +264,8 @@ class CurriculumConfig(Section):
     """probabilities of easy, medium, hard at first"""
     end: tuple[Fraction, Fraction, Fraction] = (0.25, 0.35, 0.40)
     """and at last"""
+    buckets: Literal["across", "within"] = "across"
+    """of several sources: sorted together, or each source by itself (bucket_by: quantile)"""
     bucket_by: BucketBy = "quantile"
     """buckets by N_peak or by peaks per 512 tokens (at curriculum.cuts), or by their quantiles over the questions"""
     cuts: tuple[NonNegative, NonNegative] = (15, 25)
@@ -302,7 +309,13 @@ class AdvantageConfig(Section):
     information_weight: Annotated[float, Field(ge=0)] = 0.01
     """information (IAPO): weight of the gain, the alpha of its paper"""
     beta: Annotated[float, Field(ge=0)] = 0.01
-    """information: weight of the signed probability"""
+    """information: weight of the signed confidence"""
+    information: Literal["difference", "smoothed", "next_token"] = "difference"
+    """gain: H before a token - H after, (H before + H one earlier) / 2 - H after, or that of the policy's entropies"""
+    signed: Literal["probability", "entropy"] = "probability"
+    """information: confidence is the drawn token's probability or minus the policy's entropy, times -1 if wrong"""
+    token_norm: Literal["zscore", "l2"] = "zscore"
+    """information: how gain and confidence are scaled within a completion"""
     phi: Annotated[float, Field(gt=0)] = 2.0
     """entropy: the clip of the normalised entropy is |A| / phi"""
     stride: Positive = 1
@@ -361,9 +374,9 @@ class ValidationConfig(Section):
     """nucleus mass"""
     top_k: Annotated[int, Field(ge=-1)] = 20
     """-1 is off"""
-    watch: tuple[str, ...] = ()
-    """files of sets, such as benchmarks, that are measured beside it; they steer nothing"""
+    watch: tuple[PathOrWatched, ...] = ()
+    """sets, such as benchmarks, that are measured beside it, each a path or a source; they steer nothing"""
     watch_every: Positive = 50
-    """steps between such measurements; there is always one before and one after training"""
+    """steps between such measurements of a set that does not say; there is always one before and one after training"""
     watch_samples: Positive = 4
-    """a question"""
+    """a question, of a set that does not say"""

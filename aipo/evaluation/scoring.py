@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,20 @@ def validate(
     return accuracy, metrics, answers
 
 
+@dataclass(frozen=True)
+class Watched:
+    """A set that is measured every ``every`` steps with ``samples`` a question, and steers nothing."""
+
+    problems: Sequence[Problem]
+    samples: int
+    every: int
+
+
 class Validator:
     """Accuracy during training: on held-out questions, which steer it, and on sets that are only watched.
 
     Args:
-        watched: questions by the name of their set.
+        watched: the latter by their names.
     """
 
     def __init__(
@@ -87,7 +97,7 @@ class Validator:
         progress: Progress,
         config: Config,
         held_out: Sequence[Problem],
-        watched: Mapping[str, Sequence[Problem]],
+        watched: Mapping[str, Watched],
     ) -> None:
         self.answers: list[Row] = []  # of the last validation, by question
         self.collector, self.passes, self.progress, self.config = collector, passes, progress, config.validation
@@ -103,11 +113,12 @@ class Validator:
 
     def watch(self, step: int, *, last: bool) -> dict[str, float]:
         """Metrics of the watched sets where they are due. Nothing of them stays: not even in the engine's cache."""
-        if not self.watched or (step % self.config.watch_every and not last):
+        due = {name: each for name, each in self.watched.items() if last or step % each.every == 0}
+        if not due:
             return {}
         metrics: dict[str, float] = {}
-        for name, problems in self.watched.items():
-            metrics |= self._measure(f"watch/{name}", problems, self.config.watch_samples)[1]
+        for name, each in due.items():
+            metrics |= self._measure(f"watch/{name}", each.problems, each.samples)[1]
         self.collector.engine.sync(self.passes.sharded.full_parameters())
         return metrics
 

@@ -17,6 +17,7 @@ from aipo.config.reading import (
     dump_config,
     find_config,
     help_keys,
+    help_sources,
     keys,
     load_config,
 )
@@ -277,6 +278,7 @@ def test_every_bad_value_is_named() -> None:
         (["curriculum.start=[.5,.3,.1]"], "curriculum.start must sum to 1, got 0.9"),
         (["curriculum.end=[.5,.5,.1]"], "curriculum.end must sum to 1, got 1.1"),
         (["curriculum.cuts=[25,15]"], "curriculum.cuts must increase, got [25, 15]"),
+        (["reward.function=a:b", "reward.signed=true"], "let it return -1 and 1"),
         (["reward.format=0.1"], "reward.correctness + reward.format + reward.length must be 1"),
         (["mi.features=quadrature", "mi.estimator=pointwise"], "mi.features: quadrature is for scalars"),
         (["mi.normalized=cca", "mi.estimator=pointwise"], "mi.normalized: cca is of the samples of one state"),
@@ -317,11 +319,10 @@ def test_every_bad_value_is_named() -> None:
         (["branch.enabled=true", "branch.base=8"], "leaves no branch among"),
         (["branch.enabled=true", "branch.total=6"], "branch.total must not be below"),
         (["branch.enabled=true", "branch.latent=norm_kv"], "needs rollout.engine: hf"),
-        (["rollout.async_depth=1", "dynamic.enabled=true"], "dynamic.enabled draws with"),
-        (["rollout.async_depth=1", "branch.enabled=true"], "branch.enabled draws with"),
+        (["rollout.async_depth=1", "branch.enabled=true"], "branch.signal: entropy asks the policy"),
         (
-            ["rollout.async_depth=1", "reward.rule=continuations", "mask.rule=prefix"],
-            "reward.rule: continuations draws with",
+            ["rollout.async_depth=1", "branch.enabled=true", "branch.signal=logprob", "branch.total=12"],
+            "branch.total asks the policy",
         ),
         (["rollout.async_depth=1", "rollout.importance_correction=none"], "trains on rollouts of older weights"),
     ],
@@ -406,7 +407,83 @@ def test_help_lists_each_key_once_with_type_default_and_meaning() -> None:
     assert "  mi.sigma  (float|median; default 50.0)" in heads
 
 
-@pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.rglob("*.yaml")), ids=lambda p: p.name)
+def test_sources_are_read_and_kept(tmp_path: Path) -> None:
+    text = """
+base: base.yaml
+data:
+  train:
+    - {path: a.jsonl, weight: 1e-1, suffix: "", reward: {function: my.pkg:grade}}
+    - path: hub:openai/gsm8k
+      name: gsm
+      subset: main
+      weight: 3
+      kind: choice
+      columns: {question: prompt.0.content, id: null}
+  validation: {path: hub:x/y, split: test}
+validation:
+  watch: [b.jsonl, {path: c.jsonl, samples: 8, every: 100}]
+"""
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    config = load_config(str(path))
+    hash(config)
+    assert [source.weight for source in config.data.train] == [0.1, 3.0]  # type: ignore[union-attr]
+    assert list(config.sources()) == ["a", "gsm", "validation", "watch/c"]
+    assert config.weights() == {"a": 0.1, "gsm": 3.0}
+    assert {origin: reward.function for origin, reward in config.rewards().items()} == {
+        "": "verifier",
+        "a": "my.pkg:grade",
+        "gsm": "verifier",
+        "validation": "verifier",
+        "watch/c": "verifier",
+    }
+    path.write_text(dump_config(config))
+    assert load_config(str(path)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.train=[]", "data.train: an empty list: name a source"),
+        ("data.train=5", "data.train: input should be a valid tuple, got 5"),
+        ("data.train=[{name: a}]", "data.train[0].path is required"),
+        ("data.train=[{path: a}, {path: b, wieght: 1}]", "data.train[1].wieght is unknown; did you mean weight?"),
+        ("data.train=[{path: a, weight: 0}]", "data.train[0].weight: input should be greater than 0, got 0"),
+        (
+            "data.train=[{path: a, columns: {answer: null}}]",
+            "data.train[0].columns.answer: input should be a valid str",
+        ),
+        ("data.train=[{path: a, reward: {function: grade}}]", "data.train[0].reward.function: string should match"),
+        ("data.train=[{path: a, reward: {format: 0.5}}]", "data.train: the reward of a: reward.correctness +"),
+        ("data.train=[{path: a, weight: 1}, {path: b}]", "data.train: give each source a weight, or none"),
+        ("data.train=[{path: x/a.jsonl}, {path: a}]", "data.train: two sources are called a: give them names"),
+        ("data.validation={path: a, weight: 1}", "data.validation.weight is unknown"),
+        ("validation.watch=[{path: a, every: 0}]", "validation.watch[0].every: input should be greater than 0"),
+        ("validation.watch=[a/b.jsonl, {path: c, name: b}]", "validation.watch: metrics are named after the sets, and"),
+        ("curriculum.buckets=within", "curriculum.buckets: within sorts each of several sources"),
+        ("reward.function=os.system", "reward.function: string should match pattern"),
+    ],
+)
+def test_what_can_be_wrong_with_sources(override: str, expected: str) -> None:
+    text = message("base", override)
+    assert f"override {override}: " in text
+    assert expected in text
+    assert "; override" not in text  # said once
+
+
+def test_help_lists_the_keys_of_sources() -> None:
+    lines = help_sources().splitlines()
+    assert "  path  (str; required)" in lines
+    assert '  columns.question  (str; default "question")' in lines
+    assert "  weight  (float|null; default null)" in lines
+    assert "  every  (int|null; default null)" in lines
+    assert len(set(lines)) == len(lines)
+
+
+SHIPPED = sorted(path for path in CONFIG_FOLDER.rglob("*.yaml") if "campaigns" not in path.parts)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
 def test_shipped_configs_are_valid(path: Path) -> None:
     config = load_config(str(path))
     assert yaml.safe_load(dump_config(config))["name"] == config.name
