@@ -114,8 +114,7 @@ def loss_terms(
         clip = (rho * advantages > clipped * advantages) & mask  # (B, T)
     kl = torch.zeros_like(gain)  # (B, T)
     if inputs.logp_ref is not None:
-        log_ratio = (torch.where(mask, inputs.logp_ref, 0.0) - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # (B, T)
-        kl = log_ratio.exp() - log_ratio - 1  # (B, T) k3
+        kl = k3(logp, torch.where(mask, inputs.logp_ref, 0.0))  # (B, T)
     penalty = kl if inputs.kl_weight is None else kl * torch.where(mask, inputs.kl_weight.detach(), 0.0)  # (B, T)
     token_loss = kl_beta * penalty - gain if kl_beta > 0 else -gain  # (B, T)
     if inputs.entropy is not None and config.entropy_weight != 0:
@@ -237,6 +236,12 @@ def policy_loss(
     metrics = {name: float(terms.sums.get(name, 0.0) / selected) for name in ("kl", "ratio", "clip_fraction")}
     metrics["selected"] = float(terms.sums["selected"])
     return terms.total / terms.denominator.clamp(min=1), metrics
+
+
+def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
+    """k3 estimate of the KL from the reference at tokens drawn from the policy, nats: r - log r - 1. (B, T)"""
+    log_ratio = (logp_ref - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # (B, T)
+    return log_ratio.exp() - log_ratio - 1
 
 
 def kl_priority(entropy: Tensor, vocab_size: int, power: float) -> Tensor:

@@ -35,6 +35,7 @@ from aipo.record.jsonl import read_jsonl
 from aipo.record.progress import Progress, final_table, summarize
 from aipo.record.slowness import Slowness
 from aipo.record.tracker import Tracker, peak_memory_bytes, prepare_run_folder
+from aipo.report.run_report import report
 from aipo.reward import Rewarder
 from aipo.rollout import make_engine
 from aipo.rollout.check import check_weight_sync, engine_gap
@@ -84,6 +85,7 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
         except BaseException as error:
             with distributed.at_most(20, error):
                 close(trainer)
+                trainer.tracker.close()
             raise
         close(trainer)
     if finished and trainer.before and trainer.accuracy:
@@ -98,14 +100,20 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
                 run_folder=config.folder,
             )
             final_table(summary, console=console)
+    try:
+        if config.tracking.report and rank == 0:
+            path = report([config.folder])
+            console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
+            trainer.tracker.log_report(path)
+    finally:
+        trainer.tracker.close()
     trainer.collector.engine.close()
     return finished
 
 
 def close(trainer: Trainer) -> None:
-    """End its threads and worker processes, and what is being written."""
+    """End its threads and worker processes."""
     trainer.generation.close()
-    trainer.tracker.close()
     trainer.collector.rewarder.close()
 
 

@@ -36,7 +36,8 @@ from aipo.problems.datasets import Problem
 from aipo.record.checkpoints import CheckpointStore, rng_state, set_rng_state
 from aipo.record.clock import Clock
 from aipo.record.progress import Progress
-from aipo.record.reporting import add_up, dump_batch, reduce_metrics, rollout_rows
+from aipo.record.reporting import add_up, dump_batch, reduce_metrics
+from aipo.record.tokens import TokenRecorder
 from aipo.record.tracker import Tracker
 from aipo.rollout.check import TOLERANCE, GapGuard, lost_weights
 from aipo.rollout.collect import Collector
@@ -86,6 +87,7 @@ class Trainer:
         self.collector, self.sharded, self.reference = collector, sharded, reference
         self.selector, self.curriculum = selector, curriculum
         self.store, self.tracker, self.progress = store, tracker, progress
+        self.recorder = TokenRecorder(config, collector.prompter)
         self.identity, self.engine_gap, self.stop_requested = identity, engine_gap, stop_requested
         self.gap_guard = GapGuard(config.guards)
         self.passes = Passes(config, sharded, collector.prompter, device, problems)
@@ -135,8 +137,7 @@ class Trainer:
             metrics |= self.validator.watch(self.step, last=self.finished)
             self.refresh_labels(rollouts, selection)
             self.tracker.log(self.step, metrics)
-            tokenizer, count = self.collector.prompter.tokenizer, config.tracking.rollouts_per_step
-            self.tracker.log_rollouts(self.step, rollout_rows(rollouts, selection, tokenizer, count))
+            self.recorder.write(self.tracker, self.step, selection)
             self.progress.update(self.step, metrics)
             stop = not distributed.all_true(not self.stop_requested())
             if self.step % config.checkpoint.every == 0 or self.finished or best or stop:
@@ -163,6 +164,7 @@ class Trainer:
             every = [micro for part in parts for micro in part]
             signals, measured = measure(needed(config), passes, every, rollouts)  # (B, T) each
             ranking, rollouts.token_advantages = shape(rollouts, signals, config)  # (B, T) or None
+            self.recorder.start(rollouts, signals)
             selection = self.selector.begin(rollouts, gold, kappa=kappa, prefix=prefix, step=self.step, ranking=ranking)
             selection.probe(every, passes.states)
             old = passes.selected_log_probs(every, rollouts, selection) if len(parts) > 1 else None  # (B, T)
@@ -179,6 +181,7 @@ class Trainer:
                     terms = loss_terms(inputs, config.loss, max_length=rollout.max_tokens, correction=correction)
                 with clock("backward"):
                     self.sharded.backward(terms.total)
+                self.recorder.see(micro, inputs, out["entropy"], out["mask"])
                 counts += torch.tensor([float(terms.denominator), float(terms.sums["selected"])])
                 add_up(sums, terms, out["entropy"])
             with clock("optimizer"):
@@ -295,6 +298,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Accuracy on the held-out questions, for the log; it stays as :attr:`accuracy`."""
         self.accuracy, metrics = self.validator.validate()
+        self.tracker.log_answers(self.step, self.validator.answers)
         return metrics
 
     # -- checkpoints ---------------------------------------------------------------------------------------------

@@ -100,4 +100,8 @@ class TrackingConfig(Section):
     plot_every: Positive = 10
     """steps between redrawings of the curves"""
     rollouts_per_step: NonNegative = 4
-    """rollouts written out each step, with MI and mask of each token"""
+    """groups written out each step with every figure of their tokens (Parquet), and rollouts as lines of JSON"""
+    tokens_mb: Annotated[float, Field(gt=0)] = 1024.0
+    """MiB that the Parquet of all steps may take together; a step has an equal share"""
+    report: bool = True
+    """write report.html when the run ends"""

@@ -291,10 +291,10 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file so that a reader, or a crash, sees the old text or the new, never a part."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file so that a reader, or a crash, sees the old content or the new, never a part."""
     temporary = path.with_name(TEMPORARY + path.name)
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     _fsync(temporary)
     os.replace(temporary, path)
     _fsync(path.parent)
