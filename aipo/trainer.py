@@ -87,9 +87,8 @@ class Trainer:
         self.collector, self.sharded, self.reference = collector, sharded, reference
         self.selector, self.curriculum = selector, curriculum
         self.store, self.tracker, self.progress = store, tracker, progress
-        self.recorder = TokenRecorder(config, collector.prompter)
+        self.recorder, self.gap_guard = TokenRecorder(config, collector.prompter), GapGuard(config.guards)
         self.identity, self.engine_gap, self.stop_requested = identity, engine_gap, stop_requested
-        self.gap_guard = GapGuard(config.guards)
         self.passes = Passes(config, sharded, collector.prompter, device, problems)
         self.generation = Generation(collector, config, self.passes, latents=latents)
         self.validator = Validator(collector, self.passes, progress, config, held_out, watched or {})

@@ -44,7 +44,8 @@ class TokenRecorder:
         tracking, rollout = config.tracking, config.rollout
         self.groups = tracking.rollouts_per_step if distributed.rank() == 0 else 0
         self.budget = int(tracking.tokens_mb * 2**20 / config.optim.steps / BYTES_PER_TOKEN)  # tokens a step
-        self.rule, self.cap = rollout.importance_correction, rollout.importance_cap
+        rule, cap, floor = rollout.importance_correction, rollout.importance_cap, rollout.importance_floor
+        self.correction: dict[str, Any] = {"rule": rule, "cap": cap, "floor": floor}
         self.drops_by_reward = config.advantage.drop_constant_groups == "reward"
         self.prompter = prompter
         self.rows: list[int] = []  # of the batch, as recorded
@@ -79,7 +80,7 @@ class TokenRecorder:
         if inputs.logp_engine is not None:
             engine = inputs.logp_engine[here]  # (r, t)
             found["mismatch"] = old - engine
-            found["weight"] = importance_weights(old, engine, selected, rule=self.rule, cap=self.cap)[0]
+            found["weight"] = importance_weights(old, engine, selected, **self.correction)[0]
         if inputs.logp_ref is not None:
             found["kl"] = k3(logp, inputs.logp_ref[here])
         whole = torch.stack([values.float() for values in found.values()])  # (F, r, t)
