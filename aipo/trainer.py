@@ -111,7 +111,6 @@ class Trainer:
         while not self.finished and not stop:
             step, clock = self.step, Clock()
             kappa, prefix = self.curriculum.kappa(step), prefix_share(self.curriculum.stalls, config.mask)
-
             with clock("sync"):
                 self.check_engine()
             rollouts, metrics = self.generation.rollouts(step, self.sample_questions, clock, prefix=prefix)
