@@ -64,7 +64,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     against.add_argument("--compare", nargs=2, type=Path, metavar="JSON", help="compare two results.json, and end")
     tokens = parser.add_argument_group("interventions on high-MI tokens")
     tokens.add_argument("--intervene", choices=("drop", "force", "both"), help="both: baseline, drop and force in turn")
-    tokens.add_argument("--tokens", help="words by comma (default: So, Let, Hmm, ... as in the paper)")
+    tokens.add_argument("--tokens", help="words by comma (default: the eight that the paper names, So, Let, Hmm, ...)")
+    tokens.add_argument(
+        "--case",
+        choices=("written", "any"),
+        default="written",
+        help="any: also in lower case, capitalised, in capitals",
+    )
     tokens.add_argument("--tokens-from", type=Path, metavar="RUN", help="instead: those of highest mean MI in a run")
     tokens.add_argument("--force-rule", choices=("nucleus", "rank", "probability"), default="nucleus")
     tokens.add_argument("--force-threshold", type=float, help="default: 0.2 of nucleus mass or probability, rank 10")

@@ -245,12 +245,12 @@ def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
 
 
 def kl_priority(entropy: Tensor, vocab_size: int, power: float) -> Tensor:
-    """KL weight J^power, J = 1 - H / log V: the less certain a token is, the freer it is to move.
+    """KL weight J^power, J = 1 - H / log V: the less certain the initial model is of a token, the freer it is to move.
 
-    From prioritised KL on critical tokens, which takes the entropies of the old policy (power 150 in a toy setting).
+    Prioritised KL on critical tokens (Vassoyan et al. 2025, arXiv 2502.06533), of which the initial model is unsure.
 
     Args:
-        entropy: (B, T) in nats, 0..log V.
+        entropy: (B, T) of the initial model, in nats, 0..log V.
         vocab_size: V, at least 2.
 
     Returns:

@@ -157,7 +157,7 @@ class Passes:
 
         def gap(micro: MicroBatch) -> Tensor:
             out = self.sharded.forward(micro, _every)
-            return out["logp"] - reference(micro, out["mask"])  # (N,)
+            return out["logp"] - reference(micro, out["mask"])[0]  # (N,)
 
         return self.per_token(self.batches_of(rollouts), rollouts.lengths, gap).nansum(1)
 
@@ -217,8 +217,8 @@ Selector = Callable[[MicroBatch, Tensor], Tensor]
 """micro-batch, (N, d) states -> (N,) bool"""
 
 
-Reference = Callable[[MicroBatch, Tensor], Tensor]
-"""micro-batch, mask (N,) -> log-probabilities (K,) of the initial model"""
+Reference = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]
+"""micro-batch, mask (N,) -> log-probabilities (K,) and entropies (K,) of the initial model, nats"""
 
 
 def _every(states: Tensor) -> Tensor:

@@ -256,8 +256,10 @@ def shard(policy: Policy, config: Config, device: torch.device) -> Sharded:
     return (DeepSpeed if config.sharding.zero_stage > 0 else Plain)(policy, config, device)
 
 
-def frozen_reference(config: Config, path: str, device: torch.device) -> Callable[[MicroBatch, Tensor], Tensor]:
-    """Log-probabilities of the initial model at a given mask; sharded as the policy is under ZeRO-3."""
+def frozen_reference(
+    config: Config, path: str, device: torch.device
+) -> Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]:
+    """Log-probabilities and entropies of the initial model at a given mask; sharded as the policy is under ZeRO-3."""
     policy = make_policy(config, path, trained=False).eval().requires_grad_(False)
     if config.sharding.zero_stage == 3:
         import deepspeed
@@ -269,7 +271,8 @@ def frozen_reference(config: Config, path: str, device: torch.device) -> Callabl
         forward = policy.to(device)
 
     @torch.no_grad()
-    def log_probs(micro: MicroBatch, mask: Tensor) -> Tensor:
-        return forward(micro, lambda _: mask)["logp"]
+    def reference(micro: MicroBatch, mask: Tensor) -> tuple[Tensor, Tensor]:
+        out = forward(micro, lambda _: mask)
+        return out["logp"], out["entropy"]  # (K,), (K,)
 
-    return log_probs
+    return reference

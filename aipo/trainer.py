@@ -175,7 +175,7 @@ class Trainer:
             for micro in part:
                 with clock("forward"):
                     out = self.sharded.forward(micro, partial(selection, micro))  # mask (N,), logp and entropy (K,)
-                    inputs = self.loss_inputs(micro, out, old, selection, signals, rollouts)  # (b, t) each
+                    inputs = self.loss_inputs(micro, out, old, selection, rollouts)  # (b, t) each
                     terms = loss_terms(inputs, config.loss, max_length=rollout.max_tokens, correction=correction)
                 with clock("backward"):
                     self.sharded.backward(terms.total)
@@ -213,29 +213,28 @@ class Trainer:
         out: dict[str, Tensor],
         old: Tensor | None,
         selection: Selection,
-        signals: dict[str, Tensor],
         rollouts: Rollouts,
     ) -> LossInputs:
         """A micro-batch's forward pass beside what is known of its rollouts from before, (b, t) each."""
         mask, rows = out["mask"], micro.rows.cpu()  # (N,), (b,)
         logp = micro.grid(out["logp"], mask)  # (b, t)
-        in_loss = self.reference if self.config.loss.kl_in == "loss" else None
-        reference = None if in_loss is None else in_loss(micro, mask)  # (K,)
+        logp_ref, kl_weight = None, None
+        if self.reference is not None and self.config.loss.kl_in == "loss":
+            logp_ref, entropy = (micro.grid(each, mask) for each in self.reference(micro, mask))  # (b, t) each
+            if (power := self.config.loss.kl_priority) > 0:
+                vocabulary = self.sharded.policy.model.config.vocab_size  # type: ignore[union-attr]
+                kl_weight = kl_priority(entropy, vocabulary, power)  # type: ignore[arg-type]
         if rollouts.token_advantages is None:
             scores, lengths = selection.scores[rows].nan_to_num(0.0), rollouts.lengths[rows]  # (b, T), (b,)
             how, weight = self.config.advantage.mi_blend, self.config.advantage.mi_weight
             advantages = blend(rollouts.advantages[rows], scores, lengths, how=how, weight=weight)  # (b,) or (b, T)
         else:
             advantages = rollouts.token_advantages[rows]  # (b, T)
-        power, kl_weight = self.config.loss.kl_priority, None
-        if power > 0:
-            vocabulary = self.sharded.policy.model.config.vocab_size  # type: ignore[union-attr]
-            kl_weight = kl_priority(micro.rows_of(signals["entropy"]), vocabulary, power)  # type: ignore[arg-type]
         return LossInputs(
             logp=logp,
             logp_old=logp.detach() if old is None else micro.rows_of(old),
             logp_engine=micro.rows_of(rollouts.logp_engine),
-            logp_ref=None if reference is None else micro.grid(reference, mask),
+            logp_ref=logp_ref,
             advantages=(advantages if advantages.dim() == 1 else advantages[:, : logp.shape[1]]).to(self.device),
             mask=micro.grid(mask),
             lengths=rollouts.lengths[rows],

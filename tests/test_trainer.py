@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from aipo.record.clock import Clock
 from aipo.rollout.base import Completion
 from aipo.rollouts import Rollouts
 from aipo.selection import TokenSelector
-from aipo.sharding import shard
+from aipo.sharding import frozen_reference, shard
 from aipo.trainer import Trainer
 from tests.tiny import make_tiny
 
@@ -207,28 +208,36 @@ def test_shaped_advantages_reach_the_loss(model: Path) -> None:
     for micro in part:
         out = {"mask": torch.ones(int(micro.lengths.sum()), dtype=torch.bool)}
         out["logp"] = out["entropy"] = torch.zeros(len(out["mask"]))
-        inputs = trainer.loss_inputs(micro, out, None, selection, {}, rollouts)
+        inputs = trainer.loss_inputs(micro, out, None, selection, rollouts)
         assert torch.equal(inputs.advantages, rollouts.token_advantages[micro.rows, : int(micro.lengths.max())])
     rollouts.token_advantages = None
     assert torch.equal(
-        trainer.loss_inputs(micro, out, None, selection, {}, rollouts).advantages, rollouts.advantages[micro.rows]
+        trainer.loss_inputs(micro, out, None, selection, rollouts).advantages, rollouts.advantages[micro.rows]
     )
 
 
-def test_the_kl_is_weighted_by_certainty(model: Path) -> None:
-    config = config_of(model, "loss.kl_beta=0.1", "loss.kl_priority=2")
+def test_the_kl_is_weighted_by_the_certainty_of_the_initial_model(model: Path) -> None:
+    """Against Hugging Face's own forward of it, token by token; the policy's entropies are not looked at."""
+    config = config_of(model, "loss.kl_beta=0.1", "loss.kl_priority=2", "sharding.zero_stage=0")
     trainer, rollouts = made(config, model)
-    trainer.reference = lambda _micro, mask: torch.zeros(int(mask.sum()))
+    trainer.reference = frozen_reference(config, str(model), torch.device("cpu"))
     selection = trainer.selector.begin(rollouts, None, kappa=0.3, step=0)
-    vocabulary = trainer.sharded.policy.model.config.vocab_size  # type: ignore[union-attr]
-    entropy = torch.rand(8, 14, generator=torch.Generator().manual_seed(0)) * torch.tensor(vocabulary).log()
     micro = trainer.passes.update_batches(rollouts)[0][0]
-    out = {"mask": torch.ones(int(micro.lengths.sum()), dtype=torch.bool)}
-    out["logp"] = out["entropy"] = torch.zeros(len(out["mask"]))
-    inputs = trainer.loss_inputs(micro, out, None, selection, {"entropy": entropy}, rollouts)
+    out = {"mask": torch.arange(int(micro.lengths.sum())) % 3 > 0}  # some tokens are not selected
+    out["logp"] = out["entropy"] = torch.zeros(int(out["mask"].sum()))
+    inputs = trainer.loss_inputs(micro, out, None, selection, rollouts)
     assert inputs.kl_weight is not None
-    own = entropy[micro.rows, : int(micro.lengths.max())]
-    torch.testing.assert_close(inputs.kl_weight, (1 - own / torch.tensor(vocabulary).log()) ** 2)
+    assert inputs.logp_ref is not None
+    whole = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for i, row in enumerate(micro.rows.tolist()):
+        prompt, completion = rollouts.prompts[row // 2], rollouts.completions[row].token_ids
+        with torch.no_grad():
+            logits = whole(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]  # (T, V)
+        for t in inputs.mask[i].nonzero()[:, 0].tolist():
+            p = logits[t].double().softmax(-1)
+            certainty = 1 + sum(q * math.log(q) for q in p.tolist()) / math.log(len(p))
+            assert float(inputs.kl_weight[i, t]) == pytest.approx(certainty**2, abs=1e-5)
+            assert float(inputs.logp_ref[i, t]) == pytest.approx(math.log(p[completion[t]]), abs=1e-4)
 
 
 def test_the_kl_comes_off_the_reward(model: Path) -> None:
@@ -237,7 +246,7 @@ def test_the_kl_comes_off_the_reward(model: Path) -> None:
     trainer, rollouts = made(config, model)
     rollouts.rewards, rollouts.correct = torch.arange(8.0), torch.zeros(8, dtype=torch.bool)
     rollouts.rewards[5] = torch.nan  # no verdict
-    trainer.reference = lambda _micro, mask: torch.full((int(mask.sum()),), -2.0)
+    trainer.reference = lambda _micro, mask: (torch.full((int(mask.sum()),), -2.0), torch.zeros(int(mask.sum())))
     found = trainer.set_advantages(rollouts, Clock())
     whole = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32)
     for row in range(8):
@@ -253,4 +262,4 @@ def test_the_kl_comes_off_the_reward(model: Path) -> None:
     micro = trainer.passes.update_batches(rollouts)[0][0]
     out = {"mask": torch.ones(int(micro.lengths.sum()), dtype=torch.bool)}
     out["logp"] = out["entropy"] = torch.zeros(len(out["mask"]))
-    assert trainer.loss_inputs(micro, out, None, selection, {}, rollouts).logp_ref is None  # not in the loss as well
+    assert trainer.loss_inputs(micro, out, None, selection, rollouts).logp_ref is None  # not in the loss as well

@@ -380,7 +380,7 @@ class LossConfig(Section):
     divergence: Annotated[float, Field(gt=0)] = 0.15
     """tv_mask, kl_mask: largest total variation, or KL in nats, of a token from the old policy"""
     kl_priority: Annotated[float, Field(ge=0)] = 0.0
-    """the KL of a token is weighted by (1 - H / log V)^power, so that uncertain tokens are free to move"""
+    """a token's KL is weighted by (1 - H / log V)^power, H of the initial model: where it is unsure, tokens may move"""
     entropy_weight: Annotated[float, Field(ge=0)] = 0.0
     """weight of the self-reward A H, which raises the entropy of tokens with positive advantage"""
 

@@ -186,7 +186,7 @@ def intervened(plan: Job, options: argparse.Namespace, say: Say) -> dict[str, Jo
         ids, lines = [token.token_id for token in mined], list(map(str, mined))
     else:
         words = options.tokens.split(",") if options.tokens else DEFAULT_WORDS
-        variants = variant_ids(tokenizer, words)
+        variants = variant_ids(tokenizer, words, case=options.case)
         ids, lines = [i for each in variants.values() for i in each], describe(tokenizer, variants)
     say("tokens of the intervention:")
     for line in lines:

@@ -1,8 +1,8 @@
 """MI-DROP and MI-FORCE: take high-MI tokens away from the decoder, or make it use them (AIPO §4.3, figure 3).
 
 :func:`intervene` is the whole idea, a function of logits; both rollout engines call it. The rest of the file chooses
-the tokens: words in all their spellings (:func:`variant_ids`), or the tokens that a training run scored highest
-(:func:`mined_tokens`).
+the tokens: words, as written or in all their spellings (:func:`variant_ids`), or the tokens that a training run scored
+highest (:func:`mined_tokens`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from aipo.problems.prompts import NO_TOKEN
 Mode = Literal["drop", "force"]
 Rule = Literal["nucleus", "rank", "probability"]
 
-# fmt: off
-DEFAULT_WORDS = (
-    "So", "Let", "Hmm", "I", "Okay", "First", "Wait", "But", "Now", "Then", "Since", "Therefore", "If", "Maybe", "To"
-)
-# fmt: on
+Case = Literal["written", "any"]
+
+DEFAULT_WORDS = ("So", "Let", "Hmm", "Okay", "Since", "Therefore", "Then", "To")
+"""those that AIPO names (section 4.3)"""
 
 MIN_COUNT = 5
 """A token mined from a run must have been scored this often: the mean of one or two scores is noise."""
@@ -129,11 +128,14 @@ def _force(logits: Tensor, ids: Tensor, rule: Rule, threshold: float) -> Tensor:
     return torch.where(likely, forced, logits)
 
 
-def variant_ids(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Every token that is one of the words: with and without white space before it, as written, in lower case,
-    capitalised and in capitals.
+def variant_ids(
+    tokenizer: PreTrainedTokenizerBase, words: Iterable[str], *, case: Case = "written"
+) -> dict[str, tuple[int, ...]]:
+    """Every token that is one of the words, with and without white space before it.
 
-    A word of one letter is taken as written only: ``I`` opens a thought, ``i`` is an index or the imaginary unit.
+    Args:
+        case: ``written`` takes a word as it is written: ``To`` opens a thought, ``to`` stands everywhere. ``any`` also
+            in lower case, capitalised and in capitals, but for a word of one letter: ``i`` is an index.
 
     Returns:
         For each word its token ids; none for a word that the vocabulary has in pieces only. :func:`describe` says so.
@@ -147,7 +149,8 @@ def variant_ids(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> dic
     for token, text in enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))])):
         if token not in special:
             ids_of[text.lstrip()].append(token)
-    found = {word: tuple(sorted({i for form in _forms(word) for i in ids_of.get(form, ())})) for word in words}
+    forms = {word: _forms(word) if case == "any" else {word} for word in words}
+    found = {word: tuple(sorted({i for form in forms[word] for i in ids_of.get(form, ())})) for word in words}
     if not any(found.values()):
         raise UserError(f"the tokenizer has no token for any of {', '.join(words) or 'no words'}: name other words")
     return found

@@ -143,8 +143,6 @@ def needed(config: Config) -> set[str]:
     mask, names = config.mask, set[str]()
     if mask.score != "mi" and (mask.ranks or mask.rule == "quadrant"):
         names.add(mask.score)
-    if config.loss.kl_priority > 0:
-        names.add("entropy")
     if config.advantage.tokens != "none":
         names |= RULES[config.advantage.tokens].reads(config.advantage)
     return names

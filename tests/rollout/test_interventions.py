@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -177,11 +178,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def test_the_default_words_are_those_that_the_paper_names():
+    named = "So, Let, Hmm, Okay; initiate a thought (So or Hmm), transitions (Since or Therefore), (Let, Then, To)"
+    assert set(DEFAULT_WORDS) == set(re.findall(r"\b[A-Z][a-z]+\b", named))
+    assert len(DEFAULT_WORDS) == 8
+
+
 def test_variants(tokenizer):
-    found = variant_ids(tokenizer, DEFAULT_WORDS)
-    expected = {"So": (0, 1, 2, 3, 4, 5), "I": (8, 9), "Therefore": (14,)}  # an end token that reads "Wait" is not it
-    assert found == {word: expected.get(word, ()) for word in DEFAULT_WORDS}
-    assert variant_ids(tokenizer, [" so ", "THEREFORE"]) == {"so": (0, 1, 2, 3, 4, 5), "THEREFORE": (14,)}
+    words = [*DEFAULT_WORDS, "I", "Wait"]
+    expected = {"So": (0, 1, 5), "I": (8, 9), "Therefore": (14,)}  # an end token that reads "Wait" is not it
+    assert variant_ids(tokenizer, words) == {word: expected.get(word, ()) for word in words}
+    expected["So"] = (0, 1, 2, 3, 4, 5)  # a word of one letter has one case
+    assert variant_ids(tokenizer, words, case="any") == {word: expected.get(word, ()) for word in words}
+    assert variant_ids(tokenizer, [" so "]) == {"so": (2, 3)}
+    assert variant_ids(tokenizer, [" so ", "THEREFORE"], case="any") == {"so": (0, 1, 2, 3, 4, 5), "THEREFORE": (14,)}
     lines = describe(tokenizer, variant_ids(tokenizer, ["I", "Hmm"]))
     assert lines == ["I: 8 'I', 9 ' I'", "Hmm: not one token here, left alone"]
 
