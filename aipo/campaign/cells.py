@@ -30,7 +30,7 @@ from aipo.record.checkpoints import flatten, run_identity, write_atomically
 from aipo.record.tracker import versions
 
 ROOT = Path(__file__).resolve().parents[2]
-APART = ("campaign", "evaluation", "plan")  # folders of aipo/ that no training run reads
+APART = ("campaign", "evaluation", "plan", "report")  # folders of aipo/ that change no number of a training run
 ELSEWHERE = ("embedded:", HUB)
 FREE = [key for key in MAY_CHANGE if not key.startswith("validation.")]  # what is watched must be there to be read
 
@@ -191,7 +191,7 @@ def digest(value: Any) -> str:
 
 @functools.cache
 def code_version(*also: str) -> str:
-    """Of what a training run executes: our source but for the folders that none reads, and the packages below it.
+    """Of what a training run executes: our source but for the folders in ``APART``, and the packages below it.
 
     ``also`` names such folders that are read after all.
     """

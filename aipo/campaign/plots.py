@@ -152,10 +152,10 @@ def _heatmap(plan: Plan, plot: Plot, runs: pd.DataFrame) -> Figure | None:
         for name, by_seed in values_of(runs, panel, "accuracy").items():
             grid[up.index(own[name][1]), across.index(own[name][0])] = np.mean(list(by_seed.values()))
         drawn |= bool(np.isfinite(grid).any())
-        ax.imshow(grid, origin="lower", aspect="auto", cmap="viridis")
+        ax.imshow(grid, origin="lower", aspect="auto", cmap="Blues", alpha=0.6)
         for (y, x), value in np.ndenumerate(grid):
             if np.isfinite(value):
-                ax.text(x, y, f"{value:.1f}", ha="center", va="center", color="w", fontsize="small")
+                ax.text(x, y, f"{value:.1f}", ha="center", va="center", color="k", fontsize="small")
         ax.set_xticks(range(len(across)), [f"{v:g}" for v in across])
         ax.set_yticks(range(len(up)), [f"{v:g}" for v in up])
         ax.set_xlabel("lower cut-point", fontsize="small")
