@@ -33,10 +33,11 @@ from aipo.mask import prefix_share
 from aipo.metrics import Accuracy
 from aipo.passes import Passes, Reference
 from aipo.problems.datasets import Problem
+from aipo.record.batches import BAD, REPLAY, forget_batches, write_batch
 from aipo.record.checkpoints import CheckpointStore, rng_state, set_rng_state
 from aipo.record.clock import Clock
 from aipo.record.progress import Progress
-from aipo.record.reporting import add_up, dump_batch, reduce_metrics, rollout_rows
+from aipo.record.reporting import add_up, reduce_metrics, rollout_rows
 from aipo.record.tracker import Tracker
 from aipo.rollout.check import TOLERANCE, lost_weights
 from aipo.rollout.collect import Collector
@@ -118,6 +119,8 @@ class Trainer:
             with clock("rollout"):
                 rollouts = self.balance(rollouts)
             selection, sums = self.update(rollouts, kappa, prefix, clock)
+            if config.tracking.replay:
+                write_batch(config.folder / REPLAY, step + 1, rollouts, selection)
             with clock("rollout"):
                 self.generation.wait()
             with clock("sync"):
@@ -179,7 +182,7 @@ class Trainer:
                 counts += torch.tensor([float(terms.denominator), float(terms.sums["selected"])])
                 add_up(sums, terms, out["entropy"])
             with clock("optimizer"):
-                self.optimizer_step(part, counts, selection, rollouts, sums)
+                self.optimizer_step(counts, selection, rollouts, sums)
         clock.seconds["mi"] += selection.seconds
         clock.seconds["forward"] -= selection.seconds
         return selection, dict(sums) | selection.sums()
@@ -239,9 +242,7 @@ class Trainer:
             entropy=micro.grid(out["entropy"], mask) if self.config.loss.entropy_weight else None,
         )
 
-    def optimizer_step(
-        self, part: list[MicroBatch], counts: Tensor, selection: Selection, rollouts: Rollouts, sums: dict[str, float]
-    ) -> None:
+    def optimizer_step(self, counts: Tensor, selection: Selection, rollouts: Rollouts, sums: dict[str, float]) -> None:
         """Normalise over the whole step and all ranks, update; skip together what is not finite.
 
         Args:
@@ -257,12 +258,13 @@ class Trainer:
             return
         self.bad_steps += 1
         sums["skipped"] += 1
-        dump_batch(self.tracker.folder / "bad_steps", self.step + 1, part, rollouts, selection)
+        write_batch(self.tracker.folder / BAD, self.step + 1, rollouts, selection)
         if self.bad_steps >= self.config.guards.max_bad_steps:
             raise TrainingError(
                 f"loss or gradient was not finite in {self.bad_steps} steps in a row (the last is {self.step + 1}); "
-                f"each was skipped and its batch is in {self.tracker.folder / 'bad_steps'}. Try a lower optim.lr, "
-                "model.dtype=float32, or rollout.importance_correction=token_truncated"
+                f"each was skipped. See what of it stays with: python -m aipo.replay {self.tracker.folder} --step "
+                f"{self.step + 1} --dtype float32; and try a lower optim.lr, model.dtype=float32, or "
+                "rollout.importance_correction=token_truncated"
             )
 
     # -- around the loop -----------------------------------------------------------------------------------------
@@ -307,7 +309,9 @@ class Trainer:
             if distributed.rank() == 0:
                 (folder / "identity.json").write_text(json.dumps(self.identity, indent=1))
 
-        return self.store.save(self.step, write, accuracy=accuracy)
+        saved = self.store.save(self.step, write, accuracy=accuracy)
+        forget_batches(self.config.folder / REPLAY, range(self.store.oldest_kept() + 1, self.step + 1))
+        return saved
 
     def load(self, folder: Path) -> None:
         self.load_state_dict(

@@ -99,3 +99,6 @@ class TrackingConfig(Section):
     """steps between redrawings of the curves"""
     rollouts_per_step: NonNegative = 4
     """rollouts written out each step, with MI and mask of each token"""
+    replay: bool = True
+    """keep the batches of the steps since the oldest of the newest checkpoints, about 8 bytes a completion token, from
+    which python -m aipo.replay runs an update again"""
