@@ -12,7 +12,7 @@ The map: what the paper (Chen et al., ACL 2026) numbers, and the name that imple
     eq. 4            aipo.advantage.group_advantages
     eq. 5            aipo.tokens.early_exit.information_gain measures it; eq. 1 is its proxy in training
     eq. 6            aipo.mask.threshold_mask
-    eq. 7            aipo.tokens.early_exit.information_gain, summed over a completion
+    eq. 7            aipo.tokens.early_exit.cumulative_information; logged as information/cumulative
     eq. 8, 9         aipo.metrics.error_bounds
 
     Algorithm 1

@@ -30,6 +30,7 @@ from aipo.model.precision import Precision, choose
 from aipo.passes import Passes
 from aipo.policy import make_policy
 from aipo.problems.embedded import cache_folder
+from aipo.record.batches import REPLAY, forget_batches
 from aipo.record.checkpoints import CheckpointStore, compare_identity, resolve
 from aipo.record.jsonl import read_jsonl
 from aipo.record.progress import Progress, final_table, summarize
@@ -149,6 +150,7 @@ def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None
             trainer.progress.say("questions by information peaks (N_peak):")
             for line in [*histogram(list(labels.values())), *filter(None, [trainer.curriculum.lopsided])]:
                 trainer.progress.say(line)
+    forget_batches(config.folder / REPLAY, range(trainer.step + 1))  # what comes after is run again
     with signals() as stop:
         trainer.stop_requested = lambda: bool(stop)
         finished = trainer.train()

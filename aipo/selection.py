@@ -16,8 +16,9 @@ from torch import Tensor
 
 from aipo import distributed
 from aipo.config import Config
-from aipo.layout import MicroBatch, token_grid
+from aipo.layout import MicroBatch, pad, token_grid
 from aipo.mask import MaskRule
+from aipo.problems.datasets import Problem
 from aipo.rollouts import Rollouts
 from aipo.scorer import TokenScorer
 
@@ -45,6 +46,8 @@ class TokenSelector:
         self.local = self.rule.local and (self.scorer.local or not self.scored)
         # what needs no state of this forward, and would leave something out
         self.stateless = not self.scored and mask.rule != "all" and mask.scope != "micro_batch"
+        # whether a mask with another gold answer can be made beside the own one, by the scores of that sequence alone
+        self.compares = mask.score == "mi" and mask.ranks and self.local and mask.scope != "micro_batch"
 
     def begin(
         self,
@@ -102,6 +105,8 @@ class Selection:
         self.kappa, self.step, self.prefix = kappa, step, prefix
         self.ranking = self.scores if ranking is None else ranking  # (B, T)
         self.decided, self.seconds = False, 0.0
+        self.wrong = other_answers(rollouts.problems) if selector.compares else None  # (Q,)
+        self.overlap = torch.zeros(2, dtype=torch.long)  # tokens in both masks, and in either, of the sample
         if gold is not None:
             with self._timed(gold):
                 selector.scorer.prepare(gold)
@@ -167,12 +172,35 @@ class Selection:
                 prefix=self.prefix,
             )
             self.seconds += time.perf_counter() - start
+            if self.wrong is not None:
+                self._compare(micro, states, self.wrong)
         return micro.ragged_of(self.mask)
 
     def _score(self, micro: MicroBatch, states: Tensor) -> None:
         with self._timed(states):
             scores = self.selector.scorer.score(states, self._gold_of(micro), micro.lengths)  # (N,)
             micro.write(self.scores, scores.cpu())
+
+    def _compare(self, micro: MicroBatch, states: Tensor, wrong: Tensor) -> None:
+        """Beside the mask of the first rollout of each question, the one that another question's gold would make.
+
+        The states are those of the forward under way, and all golds' are there: it costs the scores alone.
+        """
+        rows, n = micro.rows.cpu(), self.group_size
+        sample = (rows % n == 0) & (wrong[rows // n] >= 0)  # (b,)
+        if not sample.any():
+            return
+        assert self.gold is not None
+        lengths, rows = micro.lengths.cpu()[sample], rows[sample]  # (k,)
+        own = sample.repeat_interleave(micro.lengths.cpu()).to(states.device)  # (N,)
+        with self._timed(states):
+            gold = self.gold[wrong[rows // n].to(self.gold.device)]  # (k, d)
+            scores = self.selector.scorer.score(states[own], gold, lengths.to(micro.lengths.device)).cpu()
+            twin = self.selector.rule.select(
+                pad(scores, lengths), lengths, kappa=self.kappa, step=self.step, rollout_ids=self.ids[rows]
+            )  # (k, t)
+        mask = self.mask[rows, : twin.shape[1]]  # (k, t)
+        self.overlap += torch.stack([(mask & twin).sum(), (mask | twin).sum()])
 
     @contextmanager
     def _timed(self, states: Tensor) -> Iterator[None]:
@@ -200,4 +228,16 @@ class Selection:
             "mi_tokens": float(tokens.sum()),
             "mi_skew": float(skew[varied].sum()),
             "mi_sequences": float(varied.sum()),
+            "wrong_gold_both": float(self.overlap[0]),
+            "wrong_gold_either": float(self.overlap[1]),
         }
+
+
+def other_answers(problems: Sequence[Problem]) -> Tensor:
+    """For each of Q questions the place of the next one, in a circle, that has another answer; -1 if none has. (Q,)"""
+    count = len(problems)
+    found = [
+        next((j for i in range(1, count) if problems[j := (q + i) % count].answer != problems[q].answer), -1)
+        for q in range(count)
+    ]
+    return torch.tensor(found, dtype=torch.long)

@@ -33,10 +33,11 @@ from aipo.mask import prefix_share
 from aipo.metrics import Accuracy
 from aipo.passes import Passes, Reference
 from aipo.problems.datasets import Problem
+from aipo.record.batches import BAD, REPLAY, forget_batches, write_batch
 from aipo.record.checkpoints import CheckpointStore, rng_state, set_rng_state
 from aipo.record.clock import Clock
 from aipo.record.progress import Progress
-from aipo.record.reporting import add_up, dump_batch, reduce_metrics
+from aipo.record.reporting import add_up, reduce_metrics
 from aipo.record.tokens import TokenRecorder
 from aipo.record.tracker import Tracker
 from aipo.rollout.check import TOLERANCE, GapGuard, lost_weights
@@ -119,6 +120,8 @@ class Trainer:
             with clock("rollout"):
                 rollouts = self.balance(rollouts)
             selection, sums = self.update(rollouts, kappa, prefix, clock)
+            if config.tracking.replay:
+                write_batch(config.folder / REPLAY, step + 1, rollouts, selection)
             with clock("rollout"):
                 self.generation.wait()
             with clock("sync"):
@@ -183,7 +186,7 @@ class Trainer:
                 counts += torch.tensor([float(terms.denominator), float(terms.sums["selected"])])
                 add_up(sums, terms, out["entropy"])
             with clock("optimizer"):
-                self.optimizer_step(part, counts, selection, rollouts, sums)
+                self.optimizer_step(counts, selection, rollouts, sums)
         clock.seconds["mi"] += selection.seconds
         clock.seconds["forward"] -= selection.seconds
         return selection, dict(sums) | selection.sums()
@@ -208,12 +211,7 @@ class Trainer:
         return rollouts if optim.updates_per_batch > 1 else balanced(rollouts, share_prompts=optim.share_prompts)
 
     def loss_inputs(
-        self,
-        micro: MicroBatch,
-        out: dict[str, Tensor],
-        old: Tensor | None,
-        selection: Selection,
-        rollouts: Rollouts,
+        self, micro: MicroBatch, out: dict[str, Tensor], old: Tensor | None, selection: Selection, rollouts: Rollouts
     ) -> LossInputs:
         """A micro-batch's forward pass beside what is known of its rollouts from before, (b, t) each."""
         mask, rows = out["mask"], micro.rows.cpu()  # (N,), (b,)
@@ -243,9 +241,7 @@ class Trainer:
             entropy=micro.grid(out["entropy"], mask) if self.config.loss.entropy_weight else None,
         )
 
-    def optimizer_step(
-        self, part: list[MicroBatch], counts: Tensor, selection: Selection, rollouts: Rollouts, sums: dict[str, float]
-    ) -> None:
+    def optimizer_step(self, counts: Tensor, selection: Selection, rollouts: Rollouts, sums: dict[str, float]) -> None:
         """Normalise over the whole step and all ranks, update; skip together what is not finite.
 
         Args:
@@ -261,12 +257,12 @@ class Trainer:
             return
         self.bad_steps += 1
         sums["skipped"] += 1
-        dump_batch(self.tracker.folder / "bad_steps", self.step + 1, part, rollouts, selection)
+        write_batch(self.tracker.folder / BAD, self.step + 1, rollouts, selection)
         if self.bad_steps >= self.config.guards.max_bad_steps:
             raise TrainingError(
-                f"loss or gradient was not finite in {self.bad_steps} steps in a row (the last is {self.step + 1}); "
-                f"each was skipped and its batch is in {self.tracker.folder / 'bad_steps'}. Try a lower optim.lr, "
-                "model.dtype=float32, or rollout.importance_correction=token_truncated"
+                f"loss or gradient was not finite in {self.bad_steps} steps in a row, each skipped. See what of it stays "
+                f"with: python -m aipo.replay {self.tracker.folder} --step {self.step + 1} --dtype float32; or try a "
+                "lower optim.lr, model.dtype=float32, rollout.importance_correction=token_truncated"
             )
 
     # -- around the loop -----------------------------------------------------------------------------------------
@@ -312,7 +308,9 @@ class Trainer:
             if distributed.rank() == 0:
                 (folder / "identity.json").write_text(json.dumps(self.identity, indent=1))
 
-        return self.store.save(self.step, write, accuracy=accuracy)
+        saved = self.store.save(self.step, write, accuracy=accuracy)
+        forget_batches(self.config.folder / REPLAY, range(self.store.oldest_kept() + 1, self.step + 1))
+        return saved
 
     def load(self, folder: Path) -> None:
         self.load_state_dict(

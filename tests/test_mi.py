@@ -357,3 +357,17 @@ def test_chunks_fit_the_cache(monkeypatch):
     whole = coordinate_scores(hidden, gold, num_features=32, sigma=50.0)
     monkeypatch.setattr(mi, "CACHE_ELEMENTS", 1)  # one token at a time
     torch.testing.assert_close(coordinate_scores(hidden, gold, num_features=32, sigma=50.0), whole, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_mutual_information_is_differentiable(center: bool) -> None:
+    """fast_hsic has the gradient of finite differences with respect to both states, and it is not zero."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, 7, 3, generator=draw, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def score(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return fast_hsic(x, y, num_features=6, sigma=1.5, seed=1, center=center)  # (2,)
+
+    assert torch.autograd.gradcheck(score, (x, y))
+    for gradient in torch.autograd.grad(score(x, y).sum(), (x, y)):
+        assert float(gradient.abs().min()) > 0

@@ -14,6 +14,8 @@ from aipo.config import Config, load_config
 from aipo.curriculum import Curriculum
 from aipo.layout import pad
 from aipo.loss import policy_loss
+from aipo.mask import MaskRule
+from aipo.mi import coordinate_scores
 from aipo.passes import Passes
 from aipo.policy import make_policy
 from aipo.problems.datasets import Problem
@@ -198,6 +200,45 @@ def test_a_mask_that_needs_the_states_is_decided_in_the_forward_that_is_trained(
     trainer, rollouts = made(config_of(model), model)
     selection, _ = trainer.update(rollouts, 0.3, 1.0, Clock())
     assert not selection.decided
+
+
+@pytest.mark.parametrize("scope", ["sequence", "causal"])
+def test_the_wrong_gold_twin_by_loops(model: Path, scope: str) -> None:
+    """IoU with the mask that the next question's gold makes, and nothing else is touched by looking at it."""
+    config = config_of(model, f"mask.scope={scope}")
+    trainer, rollouts = made(config, model)
+    rollouts.problems[2] = Problem("2", "1 + 1 =", rollouts.problems[1].answer)  # the next of another answer is 3
+    gold = trainer.passes.gold_states(rollouts.problems)  # (Q, d)
+    both = either = 0
+    for question, other in ((0, 1), (1, 3), (2, 3), (3, 0)):
+        row = 2 * question
+        if not rollouts.used[row]:
+            continue
+        (micro,) = trainer.passes.batches([rollouts.prompts[question]], [rollouts.completions[row].token_ids])
+        states = trainer.passes.states(micro)  # (T, d)
+        masks = []
+        for which in (question, other):
+            settings = {"num_features": config.mi.num_features, "sigma": config.mi.sigma, "seed": config.seed}
+            scores = coordinate_scores(states, gold[which], **settings)  # type: ignore[arg-type]  # (T,)
+            masks.append(
+                MaskRule(config.mask).select(
+                    scores[None], torch.tensor([len(scores)]), kappa=0.3, step=0, rollout_ids=torch.tensor([row])
+                )
+            )
+        both += int((masks[0] & masks[1]).sum())
+        either += int((masks[0] | masks[1]).sum())
+    selection, sums = trainer.update(rollouts, 0.3, 1.0, Clock())
+    assert (sums["wrong_gold_both"], sums["wrong_gold_either"]) == (both, either)
+    assert 0 < both < either
+    alone, same = made(config, model)
+    same.problems[:] = [Problem(p.id, p.question, rollouts.problems[i].answer) for i, p in enumerate(same.problems)]
+    same.problems[2] = rollouts.problems[2]
+    alone.selector.compares = False
+    without, sums_without = alone.update(same, 0.3, 1.0, Clock())
+    assert torch.equal(without.mask, selection.mask)
+    assert sums_without["loss"] == sums["loss"]
+    assert sums_without["grad_norm"] == sums["grad_norm"]
+    assert sums_without["wrong_gold_either"] == 0
 
 
 def test_shaped_advantages_reach_the_loss(model: Path) -> None:

@@ -105,3 +105,6 @@ class TrackingConfig(Section):
     """MiB that the Parquet of all steps may take together; a step has an equal share"""
     report: bool = True
     """write report.html when the run ends"""
+    replay: bool = True
+    """keep the batches of the steps since the oldest of the newest checkpoints, about 8 bytes a completion token, from
+    which python -m aipo.replay runs an update again"""

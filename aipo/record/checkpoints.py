@@ -101,6 +101,11 @@ class CheckpointStore:
             raise
         return final
 
+    def oldest_kept(self) -> int:
+        """Step of the oldest that is kept for being new; 0 while there are fewer of them than may be."""
+        steps = _steps(self.folder)[-self._keep_last :]
+        return _step(steps[0]) if len(steps) == self._keep_last else 0
+
     def rewind(self, step: int) -> None:
         """Forget every checkpoint after ``step``, from which the run goes on. Called by all ranks together.
 

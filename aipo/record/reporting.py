@@ -1,18 +1,14 @@
-"""What a step leaves behind: metrics over all ranks, a sample of its rollouts, and the batch of a step gone bad."""
+"""What a step leaves behind: metrics over all ranks and a sample of its rollouts."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from aipo import distributed
-from aipo.layout import MicroBatch
 from aipo.loss import LossTerms
 from aipo.problems.prompts import token_names
 from aipo.rollouts import Rollouts
@@ -53,11 +49,13 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
     sources = sorted(key.removeprefix("rollouts of ") for key in total if key.startswith("rollouts of "))
     seconds = {phase: max(part.get(phase, 0.0) for _, part, _ in parts) for phase in phases}
     world = len(parts)
+    twin = total["wrong_gold_either"] > 0  # else nothing was compared
     return {
         **{k: v / world for k, v in total.items() if k.startswith("reward/")},
         **({"reward/trained": per("trained_reward", "judged")} if "trained_reward" in total else {}),
         **({"reward/kl": per("reward_kl", "rollouts")} if "reward_kl" in total else {}),
         **{f"advantage/{key}": per(key, "rollouts") for key in ("gini", "effective_tokens") if key in total},
+        **({"information/cumulative": per("information", "information_rollouts")} if "information" in total else {}),
         **({"rollout/early_exits": per("exit_tokens", "tokens")} if total.get("exit_tokens") else {}),
         **{f"source/{name}/share": per(f"rollouts of {name}", "rollouts") for name in sources},
         **{f"source/{name}/correct": per(f"correct of {name}", f"judged of {name}") for name in sources},
@@ -76,6 +74,7 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
         "policy/grad_norm": total["grad_norm"] / world,
         "mask/otf": per("selected", "used_tokens"),
         "mask/cost_share": per("selected", "generated"),
+        **({"mask/wrong_gold_iou": per("wrong_gold_both", "wrong_gold_either")} if twin else {}),
         "mi/mean": per("mi", "mi_tokens"),
         "mi/skew": per("mi_skew", "mi_sequences"),
         "mismatch/kl": per("mismatch_kl", "selected"),
@@ -124,19 +123,3 @@ def rollout_rows(
             }
         )
     return rows
-
-
-def dump_batch(folder: Path, step: int, part: Sequence[MicroBatch], rollouts: Rollouts, selection: Selection) -> None:
-    """What led to a bad step, for a look afterwards."""
-    folder.mkdir(exist_ok=True)
-    rows = sorted(i for micro in part for i in micro.rows.tolist())
-    content = {
-        "questions": [rollouts.question_of(i).id for i in rows],
-        "prompts": [rollouts.prompts[i // rollouts.group_size] for i in rows],
-        "completions": [rollouts.completions[i].token_ids for i in rows],
-        "logprobs": [rollouts.completions[i].logprobs for i in rows],
-        "advantages": rollouts.advantages[rows],
-        "scores": selection.scores[rows],
-        "mask": selection.mask[rows],
-    }
-    torch.save(content, folder / f"step-{step:06d}-rank-{distributed.rank()}.pt")

@@ -58,8 +58,17 @@ WandbMode = Literal["auto", "online", "offline", "disabled"]
 
 
 STARTED = {"config.yaml", "versions.json", "git.json", "command.txt", ".lock"}
-BEFORE_THE_FIRST_STEP = STARTED | {"metrics.jsonl", "curves", "rollouts", "checkpoints", "wandb", "wandb_id.txt"}
-BEFORE_THE_FIRST_STEP |= {"held_out.jsonl", "report.html"}
+BEFORE_THE_FIRST_STEP = STARTED | {
+    "metrics.jsonl",
+    "curves",
+    "rollouts",
+    "replay",
+    "checkpoints",
+    "wandb",
+    "wandb_id.txt",
+    "held_out.jsonl",
+    "report.html",
+}
 """What a run may have in its folder when its first step ends; of these the first are there from its start."""
 
 

@@ -98,6 +98,16 @@ def information_gain(
     return smoothed_gain(answer) if smoothed else answer[:, :-1] - answer[:, 1:]
 
 
+def cumulative_information(gain: Tensor) -> Tensor:
+    """I_{1:T} of eq. 7 along each completion: the sum of its tokens' gains (B, T), unscored ones (NaN) left out. (B,)
+
+    With every token scored it is what the answer's entropy fell by from the question to the end; its mean over
+    completions is the mutual information of answer and completion, by the chain rule, that the bounds of eq. 8 and 9
+    are made of (in bits there).
+    """
+    return gain.nansum(1)
+
+
 def smoothed_gain(entropy: Tensor) -> Tensor:
     """(H_t + H_{t-1}) / 2 - H_{t+1}, as the published code of IAPO has it, with 0 for what stands before the first.
 

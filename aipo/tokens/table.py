@@ -31,7 +31,13 @@ from aipo.model.adapters import adapters_off, residual
 from aipo.passes import Passes
 from aipo.rollouts import Rollouts
 from aipo.tokens.attention import AttentionEntropy, attention_weights
-from aipo.tokens.early_exit import early_exit_trees, information_gain, postfix_ids, smoothed_gain
+from aipo.tokens.early_exit import (
+    cumulative_information,
+    early_exit_trees,
+    information_gain,
+    postfix_ids,
+    smoothed_gain,
+)
 
 # -- measures --------------------------------------------------------------------------------------------------------
 
@@ -124,7 +130,20 @@ def measure(
     measured; and sums for the log. A collective."""
     found = {name: MEASURES[name].of(passes, batches, rollouts) for name in sorted(names)}
     signals = {name: values for name, (values, _) in found.items()}
-    return signals, _unevenness(rollouts, signals) | {"exit_tokens": float(sum(read for _, read in found.values()))}
+    sums = _unevenness(rollouts, signals) | _information_sums(signals)
+    return signals, sums | {"exit_tokens": float(sum(read for _, read in found.values()))}
+
+
+def _information_sums(signals: Mapping[str, Tensor]) -> dict[str, float]:
+    """Of eq. 7 over this rank's rollouts that were scored, and their number."""
+    if "information" not in signals:
+        return {}
+    gain = signals["information"]  # (B, T)
+    scored = gain.isfinite().any(1)  # (B,)
+    return {
+        "information": float(cumulative_information(gain)[scored].sum()),
+        "information_rollouts": float(scored.sum()),
+    }
 
 
 def _unevenness(rollouts: Rollouts, signals: Mapping[str, Tensor]) -> dict[str, float]:

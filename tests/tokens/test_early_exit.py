@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from aipo.layout import MicroBatch, filler
+from aipo.metrics import error_bounds
 from aipo.policy import Policy
-from aipo.tokens.early_exit import early_exit_trees, postfix_ids
+from aipo.tokens.early_exit import cumulative_information, early_exit_trees, postfix_ids
 from aipo.tokens.early_exit import information_gain as gain_of
 from tests.tiny import make_tiny, tiny_tokenizer
 
@@ -212,6 +214,40 @@ def test_gains_of_all_tokens_add_up(length: int, budget: int) -> None:
     gain = information_gain(batches, entropies, torch.tensor([length]))
     expected = 1 - torch.tensor(float(length)).cos()
     torch.testing.assert_close(gain.sum(), expected, atol=1e-5, rtol=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6))
+def test_cumulative_information_by_loops(seed: int) -> None:
+    """Eq. 7 to 9 on any joint distribution of an answer and two tokens: by the chain rule the mean of the sums is
+    I(y; o_1, o_2), here from its definition, and the error of the best guess lies between the bounds made of it."""
+    answers, tokens = 4, 3
+    draw = torch.Generator().manual_seed(seed)
+    joint = -torch.rand(answers, tokens, tokens, generator=draw, dtype=torch.float64).clamp(min=1e-6).log().pow(3)
+    joint /= joint.sum()  # p(y, o_1, o_2)
+
+    def entropy(weights: Tensor) -> float:
+        p = weights / weights.sum()
+        return -sum(float(each) * math.log(each) for each in p if each > 0)
+
+    paths = [(a, b) for a in range(tokens) for b in range(tokens)]
+    rows, prefixes, entropies = [], [], []
+    for row, (a, b) in enumerate(paths):
+        for prefix, weights in enumerate((joint.sum((1, 2)), joint[:, a].sum(1), joint[:, a, b])):
+            rows, prefixes, entropies = [*rows, row], [*prefixes, prefix], [*entropies, entropy(weights)]
+    exits = [(torch.tensor(rows), torch.tensor(prefixes))]
+    sums = cumulative_information(gain_of(exits, [torch.tensor(entropies)], torch.full((len(paths),), 2)))  # (B,)
+    found = sum(float(joint[:, a, b].sum() * total) for (a, b), total in zip(paths, sums))
+    information = 0.0
+    for y in range(answers):
+        for a, b in paths:
+            p = float(joint[y, a, b])
+            information += p * math.log(p / float(joint[y].sum() * joint[:, a, b].sum()))
+    assert found == pytest.approx(information, abs=1e-5)
+    prior = entropy(joint.sum((1, 2))) / math.log(2)
+    low, high = error_bounds(prior, min(max(found / math.log(2), 0.0), prior), answers)
+    error = 1 - sum(float(joint[:, a, b].max()) for a, b in paths)
+    assert low - 1e-5 <= error <= high + 1e-5
 
 
 def test_postfixes() -> None:
