@@ -19,7 +19,7 @@ from aipo import distributed
 from aipo.errors import TrainingError, UserError
 from aipo.layout import pad, unpad
 from aipo.problems.datasets import Problem
-from aipo.rollout.base import Completion
+from aipo.rollout.base import Completion, FinishReason
 from aipo.rollouts import Rollouts
 from aipo.selection import Selection
 
@@ -124,7 +124,7 @@ def _rollouts(share: dict[str, Any], problems: Mapping[str, Problem]) -> Rollout
         raise UserError(f"question {unknown[0]} of the record is not in data.train any more: bring the data back")
     lengths = share["lengths"].tolist()
     tokens, logps = share["tokens"].split(lengths), share["logp_engine"].split(lengths)
-    ends = ["length" if cut else "stop" for cut in share["truncated"].tolist()]
+    ends: list[FinishReason] = ["length" if cut else "stop" for cut in share["truncated"].tolist()]
     return Rollouts(
         problems=[problems[name] for name in share["problems"]],
         prompts=[ids.tolist() for ids in share["prompts"]],

@@ -70,7 +70,7 @@ function draw(panel, host) {
     padding: [8, 12, 0, 0],
     axes: [
       { ...axis, size: 28, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000] },
-      { ...axis, size: 52, values: (_, ticks) => ticks.map((tick) => panel.percent ? +(100 * tick).toFixed(2) + " %" : short(tick)) },
+      { ...axis, size: 56, values: (_, ticks) => ticks.map((tick) => panel.percent ? +(100 * tick).toFixed(2) + " %" : short(+tick.toPrecision(3))) },
     ],
     cursor: { sync: { key: "steps" }, points: { size: 7 } },
     legend: { markers: { width: 0, fill: (u, i) => u.series[i].stroke?.() ?? "none" } },

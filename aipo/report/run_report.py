@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aipo.record.progress import duration
 from aipo.report import groups
 from aipo.report.advice import advise
 from aipo.report.curves import panels, series
@@ -116,7 +115,7 @@ def table(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> list[tuple[str, l
         ("tokens generated", [number(v.tokens) for v in verdicts]),
         ("steps", [str(v.steps) for v in verdicts]),
         ("time of the steps", [v.time for v in verdicts]),
-        ("time of a step", [duration(v.seconds / v.steps) if v.steps else "–" for v in verdicts]),
+        ("time of a step", [f"{v.seconds / v.steps:.2f} s" if v.steps else "–" for v in verdicts]),
     ]
     for label, key in (
         ("reward", "reward/mean"),

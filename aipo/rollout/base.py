@@ -21,6 +21,9 @@ from aipo.config.sections import RolloutConfig
 from aipo.rollout.interventions import Intervention
 
 
+FinishReason = Literal["stop", "length"]
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to draw completions. ``temperature`` 0 is greedy; ``top_k`` -1 and ``min_p`` 0 are off.
@@ -63,7 +66,7 @@ class Completion:
 
     token_ids: list[int]
     logprobs: list[float]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
 
 
 class RolloutEngine(Protocol):

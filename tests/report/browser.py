@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -117,12 +118,14 @@ def browser(folder: Path) -> Iterator[Page]:
     """A tab of a browser of its own, whose profile is in ``folder``."""
     arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--hide-scrollbars"]
     arguments += [f"--user-data-dir={folder}", "--no-first-run", "--disable-extensions", "about:blank"]
-    process = subprocess.Popen([chromium(), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [chromium(), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         with connect(_address(folder / "DevToolsActivePort", process), max_size=None) as socket:
             yield Page(socket)
     finally:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGKILL)  # Debian's command is a script, the browser its child
         process.wait(20)
 
 
