@@ -15,7 +15,7 @@ from transformers import AutoConfig
 import train
 from aipo.config import load_config
 from aipo.errors import TrainingError, UserError
-from aipo.inputs import check_inputs, check_model, without_effect
+from aipo.inputs import check_inputs, check_model, describe_data, without_effect
 from aipo.record.checkpoints import damage, resolve
 from aipo.record.jsonl import read_jsonl
 from aipo.rollout import HfEngine
@@ -341,3 +341,14 @@ def test_held_out_training_questions(model: Path, tmp_path: Path) -> None:
 def test_a_clip_that_cannot_bite_is_named(overrides: list[str], named: str | None) -> None:
     said = without_effect(load_config("tiny.yaml", overrides))
     assert [named is not None and named in line for line in said] == ([True] if named else [])
+
+
+def test_a_dry_run_counts_what_is_there_and_names_what_is_not(model: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "d.jsonl", list(GOOD))
+    said = describe_data(config_with(model, data, "validation.watch=[nowhere.jsonl, 'hub:x/y']"))
+    assert f"data.train: 8 questions from {data}" in said
+    assert any(line.startswith("validation.watch nowhere: nowhere.jsonl is not there yet") for line in said)
+    assert "validation.watch y: hub:x/y is fetched when the run starts" in said
+    mix = ["data.train=[{path: nowhere.jsonl}, {path: embedded:chain_sum}]"]
+    said = describe_data(config_with(model, data, *mix))  # sources are compared: one alone is not counted
+    assert [line.partition(":")[0] for line in said] == ["data.train nowhere", "data.validation"]
