@@ -18,7 +18,9 @@ KappaSchedule = Literal["combined", "linear", "plateau", "constant", "literal"]
 Estimator = Literal["coordinate", "pointwise", "position"]
 Features = Literal["random", "orthogonal", "quadrature"]
 Normalize = Literal["none", "layernorm", "zscore"]
-Measured = Literal["entropy", "certainty", "residual", "attention", "information"]  # the names of aipo.tokens.table
+Measured = Literal[  # the names of aipo.tokens.table
+    "entropy", "certainty", "residual", "attention", "information", "critical", "filler"
+]
 
 
 class Section(BaseModel):

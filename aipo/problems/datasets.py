@@ -30,10 +30,10 @@ class Loaded:
 def load_problems(spec: str, *, split: Split) -> Loaded:
     """Read ``embedded:chain_sum`` (its ``split``) or a JSONL file (the whole file, whatever the split).
 
-    A row is ``{"question": str, "answer": str}`` with optional ``id``, ``kind``, ``source``, ``solution`` and, for
-    ``choice``, ``options``; answers are strings, because an integer beyond 2**53 or ``1/2`` does not survive as a
-    number. Rows that repeat a question and its answer are kept once; questions with more than one answer are dropped
-    altogether.
+    A row is ``{"question": str, "answer": str}`` with optional ``id``, ``kind``, ``source``, ``solution``, ``critical``
+    (a list of places of tokens) and, for ``choice``, ``options``; answers are strings, because an integer beyond 2**53
+    or ``1/2`` does not survive as a number. Rows that repeat a question and its answer are kept once; questions with
+    more than one answer are dropped altogether.
     Raises ``UserError`` naming file and row for anything else that is wrong.
     """
     if spec.startswith(EMBEDDED):
@@ -77,8 +77,10 @@ def fingerprint(problems: Sequence[Problem]) -> str:
     """sha256 over all fields in order: equal exactly when a label file or sampler position can be reused."""
     digest = hashlib.sha256()
     for problem in problems:
-        # without options or solution a problem hashes as before there were any: labels and checkpoints stay valid
-        fields = astuple(problem)[: 7 if problem.solution else 6 if problem.options else 5]
+        # without options, solution or critical tokens a problem hashes as before there were any: labels and
+        # checkpoints stay valid
+        used = 8 if problem.critical else 7 if problem.solution else 6 if problem.options else 5
+        fields = astuple(problem)[:used]
         digest.update(json.dumps(fields).encode() + b"\n")
     return digest.hexdigest()
 
@@ -150,7 +152,16 @@ def _parse(line: str, where: str) -> Problem:
     made_id = hashlib.sha256(question.encode()).hexdigest()[:16]
     given_id = str(row["id"]) if type(row.get("id")) is int else text("id", default=made_id)
     options = _options(row["options"], question, answer, kind, where) if "options" in row else ()
-    return Problem(given_id, question, answer, kind, text("source", default=""), options, text("solution", default=""))
+    source, solution = text("source", default=""), text("solution", default="")
+    return Problem(
+        given_id, question, answer, kind, source, options, solution, _critical(row.get("critical", []), where)
+    )
+
+
+def _critical(places: Any, where: str) -> tuple[int, ...]:
+    if not isinstance(places, list) or not all(type(place) is int and place >= 0 for place in places):
+        raise UserError(f"{where}: critical is not a list of whole numbers from 0, places of tokens; mend or remove it")
+    return tuple(places)
 
 
 def _options(options: Any, question: str, answer: str, kind: str, where: str) -> tuple[str, ...]:
