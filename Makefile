@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup train data compare bench test test-fast lint clean
+.PHONY: help setup train data reproduce bench test test-fast lint clean
 
 # a shim can exist without the version behind it, so each candidate is run
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
@@ -41,9 +41,12 @@ train: setup  ## train the embedded model end to end, or go on with it; ARGS="na
 data: setup  ## fetch the data sets from the Hugging Face hub and check them; ARGS="--from FOLDER" reads copies instead
 	python data/prepare.py all $(ARGS)
 
-compare: setup  ## train every method on the embedded default, three seeds each, and compare; hours; ARGS=--quick: minutes
+# NAME: table1 to table4, figure2 to figure4, kappa_decay; SCALE: laptop, or paper
+NAME ?= table1
+SCALE ?= laptop
+reproduce: setup  ## a table or figure of the paper: NAME=table1 SCALE=laptop (hours); ARGS=--dry-run says what it takes
 	python -m aipo.problems.embedded
-	python bench/compare.py $(ARGS)
+	python sweep.py $(SCALE)/$(NAME).yaml $(ARGS)
 
 bench: setup  ## time and memory of a step, the head, MI, rollouts and the planner, in small: under 15 minutes on two cores
 	python -m aipo.problems.embedded

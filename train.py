@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 
-from aipo.config import Config, dump_config, help_keys, load_config
+from aipo.config import Config, dump_config, help_keys, help_sources, load_config
 from aipo.errors import UserError
 from aipo.threads import settle
 
@@ -16,7 +16,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description=__doc__,
-        epilog="keys, for YAML and key.path=value:\n" + help_keys().replace("%", "%%"),
+        epilog=f"keys, for YAML and key.path=value:\n{help_keys()}\n\nof a source:\n{help_sources()}".replace(
+            "%", "%%"
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, help="YAML file; a name without a folder is looked up in configs/")
@@ -46,10 +48,11 @@ def dry_run(config: Config, arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from aipo.inputs import describe_data, without_effect
+    from aipo.inputs import check_functions, describe_data, without_effect
     from aipo.plan.planner import plan, render
 
     print(dump_config(config))
+    check_functions(config)
     for line in (*describe_data(config), *without_effect(config)):
         print(line)
     made = plan(config, arguments.gpus or torch.cuda.device_count() or 1, gpu_memory_gb=arguments.gpu_memory_gb)

@@ -36,6 +36,7 @@ The map: what the paper (Chen et al., ACL 2026) numbers, and the name that imple
     figure 2         configs/ablations/kappa_0.1.yaml to kappa_0.4.yaml
     figure 3         aipo.rollout.interventions.intervene
     figure 4         configs/ablations/n_peak.yaml, configs/ablations/cuts_15_25.yaml: aipo.curriculum.bucket_of
+    each by name     python sweep.py paper/table1.yaml, and so on: aipo.campaign.report.write_report
 """
 
 __version__ = "0.1.0"

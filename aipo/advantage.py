@@ -19,14 +19,17 @@ QUADRANTS = ("positive_high", "positive_low", "negative_high", "negative_low")
 
 
 def group_advantages(rewards: Tensor, group_size: int, *, baseline: str = "group", normalize: str = "none") -> Tensor:
-    """A = R - baseline (eq. 4), optionally divided by the standard deviation (GRPO).
+    """A = R - baseline (eq. 4), optionally divided by the standard deviation (GRPO) or the mean (MaxRL).
 
     Args:
         rewards: (B,), rollouts of one question adjacent; NaN, no verdict, counts neither in means nor in numbers.
         group_size: rollouts a question; must divide B.
         baseline: ``group`` mean, ``batch`` mean, or ``leave_one_out`` (mean of the group's others).
         normalize: ``none``, or ``std``: divide by sample standard deviation + 1e-6, over the group (over the batch
-            with ``baseline="batch"``). Fewer than two samples have none: their advantage is 0.
+            with ``baseline="batch"``). Fewer than two samples have none: their advantage is 0. ``mean``: divide by
+            the mean reward of the same, and 0 where it is not positive (MaxRL, arXiv 2602.02710). With rewards 0 and 1
+            of n rollouts, the gradient is then in expectation that of sum_{k<n} pass@k / k, a series whose limit is
+            the logarithm of the chance of a right answer.
 
     Returns:
         (B,) float32; exactly 0 in a group whose rewards are all equal (unless the baseline is the batch's), and for
@@ -34,14 +37,15 @@ def group_advantages(rewards: Tensor, group_size: int, *, baseline: str = "group
     """
     if group_size < 1 or len(rewards) % group_size:
         raise ValueError(f"group_size {group_size} does not divide the {len(rewards)} rewards")
-    if baseline not in ("group", "batch", "leave_one_out") or normalize not in ("none", "std"):
+    if baseline not in ("group", "batch", "leave_one_out") or normalize not in ("none", "std", "mean"):
         raise ValueError(f"unknown baseline {baseline!r} or normalize {normalize!r}")
     if not len(rewards):  # a rank that dynamic sampling left nothing
         return rewards.float()
     groups = rewards.float().reshape((1, -1) if baseline == "batch" else (-1, group_size))  # (Q, n)
     judged = groups.isfinite()  # (Q, n)
     n = judged.sum(1, keepdim=True)  # (Q, 1)
-    centred = (groups - groups.nanmean(1, keepdim=True)).where(judged, 0.0)  # (Q, n)
+    mean = groups.nanmean(1, keepdim=True)  # (Q, 1)
+    centred = (groups - mean).where(judged, 0.0)  # (Q, n)
     centred = centred.masked_fill(constant_groups(groups)[:, None], 0.0)  # no rounding residue; a lone one is constant
     others = (n - 1).clamp(min=1)  # (Q, 1)
     std = (centred.square().sum(1, keepdim=True) / others).sqrt()  # (Q, 1)
@@ -49,6 +53,8 @@ def group_advantages(rewards: Tensor, group_size: int, *, baseline: str = "group
         centred = centred * (n / others)  # R_i - mean of the others
     if normalize == "std":
         centred = centred / (std + 1e-6)
+    if normalize == "mean":
+        centred = torch.where(mean > 0, centred / mean, 0.0)
     return centred.reshape(-1)
 
 
@@ -98,6 +104,25 @@ def zscore(values: Tensor, lengths: Tensor) -> Tensor:
     return torch.where(std > NOISE * mean.abs(), centred / std, 0.0)
 
 
+def unit_norm(values: Tensor, lengths: Tensor) -> Tensor:
+    """v / ||v|| of each sequence, v = x - mean / std: what the published code of IAPO makes of its scores.
+
+    It means a z-score there, but divides the mean alone by the (sample) standard deviation. Args and special cases
+    as in :func:`zscore`; (B, T) float64 without gradient.
+    """
+    counted = token_grid(lengths, values.shape[1]) & values.isfinite()  # (B, T)
+    count = counted.sum(1, keepdim=True)  # (B, 1)
+    values = torch.where(counted, values.detach(), 0.0).double()  # (B, T)
+    mean = values.sum(1, keepdim=True) / count.clamp(min=1)  # (B, 1)
+    squares = torch.where(counted, values - mean, 0.0).square().sum(1, keepdim=True)  # (B, 1)
+    std = (squares / (count - 1).clamp(min=1)).sqrt()  # (B, 1)
+    shifted = torch.where(counted & (std > NOISE * mean.abs()), values - mean / std, 0.0)  # (B, T)
+    return shifted / shifted.norm(dim=1, keepdim=True).clamp(min=1e-300)
+
+
+NORMS = {"zscore": zscore, "l2": unit_norm}
+
+
 def blend(advantages: Tensor, scores: Tensor, lengths: Tensor, *, how: str, weight: float) -> Tensor:
     """AIPO's blend with mutual information (Alg. 1, line 34): A + w z(MI), or A (1 + w z(MI)).
 
@@ -121,30 +146,33 @@ def blend(advantages: Tensor, scores: Tensor, lengths: Tensor, *, how: str, weig
 def information_advantages(
     advantages: Tensor,
     information: Tensor,
-    logp_old: Tensor,
+    confidence: Tensor,
     correct: Tensor,
     lengths: Tensor,
     *,
     alpha: float = 1e-2,
     beta: float = 1e-2,
+    norm: str = "zscore",
 ) -> Tensor:
-    """A + alpha z(s) + beta z(c), z within the sequence (IAPO, arXiv 2602.19049).
+    """A + alpha norm(s) + beta norm(+-c), norm within the sequence (IAPO, arXiv 2602.19049).
 
-    A token without s (NaN: a stride left it out) gets no such bonus and z(s) is taken over the others, because nothing
-    is known about it; a scorer that means its value for several tokens has to give it to each of them.
+    A token without s (NaN: a stride left it out) gets no such bonus and norm(s) is taken over the others, because
+    nothing is known about it; a scorer that means its value for several tokens has to give it to each of them.
 
     Args:
         advantages: (B,), normalised within the group.
         information: (B, T) s, how far a token lowers the entropy of the answer, in nats.
-        logp_old: (B, T) log-probabilities in nats under the policy that drew the tokens. c is the probability, minus
-            the probability in a rollout that is wrong.
+        confidence: (B, T) c, how sure the policy that drew the tokens was of each; its sign turns in a rollout that is
+            wrong.
         correct: (B,) bool; lengths: (B,) completion tokens.
+        norm: ``zscore``, or ``l2`` (:func:`unit_norm`).
 
     Returns:
         (B, T)
     """
     sign = torch.where(correct.bool(), 1.0, -1.0)[:, None]  # (B, 1)
-    bonus = alpha * zscore(information, lengths) + beta * zscore(sign * logp_old.exp(), lengths)  # (B, T)
+    scaled = NORMS[norm]
+    bonus = alpha * scaled(information, lengths) + beta * scaled(sign * confidence, lengths)  # (B, T)
     return advantages[:, None] + bonus.to(advantages)
 
 
@@ -207,6 +235,40 @@ def weight_tokens(advantages: Tensor, weights: Tensor, lengths: Tensor) -> Tenso
         (B, T). All weights 0, as an adapter gives before its first update: A for every token.
     """
     return advantages[:, None] * _mean_one(weights, lengths).to(advantages)
+
+
+def subtract_token_baseline(
+    advantages: Tensor, energy: Tensor, lengths: Tensor, group_size: int, *, tail: Tensor | None = None
+) -> Tensor:
+    """A_t = R - B_t with the token baseline of least variance (OTB, arXiv 2602.07078).
+
+    B_t = sum_i R_i W_it / sum_i W_it over the rollouts i of a group that have a token t, W_it the energies of i summed
+    up to t. What all rewards of a group have in common cancels, so advantages serve as rewards. Where all W_it are 0
+    every rollout weighs the same. A rollout without a measured token is in no sum.
+
+    Args:
+        advantages: (B,) R minus anything that a group shares, rollouts of one question adjacent.
+        energy: (B, T) not negative; lengths: (B,).
+        tail: (B,) advantage of the tokens of a rollout that all others of its group are too short for; there R is its
+            own baseline and None gives 0.
+
+    Returns:
+        (B, T)
+    """
+    there = token_grid(lengths, energy.shape[1]) & energy.isfinite()  # (B, T)
+    paths = torch.where(there, energy.detach(), 0.0).double().cumsum(1) * there  # (B, T)
+
+    def over_group(values: Tensor) -> Tensor:
+        """Sums of (B, T) over the rollouts of each group, for each of them. (B, T)"""
+        sums = values.reshape(-1, group_size, values.shape[1]).sum(1)  # (Q, T)
+        return sums.repeat_interleave(group_size, 0)
+
+    weights = torch.where(over_group(paths) > 0, paths, there.double())  # (B, T)
+    rewards = advantages.double()[:, None]  # (B, 1)
+    total = torch.where(over_group(there.double()) > 0, over_group(weights), 1.0)  # (B, T)
+    shaped = (rewards - over_group(rewards * weights) / total).to(advantages)  # (B, T)
+    alone = over_group(there.double()) == 1  # (B, T)
+    return torch.where(alone, 0.0 if tail is None else tail[:, None].to(advantages), shaped)
 
 
 def gini(weights: Tensor, lengths: Tensor) -> Tensor:

@@ -94,6 +94,8 @@ class Curriculum:
         config: with ``enabled: false`` questions are drawn uniformly without replacement and need no labels; kappa is
             scheduled all the same.
         mask: whose keys ``kappa_*`` are scheduled.
+        origins: the source of each question, where there are several; ``buckets: within`` sorts each by itself.
+        weights: shares of a draw by source; without them a question is drawn whatever its source.
         total_steps: S, the unit of ``t1`` and ``t2``.
     Raises ValueError for questions that are none or not distinct.
     """
@@ -106,17 +108,24 @@ class Curriculum:
         *,
         total_steps: int,
         seed: int,
+        origins: Sequence[str] = (),
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         _check(len(question_ids) > 0, "there are no questions to draw from")
         _check(len(set(question_ids)) == len(question_ids), "question ids must be distinct")
         self.config, self.mask, self.enabled = config, mask, config.enabled
         self.question_ids, self.total_steps, self.seed = list(question_ids), total_steps, seed
         self._index = {question: i for i, question in enumerate(self.question_ids)}
-        # State. Without labels everything lies in the first bucket.
+        self.origins = np.array(origins or [""] * len(question_ids))  # (N,)
+        names = list(weights or {})
+        self.source = np.array([names.index(name) if names else 0 for name in self.origins])  # (N,)
+        self.weights = np.array([*(weights or {"": 1.0}).values()])  # (S,)
+        self.weights = self.weights / self.weights.sum()
+        # State. Without labels everything lies in the first bucket. A cell is a bucket of a source.
         self.labels: dict[str, float] = {}
         self.buckets = np.zeros(len(self.question_ids), dtype=int)
-        self.used = np.zeros(len(self.question_ids), dtype=bool)  # drawn in this epoch of its bucket
-        self.epochs = [0, 0, 0]
+        self.used = np.zeros(len(self.question_ids), dtype=bool)  # drawn in this epoch of its cell
+        self.epochs = [0, 0, 0] * len(self.weights)
         self.draws = self.step = self.stalls = self.since_best = 0
         self.best: float | None = None
 
@@ -133,11 +142,13 @@ class Curriculum:
         self.labels |= peaks
         if self.enabled and len(self.labels) == len(self.question_ids):
             labels = np.array([self.labels[question] for question in self.question_ids], dtype=float)
-            cuts: tuple[float, float] = self.config.cuts
-            if self.config.bucket_by == "quantile":
-                first, second = np.quantile(labels, self.config.quantiles)
-                cuts = (float(first), float(second))
-            self.buckets = np.array([bucket_of(label, cuts) for label in labels])
+            groups = self.origins if self.config.buckets == "within" else np.zeros_like(self.origins)
+            for group in np.unique(groups):
+                cuts: tuple[float, float] = self.config.cuts
+                if self.config.bucket_by == "quantile":
+                    first, second = np.quantile(labels[groups == group], self.config.quantiles)
+                    cuts = (float(first), float(second))
+                self.buckets[groups == group] = [bucket_of(label, cuts) for label in labels[groups == group]]
 
     @property
     def lopsided(self) -> str | None:
@@ -157,9 +168,9 @@ class Curriculum:
     def sample(self, step: int, n: int) -> list[str]:
         """The next n questions, distinct if there are n.
 
-        A bucket gives each of its questions once before any comes again. Bucket sizes follow the mixture of ``step``
-        on average, with shares of less than one question rounded at random; what a bucket cannot give, the others
-        give in proportion. Raises RuntimeError before ``set_labels``.
+        A bucket of a source gives each of its questions once before any comes again. Shares follow the mixture of
+        ``step`` times the weights of the sources on average, with less than one question rounded at random; what a
+        bucket of a source cannot give, the others give in proportion. Raises RuntimeError before ``set_labels``.
         """
         if self.enabled and len(self.labels) < len(self.question_ids):
             raise RuntimeError("the curriculum needs set_labels() before it can sample")
@@ -168,12 +179,17 @@ class Curriculum:
         self.step = step
         rng = np.random.default_rng([self.seed, 0, self.draws])
         self.draws += 1
-        sizes = np.bincount(self.buckets, minlength=3)
-        shares = self.mixture(step) if self.enabled else (1.0, 0.0, 0.0)
+        sizes = np.bincount(self.cells, minlength=3 * len(self.weights))
+        shares = np.outer(self.weights, self.mixture(step) if self.enabled else (1.0, 0.0, 0.0)).ravel()
         chosen: list[int] = []
-        for bucket, count in enumerate(_allocate(n, sizes, np.array(shares), rng)):
-            chosen += self._draw(bucket, count)
+        for cell, count in enumerate(_allocate(n, sizes, shares, rng)):
+            chosen += self._draw(cell, count)
         return [self.question_ids[i] for i in rng.permutation(chosen)]
+
+    @property
+    def cells(self) -> np.ndarray:
+        """Which bucket of which source each question is in. (N,)"""
+        return 3 * self.source + self.buckets
 
     def clock(self, step: int) -> float:
         """``step`` plus 0.05 S for every stall, which can carry it to t2 S but not beyond."""
@@ -211,7 +227,7 @@ class Curriculum:
             if self.enabled:
                 values[f"curriculum/share_{name}"] = self.mixture(self.step)[bucket]
             values[f"curriculum/questions_{name}"] = int(sizes[bucket])
-            values[f"curriculum/epoch_{name}"] = self.epochs[bucket]
+            values[f"curriculum/epoch_{name}"] = max(self.epochs[bucket::3])  # of any source
         return values
 
     def state_dict(self) -> dict[str, Any]:
@@ -239,28 +255,28 @@ class Curriculum:
         self.draws, self.step = state["draws"], state["step"]
         self.stalls, self.since_best, self.best = state["stalls"], state["since_best"], state["best"]
 
-    def _draw(self, bucket: int, count: int) -> list[int]:
-        """``count`` distinct questions of a bucket, going on to its next epoch where this one ends."""
-        chosen = self._fresh(bucket)[:count]
+    def _draw(self, cell: int, count: int) -> list[int]:
+        """``count`` distinct questions of a cell, going on to its next epoch where this one ends."""
+        chosen = self._fresh(cell)[:count]
         self.used[chosen] = True
         if len(chosen) < count:
-            self.used[self.buckets == bucket] = False
-            self.epochs[bucket] += 1
+            self.used[self.cells == cell] = False
+            self.epochs[cell] += 1
             taken = set(chosen)
-            again = [i for i in self._fresh(bucket) if i not in taken][: count - len(chosen)]
+            again = [i for i in self._fresh(cell) if i not in taken][: count - len(chosen)]
             self.used[again] = True
             chosen += again
         return chosen
 
-    def _fresh(self, bucket: int) -> list[int]:
-        """Questions of a bucket not drawn in this epoch, in the epoch's order, which exists for every question."""
-        order = np.random.default_rng([self.seed, 1, bucket, self.epochs[bucket]]).permutation(len(self.question_ids))
-        return [int(i) for i in order[(self.buckets[order] == bucket) & ~self.used[order]]]
+    def _fresh(self, cell: int) -> list[int]:
+        """Questions of a cell not drawn in this epoch, in the epoch's order, which exists for every question."""
+        order = np.random.default_rng([self.seed, 1, cell, self.epochs[cell]]).permutation(len(self.question_ids))
+        return [int(i) for i in order[(self.cells[order] == cell) & ~self.used[order]]]
 
 
 def _allocate(n: int, sizes: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> list[int]:
-    """Split n over buckets in proportion to ``shares`` (3,), none beyond its size; sizes sum to at least n."""
-    counts = np.zeros(3, dtype=int)
+    """Split n over cells in proportion to ``shares`` (C,), none beyond its size; sizes sum to at least n."""
+    counts = np.zeros(len(sizes), dtype=int)
     while (left := n - counts.sum()) > 0:
         room = sizes - counts
         weights = np.where(room > 0, shares, 0)

@@ -128,13 +128,25 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts).to(tensor.device)
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in order of rank."""
+def gather_objects(value: Any, *, beside: bool = False) -> list[Any]:
+    """Every rank's value, in order of rank.
+
+    Args:
+        beside: for a thread that works beside the training, whose collectives these then cannot meet;
+            :func:`open_beside` comes first.
+    """
     if world_size() == 1:
         return [value]
     out: list[Any] = [None] * world_size()
-    dist.all_gather_object(out, value, group=_cpu_group())
+    dist.all_gather_object(out, value, group=_BESIDE if beside else _cpu_group())
     return out
+
+
+def open_beside() -> None:
+    """Make what :func:`gather_objects` with ``beside`` speaks through; a collective of the main threads."""
+    global _BESIDE
+    if world_size() > 1 and _BESIDE is None:
+        _BESIDE = _new_group()
 
 
 def first_problem(error: Exception | None) -> str | None:
@@ -180,23 +192,28 @@ def buckets(items: Iterable[T], size: int, size_of: Callable[[T], int]) -> Itera
 
 
 _GLOO: Any = None
+_BESIDE: Any = None
 
 
 def _cpu_group() -> Any:
-    """Objects travel over gloo, not through GPU memory."""
     global _GLOO
     if _GLOO is None:
-        # a rank may wait for hours, for another's evaluation or rank 0's checkpoint; a failure ends the wait
-        _GLOO = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        _GLOO = _new_group()
     return _GLOO
+
+
+def _new_group() -> Any:
+    """Objects travel over gloo, not through GPU memory."""
+    # a rank may wait for hours, for another's evaluation or rank 0's checkpoint; a failure ends the wait
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
 def stop() -> None:
     """Leave the process group, all ranks together: one that goes early would take the others' connection with it."""
-    global _GLOO
+    global _GLOO, _BESIDE
     if dist.is_initialized():
         dist.barrier(group=_cpu_group() if world_size() > 1 else None)
-        _GLOO = None
+        _GLOO = _BESIDE = None
         dist.destroy_process_group()
 
 

@@ -1,7 +1,8 @@
 """Which rollouts a step trains on: one draw of questions, or as many as dynamic sampling takes, and their rewards.
 
-With ``rollout.async_depth: 1`` the next step's are drawn while this step's are trained on: one update off-policy, which
-the importance correction of the loss weighs.
+With ``rollout.async_depth: 1`` the next step's are drawn while this step's are trained on, all of them (those too that
+dynamic sampling drops, branches, continuations) by weights one update old, which the importance correction of the loss
+weighs.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class Generation:
         self.sampling = Sampling.of(config.rollout)
         self.ahead: tuple[int, Future[Judged]] | None = None  # step, its batch
         self.thread = ThreadPoolExecutor(1, "generation", initializer=partial(_same_device, torch.get_num_threads()))
+        if config.rollout.async_depth and config.dynamic.enabled:
+            distributed.open_beside()
 
     def rollouts(self, step: int, draw: Draw, clock: Clock, *, prefix: float) -> Judged:
         """The batch of a step on this rank, with rewards; and sums and means for the log.
@@ -63,7 +66,8 @@ class Generation:
         Afterwards the engine sleeps or, with ``rollout.async_depth: 1``, draws the next batch until :meth:`wait`.
 
         Args:
-            prefix: share of a completion that rewards by continuations start from.
+            prefix: share of a completion that rewards by continuations start from, of the batch that is drawn now: it
+                keeps it.
         """
         if self.ahead is not None and self.ahead[0] == step:
             rollouts, metrics = self.ahead[1].result()
@@ -74,8 +78,8 @@ class Generation:
             with clock("rollout"):
                 self.collector.engine.sleep()
         elif step + 1 < self.config.optim.steps:
-            problems = draw(step + 1, self.config.rollout.questions_per_step)
-            self.ahead = step + 1, self.thread.submit(self._once, problems, f"step {step + 1}", _unmeasured)
+            # the curriculum is drawn from there: nothing else asks or changes it before wait()
+            self.ahead = step + 1, self.thread.submit(self._drawn, step + 1, draw, _unmeasured, prefix)
         return rollouts, metrics
 
     def wait(self) -> None:
@@ -184,7 +188,7 @@ class Generation:
     def _bottleneck(self, rollouts: Rollouts) -> Tensor:
         """:func:`~aipo.branching.branches.bottleneck_scores` of every rollout, from four passes of the policy. (B,)"""
         prompter, ends = self.collector.prompter, self.collector.prompter.end_ids
-        blank = prompter.encode("")  # the prompt without its question
+        blanks = {origin: prompter.encode("", origin) for origin in {each.origin for each in rollouts.problems}}
         questions, drawn = rollouts.each_prompt, rollouts.each_completion
         golds = [prompter.encode_gold(rollouts.question_of(i)) for i in range(len(drawn))]
         postfix = postfix_ids(prompter.tokenizer, thinking=self.config.data.thinking)
@@ -198,7 +202,7 @@ class Generation:
             mean([[*q, *r, *postfix] for q, r in zip(questions, reasoned)], golds),
             mean([[*q, *postfix] for q in questions], golds),
             mean(questions, drawn),
-            mean([blank] * len(drawn), drawn),
+            mean([blanks[rollouts.question_of(i).origin] for i in range(len(drawn))], drawn),  # without its question
             beta=self.config.branch.beta,
         )
 
@@ -217,7 +221,8 @@ class Generation:
             batch, metrics = self._once(draw(step, target * dynamic.factor), f"step {step} try {attempt}", clock)
             seen.append(metrics)
             mine = [rank + world * i for i in varying_groups(batch, by=dynamic.by, tolerance=dynamic.tolerance)]
-            everywhere = sorted(place for places in distributed.gather_objects(mine) for place in places)
+            gathered = distributed.gather_objects(mine, beside=bool(self.config.rollout.async_depth))
+            everywhere = sorted(place for places in gathered for place in places)
             kept = set(everywhere[: target - have])
             have += len(kept)
             parts.append(batch.keep(batch.rows_of([place // world for place in mine if place in kept])))
@@ -237,6 +242,7 @@ class Generation:
     def _count_continuations(self, rollouts: Rollouts, step: int, prefix: float) -> None:
         """Continuation-accumulated reward (PPPO): right answers of ``reward.continuations`` completions of each
         rollout's prefix, plus 1 if the rollout itself is right."""
+        rollouts.prefix = prefix
         cuts = prefix_lengths(rollouts.lengths, prefix)  # (B,)
         right, tokens = self.collector.continue_from(
             rollouts, cuts, self.sampling, samples=self.config.reward.continuations, stream=f"step {step} continuation"

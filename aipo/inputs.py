@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,15 +13,18 @@ from transformers import AutoConfig
 
 from aipo.branching.cvae import Latents, load_latents
 from aipo.config import Config
+from aipo.config.data import VERIFIER, Source, WatchSource
 from aipo.errors import UserError
+from aipo.evaluation.scoring import Watched
 from aipo.model.loading import read_folder, skeleton, weights_digest
-from aipo.problems.datasets import Problem, fingerprint, load_problems
+from aipo.problems.datasets import EMBEDDED, Loaded, Problem, fingerprint, load_mix, load_problems
 from aipo.problems.embedded import resolve_model
 from aipo.problems.holdout import hold_out
-from aipo.problems.problem import Split
 from aipo.problems.prompts import Prompter, wrong_golds
+from aipo.problems.readers import HUB
 from aipo.record.checkpoints import run_identity
 from aipo.rollout import require_engine
+from aipo.verify import FunctionError, Verifier
 
 # what may differ between a checkpoint and the run that goes on from it: nothing of it changes what is computed
 MAY_CHANGE = (
@@ -47,7 +51,7 @@ class Inputs:
     model_path: str
     problems: list[Problem]
     held_out: list[Problem]
-    watched: dict[str, list[Problem]]  # by the name in the metrics
+    watched: dict[str, Watched]  # by the name in the metrics
     prompter: Prompter
     notes: list[str]  # what was dropped, for the user
     identity: dict[str, Any]
@@ -57,7 +61,7 @@ def check_inputs(config: Config, world: int) -> Inputs:
     """Read and check model folder, tokenizer and data. Raises UserError; loads no weights."""
     config.check_world_size(world)
     path = resolve_model(config.model.path)
-    loaded = {split: (spec, load_problems(spec, split=kind)) for split, (spec, kind) in data_sets(config).items()}
+    loaded = load_data(config, data_sets(config))
     folder = read_folder(path, key="model.path", name=config.model.path)
     check_model(config, folder.architecture)
     find_latents(config, path)
@@ -70,12 +74,17 @@ def check_inputs(config: Config, world: int) -> Inputs:
         thinking=data.thinking,
         max_prompt_tokens=data.max_prompt_tokens,
         generation_config=folder.generation,
+        suffixes={origin: each.suffix for origin, each in config.sources().items() if each.suffix is not None},
     )
-    notes, kept = [], {}
-    for split, (spec, content) in loaded.items():
-        kept[split], too_long = prompter.filter(content.problems)
+    check_functions(config)
+    notes: list[str] = []
+    kept: dict[str, list[Problem]] = {"train": []}
+    for name, (spec, content) in loaded.items():
+        short, too_long = prompter.filter(content.problems)
         reasons = {**content.dropped, f"longer than {data.max_prompt_tokens} tokens": too_long}
-        notes.append(f"{split}: {len(kept[split])} questions from {spec}{dropped(reasons)}")
+        notes.append(f"{name}: {len(short)} questions from {spec}{dropped(reasons)}")
+        purpose = "train" if name.startswith("train") else name  # of any source
+        kept[purpose] = [*kept.get(purpose, []), *short]
     if data.validation is None:
         count, seed = config.validation.holdout, config.validation.holdout_seed
         kept["train"], kept["validation"], copies = hold_out(kept["train"], count, seed=seed)
@@ -111,7 +120,14 @@ def check_inputs(config: Config, world: int) -> Inputs:
     if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         raise UserError("model.attention: flash_attention_2 is not installed: pip install flash-attn, or use sdpa")
     held_out = kept["validation"][: config.validation.questions]
-    watched = {watch_name(spec): kept[f"watch {watch_name(spec)}"] for spec in config.validation.watch}
+    watched = {
+        each.called: Watched(
+            kept[f"watch {each.called}"],
+            samples=each.samples or config.validation.watch_samples,
+            every=each.every or config.validation.watch_every,
+        )
+        for each in watch_sources(config)
+    }
     identity = run_identity(
         config.model_dump(),
         may_change=MAY_CHANGE,
@@ -124,22 +140,57 @@ def check_inputs(config: Config, world: int) -> Inputs:
     return Inputs(path, kept["train"], held_out, watched, prompter, notes, identity)
 
 
-def data_sets(config: Config) -> dict[str, tuple[str, Split]]:
-    """All files of questions that a run reads, by what they are for."""
+def load_data(config: Config, names: Collection[str]) -> dict[str, tuple[str, Loaded]]:
+    """(path, problems) by some names of :func:`data_sets`, all sources of training or none. Raises UserError."""
     data = config.data
-    sets: dict[str, tuple[str, Split]] = {"train": (data.train, "train")}
-    if data.validation is not None:
-        sets["validation"] = data.validation, "validation"
-    for spec in config.validation.watch:
-        if (name := f"watch {watch_name(spec)}") in sets:
-            raise UserError(f"validation.watch: metrics are named after the files, and two are {name[6:]}: rename one")
-        sets[name] = spec, "validation"
+    given = dict(zip((f"watch {each.called}" for each in watch_sources(config)), config.validation.watch))
+    mix = {} if isinstance(data.train, str) or not _training(names) else load_mix(data.train)
+    sets: dict[str, tuple[str, Loaded]] = {}
+    for name, source in ((name, source) for name, source in data_sets(config).items() if name in names):
+        purpose, _, called = name.partition(" ")
+        if purpose == "train":
+            loaded = mix[called] if mix else load_problems(source.path, split="train")
+        elif isinstance(given.get(name, data.validation), str):  # a path alone: its problems are as if of no source
+            loaded = load_problems(source.path, split="validation")
+        else:
+            loaded = load_problems(source, split="validation", origin=name.replace(" ", "/"))
+        sets[name] = source.path, loaded
     return sets
 
 
-def watch_name(spec: str) -> str:
-    """What a watched set is called in metrics: its file without folder and ending."""
-    return Path(spec.partition(":")[2] or spec).stem
+def _training(names: Collection[str]) -> set[str]:
+    return {name for name in names if name.partition(" ")[0] == "train"}
+
+
+def data_sets(config: Config) -> dict[str, Source]:
+    """Everything that a run reads, by what it is for: ``train`` or ``train NAME`` of each of several sources,
+    ``validation``, ``watch NAME``."""
+    train, validation = config.data.train, config.data.validation
+    if isinstance(train, str):
+        sets: dict[str, Source] = {"train": Source(path=train)}
+    else:
+        sets = {f"train {source.called}": source for source in train}
+    if validation is not None:
+        sets["validation"] = Source(path=validation) if isinstance(validation, str) else validation
+    return sets | {f"watch {each.called}": each for each in watch_sources(config)}
+
+
+def watch_sources(config: Config) -> list[WatchSource]:
+    """The watched sets, those too that are given as a path alone."""
+    return [WatchSource(path=each) if isinstance(each, str) else each for each in config.validation.watch]
+
+
+def check_functions(config: Config) -> None:
+    """Raises UserError for a reward function that cannot be imported where it will run."""
+    reward = config.reward
+    for function in sorted({each.function for each in config.rewards().values()} - {VERIFIER}):
+        try:
+            Verifier(1, reward.timeout_s, reward.memory_mb).check(function)
+        except FunctionError as error:
+            raise UserError(
+                f"reward.function: {function} cannot be imported ({error}): install its package, put its file beside "
+                "train.py or its folder on PYTHONPATH; reward.memory_mb caps what it may load"
+            ) from error
 
 
 def check_model(config: Config, architecture: Any) -> None:
@@ -175,15 +226,21 @@ def dropped(reasons: dict[str, int]) -> str:
 
 
 def describe_data(config: Config) -> list[str]:
-    """For --dry-run: how many questions there are, or that a file is not there yet. Raises UserError for bad rows."""
-    lines = []
-    for name, (spec, split) in data_sets(config).items():
-        key = f"validation.{name}" if name.startswith("watch ") else f"data.{name}"
-        if not spec.startswith("embedded:") and not Path(spec).is_file():
-            lines.append(f"{key}: {spec} is not there yet; before the run, put a JSONL file there")
-            continue
-        loaded = load_problems(spec, split=split)
-        lines.append(f"{key}: {len(loaded.problems)} questions from {spec}{dropped(loaded.dropped)}")
+    """For --dry-run: how many questions there are, or that they are not there yet. Raises UserError for bad rows."""
+    paths = {name: source.path for name, source in data_sets(config).items()}
+    keys = {name: f"validation.{name}" if name.startswith("watch ") else f"data.{name}" for name in paths}
+    there = {name for name, path in paths.items() if path.startswith(EMBEDDED) or Path(path).expanduser().exists()}
+    lines = [
+        f"{keys[name]}: {path} is fetched when the run starts"
+        if path.startswith(HUB)
+        else f"{keys[name]}: {path} is not there yet; before the run, put a JSONL file there"
+        for name, path in paths.items()
+        if name not in there
+    ]
+    if not _training(paths) <= there:  # sources are compared with each other
+        there -= _training(paths)
+    for name, (path, loaded) in load_data(config, there).items():
+        lines.append(f"{keys[name]}: {len(loaded.problems)} questions from {path}{dropped(loaded.dropped)}")
     if config.data.validation is None:
         lines.append(f"validation.holdout: {config.validation.holdout} questions of data.train, not trained on")
     return lines
@@ -192,8 +249,9 @@ def describe_data(config: Config) -> list[str]:
 def without_effect(config: Config) -> list[str]:
     """For --dry-run: keys that were set and change nothing."""
     loss = config.loss
-    keys = [key for key in ("clip_low", "clip_high", "ratio") if key in loss.model_fields_set]
-    if config.optim.updates_per_batch > 1 or not keys:
+    about_ratio = ("clip_low", "clip_high", "ratio", "gate_positive", "gate_negative", "divergence")
+    keys = [key for key in about_ratio if key in loss.model_fields_set]
+    if config.optim.updates_per_batch > 1 or loss.old_policy == "engine" or not keys:
         return []
     named = ", ".join(f"loss.{key}" for key in keys)
     return [

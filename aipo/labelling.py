@@ -15,6 +15,7 @@ from dataclasses import replace
 from math import ceil, floor
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from aipo import distributed
@@ -32,6 +33,24 @@ from aipo.selection import TokenSelector
 
 Label = Callable[[Sequence[Problem]], dict[str, float]]
 """N_peak of each of this rank's questions of a block, which may be none; a collective"""
+
+DEPENDS_ON = (
+    "model.",
+    "data.",
+    "mi.",
+    "seed",
+    "train_fingerprint",
+    "mask.kappa_start",
+    "mask.statistic",
+    "mask.tau",
+    "curriculum.bucket_by",
+    "curriculum.probe_tokens",
+    "rollout.engine",
+    "rollout.max_tokens",
+    "rollout.temperature",
+    "rollout.top_",
+)
+"""Keys of a run's identity, by their beginnings; ``data.train`` and the weights are among its facts"""
 
 
 def peaks(rollouts: Rollouts, scores: Tensor, config: CurriculumConfig, mask: MaskConfig) -> dict[str, float]:
@@ -74,13 +93,32 @@ def label_folder(cache: Path, **facts: object) -> Path:
 def label_questions(
     problems: Sequence[Problem], label: Label, folder: Path, *, block: int, progress: Progress
 ) -> dict[str, float]:
-    """N_peak by question id, the same on every rank; ``block`` questions a rank are labelled and saved at a time."""
+    """N_peak by question id, the same on every rank; ``block`` questions a rank are labelled and saved at a time.
+
+    Runs that share ``folder`` label one after the other: the second waits, and finds the labels of the first.
+    """
+    if distributed.rank() > 0:
+        return _label(problems, label, folder, block, progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress.say("another run makes the labels that this one needs: waiting for it")
+        lock.acquire()
+    try:
+        return _label(problems, label, folder, block, progress)
+    finally:
+        lock.release()
+
+
+def _label(problems: Sequence[Problem], label: Label, folder: Path, block: int, progress: Progress) -> dict[str, float]:
     # one rank reads for all: they may see a shared folder at different moments
     known = distributed.gather_objects(read_labels(folder) if distributed.rank() == 0 else {})[0]
     missing = [problem for problem in problems if problem.id not in known]
     rank, world = distributed.rank(), distributed.world_size()
     if missing:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)  # ranks do not wait for the first to have made it
         file = JsonlLog(folder / f"rank-{rank}.jsonl")
         with progress.task("labelling", len(problems)) as task, closing(file):
             task.advance(len(problems) - len(missing))

@@ -18,7 +18,7 @@ AGGREGATIONS = ("sequence", "token", "constant", "all_tokens")
 MAX_LOG_RATIO = 20.0
 """nats; of k3's log ratio, which grows exponentially: one token that the initial model finds e^20 times as likely
 would outweigh all others of a batch. Drift in training stays far below; beyond it the KL has no gradient."""
-RATIOS = ("token", "sequence", "clipped_weight")
+RATIOS = ("token", "sequence", "clipped_weight", "soft_gate", "tv_mask", "kl_mask")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,7 @@ class LossInputs:
     logp_ref: Tensor | None = None  # (B, T) under the initial model
     logp_engine: Tensor | None = None  # (B, T) as the rollout engine drew them; None where nothing is to be corrected
     importance_weight: Tensor | None = None  # (B, T) given instead
+    inclusion: Tensor | None = None  # (B, T) in (0, 1], the chance with which the mask drew a token; needs lengths
     lengths: Tensor | None = None  # (B,) completion tokens
     kl_weight: Tensor | None = None  # (B, T)
     entropy: Tensor | None = None  # (B, T) nats, with gradient
@@ -51,14 +52,14 @@ def loss_terms(
     config: LossConfig,
     *,
     max_length: int | None = None,
-    correction: tuple[str, float] = ("none", 2.0),
+    correction: tuple[str, float, float] = ("none", 2.0, 0.5),
 ) -> LossTerms:
     """Unnormalised eq. 2 with the rules of a config's section ``loss``; see :func:`policy_loss`.
 
     Args:
         max_length: of a completion, for the aggregation ``constant``.
-        correction: rule and cap of :func:`importance_weights`, where ``logp_engine`` is there; its sums are among the
-            terms' as ``mismatch_*``, its largest ratio as ``weight_max``.
+        correction: rule, cap and floor of :func:`importance_weights`, where ``logp_engine`` is there; its sums are
+            among the terms' as ``mismatch_*``, its largest ratio as ``weight_max``.
     """
     clip_low, clip_high, aggregation = config.clip_low, config.clip_high, config.aggregation
     kl_beta = config.kl_beta if config.kl_in == "loss" else 0.0
@@ -72,14 +73,20 @@ def loss_terms(
         raise ValueError("entropy_weight needs entropy")
     if aggregation == "constant" and max_length is None:
         raise ValueError("aggregation='constant' needs max_length")
+    if config.old_policy == "engine" and inputs.logp_engine is None:
+        raise ValueError("old_policy='engine' needs logp_engine")
+    if inputs.inclusion is not None and inputs.lengths is None:
+        raise ValueError("inclusion needs lengths")
     logp, logp_old, advantages, mask = inputs.logp, inputs.logp_old, inputs.advantages, inputs.mask
     weight: Tensor | None = inputs.importance_weight
     mismatch: dict[str, Tensor] = {}
     if inputs.logp_engine is not None:
-        rule, cap = correction
-        weight, mismatch = importance_weights(logp_old, inputs.logp_engine, mask, rule=rule, cap=cap)  # (B, T)
+        rule, cap, floor = correction
+        weight, mismatch = importance_weights(logp_old, inputs.logp_engine, mask, rule=rule, cap=cap, floor=floor)
+        if config.old_policy == "engine":  # the ratio then has the difference in it
+            logp_old = inputs.logp_engine  # (B, T)
     mask = mask.bool()  # (B, T)
-    selected = mask.sum(1)  # (B,)
+    selected = counted = mask.sum(1)  # (B,)
     # what is not selected must not reach the gradient even where it is inf or NaN: replace it before any arithmetic
     logp, logp_old = torch.where(mask, logp, 0.0), torch.where(mask, logp_old, 0.0)  # (B, T)
     if advantages.dim() == 1:
@@ -94,13 +101,20 @@ def loss_terms(
     if config.ratio == "clipped_weight":
         gain = clipped.detach() * advantages * logp  # (B, T)
         clip = (rho != clipped) & mask  # (B, T)
+    elif config.ratio == "soft_gate":
+        tau = torch.where(advantages > 0, config.gate_positive, config.gate_negative).to(rho)  # (B, T)
+        gain = (tau * (rho - 1)).sigmoid() * (4 / tau) * advantages  # (B, T)
+        clip = torch.zeros_like(mask)  # (B, T)
+    elif config.ratio in ("tv_mask", "kl_mask"):
+        far = binary_divergence(logp_old, logp.detach(), kl=config.ratio == "kl_mask") > config.divergence  # (B, T)
+        clip = far & (log_rho * advantages > 0) & mask  # (B, T) what would drive the policy further away
+        gain = torch.where(clip, 0.0, rho * advantages)  # (B, T)
     else:
         gain = torch.minimum(rho * advantages, clipped * advantages)  # (B, T)
         clip = (rho * advantages > clipped * advantages) & mask  # (B, T)
     kl = torch.zeros_like(gain)  # (B, T)
     if inputs.logp_ref is not None:
-        log_ratio = (torch.where(mask, inputs.logp_ref, 0.0) - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # (B, T)
-        kl = log_ratio.exp() - log_ratio - 1  # (B, T) k3
+        kl = k3(logp, torch.where(mask, inputs.logp_ref, 0.0))  # (B, T)
     penalty = kl if inputs.kl_weight is None else kl * torch.where(mask, inputs.kl_weight.detach(), 0.0)  # (B, T)
     token_loss = kl_beta * penalty - gain if kl_beta > 0 else -gain  # (B, T)
     if inputs.entropy is not None and config.entropy_weight != 0:
@@ -108,14 +122,17 @@ def loss_terms(
     if weight is not None:
         token_loss = token_loss * torch.where(mask, weight.detach(), 0.0)
     token_loss = torch.where(mask, token_loss, 0.0)  # (B, T)
+    if inputs.inclusion is not None and inputs.lengths is not None:  # estimate what all tokens give
+        token_loss = token_loss / torch.where(mask, inputs.inclusion, 1.0)
+        counted = inputs.lengths.to(selected)  # (B,)
 
     if aggregation == "sequence":  # a sequence that selects nothing drops out of the average
-        total = (token_loss.sum(1) / selected.clamp(min=1)).sum()
-        denominator = (selected > 0).sum()
+        total = (token_loss.sum(1) / counted.clamp(min=1)).sum()
+        denominator = (counted > 0).sum()
     else:
         total = token_loss.sum()
         denominator = {
-            "token": selected.sum(),
+            "token": counted.sum(),
             "constant": selected.new_tensor(len(mask) * (max_length or 0)),
             "all_tokens": selected.new_tensor(mask.numel()) if inputs.lengths is None else inputs.lengths.sum(),
         }[aggregation]
@@ -148,6 +165,10 @@ def policy_loss(
     kl_weight: Tensor | None = None,
     entropy: Tensor | None = None,
     entropy_weight: float = 0.0,
+    inclusion: Tensor | None = None,
+    gate_positive: float = 1.0,
+    gate_negative: float = 1.05,
+    divergence: float = 0.15,
 ) -> tuple[Tensor, dict[str, float]]:
     """Minus eq. 2 of the paper: clipped policy gradient and k3 KL on the selected tokens only.
 
@@ -164,12 +185,20 @@ def policy_loss(
         ratio: ``token`` (eq. 3: pi / pi_old of each token, in the clipped minimum of eq. 2); ``sequence`` (GSPO,
             arXiv 2507.18071: the geometric mean of those over a sequence's selected tokens stands for all of them);
             ``clipped_weight`` (CISPO, arXiv 2506.13585: A log pi, weighted by the detached, clipped token ratio;
-            ``clip_low`` of 1 or more leaves it unbounded below). The gradient of ``sequence`` runs through the mean
-            and is the same for all tokens of a sequence: advantages (B, T) cannot tell them apart there.
+            ``clip_low`` of 1 or more leaves it unbounded below); ``soft_gate`` (SAPO, arXiv 2511.20347: A times
+            sigmoid(tau (rho - 1)) 4 / tau, whose slope at 1 is 1, with ``gate_positive`` for tau where A > 0, else
+            ``gate_negative``); ``tv_mask`` and ``kl_mask`` (DPPO, arXiv 2602.04879, eq. 11 and 12: rho A, but 0 for a
+            token that would go on away from the old policy once its :func:`binary_divergence` exceeds
+            ``divergence``). The gradient of ``sequence`` runs through the mean and is the same for all tokens of a
+            sequence: advantages (B, T) cannot tell them apart there.
         importance_weight: (B, T) multiplied into the token loss, detached (:func:`importance_weights`).
         kl_weight: (B, T) multiplied into the KL of each token, detached (:func:`kl_priority`).
         entropy: (B, T) entropy of the policy in nats, with gradient. The loss gains -``entropy_weight`` A_t H_t a
             token, the self-reward of IIB-LPO (arXiv 2601.05870; 0.005 there).
+        inclusion: (B, T) chance with which the mask selects a token. Each selected token's loss is divided by it, and
+            ``sequence`` and ``token`` count all ``lengths`` tokens instead of the selected ones: the expectation over
+            masks is then the loss of all tokens (Horvitz-Thompson; NAT, arXiv 2603.06619), unless ``ratio`` is
+            ``sequence``, which is not a sum over tokens.
 
     Returns:
         The loss, () with gradient, and metrics over selected tokens: ``kl`` (unweighted), ``ratio``,
@@ -189,6 +218,7 @@ def policy_loss(
         lengths=lengths,
         kl_weight=kl_weight,
         entropy=entropy,
+        inclusion=inclusion,
     )
     config = LossConfig.model_construct(  # without a config's bounds, as here any clip is defined
         clip_low=clip_low,
@@ -197,12 +227,21 @@ def policy_loss(
         aggregation=aggregation,
         ratio=ratio,
         entropy_weight=entropy_weight,
+        gate_positive=gate_positive,
+        gate_negative=gate_negative,
+        divergence=divergence,
     )
     terms = loss_terms(inputs, config, max_length=max_length)
     selected = terms.sums["selected"].clamp(min=1)
     metrics = {name: float(terms.sums.get(name, 0.0) / selected) for name in ("kl", "ratio", "clip_fraction")}
     metrics["selected"] = float(terms.sums["selected"])
     return terms.total / terms.denominator.clamp(min=1), metrics
+
+
+def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
+    """k3 estimate of the KL from the reference at tokens drawn from the policy, nats: r - log r - 1. (B, T)"""
+    log_ratio = (logp_ref - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # (B, T)
+    return log_ratio.exp() - log_ratio - 1
 
 
 def kl_priority(entropy: Tensor, vocab_size: int, power: float) -> Tensor:
@@ -222,27 +261,49 @@ def kl_priority(entropy: Tensor, vocab_size: int, power: float) -> Tensor:
     return (1 - entropy.detach() / math.log(vocab_size)).clamp(0, 1).pow(power)
 
 
+def binary_divergence(logp_old: Tensor, logp: Tensor, *, kl: bool) -> Tensor:
+    """How far two policies are apart on "this token, or another" (DPPO's binary approximation, eq. 13 and 14).
+
+    Args:
+        logp_old, logp: (B, T) log-probabilities in nats of the drawn tokens; p_old = exp(logp_old), p = exp(logp).
+        kl: KL(p_old, p) of the two Bernoulli distributions in nats, infinite where p is 1 and p_old is not; else
+            their total variation |p - p_old|. Both lie below those of the whole vocabulary.
+
+    Returns:
+        (B, T)
+    """
+    old, new = logp_old.exp(), logp.exp()  # (B, T)
+    if not kl:
+        return (new - old).abs()
+    other_old, other_new = (-each.expm1().clamp(max=0) for each in (logp_old, logp))  # (B, T) 1 - p, exact near p = 1
+    rest = torch.xlogy(other_old, other_old) - torch.xlogy(other_old, other_new)  # (B, T)
+    return old * (logp_old - logp) + rest
+
+
 def importance_weights(
-    logp_old: Tensor, logp_engine: Tensor, mask: Tensor, *, rule: str, cap: float
+    logp_old: Tensor, logp_engine: Tensor, mask: Tensor, *, rule: str, cap: float, floor: float = 0.5
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weights for tokens that the rollout engine drew with slightly other probabilities than ours.
 
-    ``token_truncated``: min(exp(logp_old - logp_engine), cap) a token. ``sequence_mask``: 0 for every token of a
-    sequence whose geometric mean of that ratio over its selected tokens lies outside [1/cap, cap], else 1.
-    ``none``: 1.
+    ``token_truncated``: min(exp(logp_old - logp_engine), cap) a token. ``token_mask``: that ratio itself inside
+    [floor, cap], 0 outside (IcePop, arXiv 2510.18855). ``sequence_mask``: 0 for every token of a sequence whose
+    geometric mean of that ratio over its selected tokens lies outside [1/cap, cap], else 1. ``none``: 1.
 
     Args:
         logp_old, logp_engine: (B, T), read where ``mask`` (B, T) is true.
 
     Returns:
         (B, T) weights without gradient, and sums over selected tokens: ``mismatch_weight``, ``mismatch_kl`` (k3
-        estimate of the KL from the engine's distribution to ours, nats) and ``mismatch_gap`` (absolute difference);
-        ``weight_max`` is the largest ratio, before the cap.
+        estimate of the KL from the engine's distribution to ours, nats) and ``mismatch_gap`` (absolute difference),
+        of the masks also ``mismatch_dropped`` (tokens of weight 0); ``weight_max`` is the largest ratio, before the
+        cap.
     """
     difference = torch.where(mask, logp_old - logp_engine, 0.0).detach().float()  # (B, T)
     ratio = difference.exp()  # (B, T)
     if rule == "token_truncated":
         weight = ratio.clamp(max=cap)  # (B, T)
+    elif rule == "token_mask":
+        weight = torch.where((ratio >= floor) & (ratio <= cap), ratio, 0.0)  # (B, T)
     elif rule == "sequence_mask":
         mean = difference.sum(1) / mask.sum(1).clamp(min=1)  # (B,)
         weight = (mean.abs() <= torch.tensor(cap).log()).float()[:, None].expand_as(ratio)  # (B, T)
@@ -254,5 +315,6 @@ def importance_weights(
         "mismatch_weight": (weight * mask).sum(),
         "mismatch_kl": ((ratio - difference - 1) * mask).sum(),
         "mismatch_gap": (difference.abs() * mask).sum(),
+        **({"mismatch_dropped": ((weight == 0) & mask).sum()} if rule.endswith("_mask") else {}),
         "weight_max": (ratio * mask).max() if mask.any() else ratio.new_zeros(()),
     }

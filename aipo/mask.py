@@ -82,7 +82,9 @@ class MaskRule:
         rule: ``threshold``; ``peaks_only``, its local maxima; ``top_fraction``, the round(fraction n) highest scores,
             at least one, and fewer where ties at the cut would exceed that budget; ``quadrant``: the scores are numbers
             of quadrants, and those equal to ``quadrant`` are selected (HAPO's controlled intervention). ``all``,
-            ``random`` (as many as top_fraction, per sequence) and ``prefix`` look at lengths only.
+            ``prefix`` and those that draw look at lengths only: ``random`` (as many as top_fraction, per sequence),
+            ``bernoulli`` (each token by itself with the chance ``fraction``), ``random_prefix`` (the first L tokens,
+            L uniform from ``shortest`` to all of them).
         scope: the tokens that share one threshold: a ``sequence``, the adjacent ``group_size`` rollouts of a question,
             the ``micro_batch`` that :meth:`select` is given, the ``batch`` over all ranks, or ``running``: the batch's
             statistics averaged over steps by ``decay``, or with a decay of 1 those of all tokens of the run so far.
@@ -96,17 +98,14 @@ class MaskRule:
         self.rule, self.scope, self.statistic, self.tau = config.rule, config.scope, config.statistic, config.tau
         self.fraction, self.quadrant, self.group_size, self.seed = config.fraction, config.quadrant, group_size, seed
         self.decay, self.invert = config.decay, config.invert
+        self.draws, self.reweight, self.shortest = config.draws, config.reweight, config.shortest
         self.running: Tensor | None = None  # averaged statistics, as _statistics returns them
         self.seen = 0  # tokens behind them
 
     @property
     def local(self) -> bool:
-        return self.scope in ("sequence", "causal", "micro_batch") or self.rule in (
-            "all",
-            "random",
-            "prefix",
-            "quadrant",
-        )
+        by_itself = self.draws or self.rule in ("all", "prefix", "quadrant")
+        return by_itself or self.scope in ("sequence", "causal", "micro_batch")
 
     def select(
         self,
@@ -121,16 +120,16 @@ class MaskRule:
     ) -> Tensor:
         """scores (B, T), lengths (B,) -> bool (B, T).
 
-        ``rollout_ids`` (B,) and ``step`` seed the random rule; ``prefix`` is the share of the prefix rule. ``gather``
-        turns this rank's 1-D tensor into the concatenation over ranks; scopes batch and running call it exactly once.
-        With scope running, a call is one update of the averages. Raises ValueError if scope is group and B is no
-        multiple of ``group_size``.
+        ``rollout_ids`` (B,) and ``step`` seed the rules that draw; ``prefix`` is the share of the prefix rule.
+        ``gather`` turns this rank's 1-D tensor into the concatenation over ranks; scopes batch and running call it
+        exactly once. With scope running, a call is one update of the averages. Raises ValueError if scope is group and
+        B is no multiple of ``group_size``.
         """
         inside = token_grid(lengths, scores.shape[-1])
         if self.rule == "all":
             return inside
-        if self.rule == "random":
-            return self._random(inside, lengths, step, rollout_ids)
+        if self.draws:
+            return self._drawn(inside, lengths, step, rollout_ids)
         if self.rule == "prefix":
             return token_grid(prefix_lengths(lengths, prefix), scores.shape[-1])
         if self.rule == "quadrant":
@@ -179,12 +178,35 @@ class MaskRule:
             self.seen += tokens
         return self.running.to(new)
 
-    def _random(self, inside: Tensor, lengths: Tensor, step: int, rollout_ids: Tensor) -> Tensor:
+    def inclusion(self, lengths: Tensor, width: int) -> Tensor:
+        """Chance with which a rule that draws selects each token: (B,) -> (B, width), 1 in padding."""
+        length = lengths[:, None].double()  # (B, 1)
+        place = torch.arange(1, width + 1, device=lengths.device)  # (T,)
+        if self.rule == "random":
+            budgets = [_budget(n, self.fraction) for n in lengths.tolist()]
+            chance = torch.tensor(budgets, device=lengths.device)[:, None] / length.clamp(min=1)  # (B, 1)
+        elif self.rule == "bernoulli":
+            chance = torch.full_like(length, self.fraction)  # (B, 1)
+        elif self.rule == "random_prefix":
+            shortest = length.clamp(max=self.shortest)  # (B, 1)
+            chance = ((length - place + 1) / (length - shortest + 1)).clamp(max=1)  # (B, T) P(L >= place)
+        else:
+            raise ValueError(f"rule {self.rule!r} draws no tokens")
+        return torch.where(token_grid(lengths, width), chance, 1.0).float()
+
+    def _drawn(self, inside: Tensor, lengths: Tensor, step: int, rollout_ids: Tensor) -> Tensor:
         selected = torch.zeros_like(inside)
         for row, (length, rollout) in enumerate(zip(lengths.tolist(), rollout_ids.tolist())):
-            if length:
-                order = np.random.default_rng([self.seed, step, rollout]).permutation(length)
-                selected[row, torch.from_numpy(order[: _budget(length, self.fraction)]).to(inside.device)] = True
+            if not length:
+                continue
+            random = np.random.default_rng([self.seed, step, rollout])
+            if self.rule == "random":
+                chosen = random.permutation(length)[: _budget(length, self.fraction)]
+            elif self.rule == "bernoulli":
+                chosen = np.flatnonzero(random.random(length) < self.fraction)
+            else:
+                chosen = np.arange(random.integers(min(self.shortest, length), length + 1))
+            selected[row, torch.from_numpy(chosen).to(inside.device)] = True
         return selected
 
 

@@ -13,12 +13,18 @@ from torch import Tensor
 
 from aipo import distributed
 from aipo.config import Config
+from aipo.errors import UserError
 from aipo.layout import MicroBatch, filler, micro_batches, shared_prompt_batches
 from aipo.problems.datasets import Problem
 from aipo.problems.prompts import Prompter, wrong_golds
 from aipo.rollout.base import RolloutEngine
 from aipo.rollouts import Rollouts
 from aipo.sharding import Sharded
+
+LAYOUT_TOKENS = 256
+"""of a completion, most at which layouts are compared"""
+LAYOUT_TOLERANCE = {"float32": 0.01, "bfloat16": 0.08, "float16": 0.08}
+"""Nats a token by which a layout may differ by rounding: TF32 on a GPU, half precision's logits."""
 
 
 class Passes:
@@ -106,6 +112,45 @@ class Passes:
         return self.per_token(
             self.batches(prompts, completions), lengths, lambda micro: self.sharded.forward(micro, _every)["logp"]
         ).nan_to_num(0.0)
+
+    @torch.no_grad()
+    def layout_gap(self, prompts: Sequence[Sequence[int]]) -> float:
+        """What the layout in use changes: mean absolute difference in nats a token between all of a few sequences in
+        one row and each in a forward pass of its own. A collective, the same on all ranks; 0 where rows are padded.
+
+        Each of the prompts has two completions, as long as any may be up to ``LAYOUT_TOKENS``, of the prompts' text.
+        """
+        optim, length = self.config.optim, min(self.config.rollout.max_tokens, LAYOUT_TOKENS)
+        if not (optim.share_prompts or optim.packing):
+            return 0.0
+        text = [token for prompt in prompts for token in prompt] * (length + 1)
+        each = [prompt for prompt in prompts for _ in range(2)]
+        completions = [text[i : i + length] for i in range(1, len(each) + 1)]
+        everything = sum(len(prompt) + length for prompt in each)
+        if optim.share_prompts:
+            (row,) = shared_prompt_batches(each, completions, budget=everything)
+        else:
+            (row,) = micro_batches(each, completions, budget=everything, packing=True)
+        together = torch.zeros(len(each), length)  # (B, T)
+        row.write(together, self.sharded.forward(row.to(self.device), _every)["logp"].cpu())
+        alone = torch.tensor(
+            [self.completion_log_probs(p, c, self.config.rollout.temperature) for p, c in zip(each, completions)]
+        )  # (B, T)
+        gaps = distributed.gather_objects(float((together - alone).abs().mean()))
+        return float(torch.tensor(gaps).max())  # of NaN, too
+
+    def check_layout(self, prompts: Sequence[Sequence[int]]) -> float:
+        """:meth:`layout_gap`; raises UserError on every rank where it is more than rounding."""
+        gap = self.layout_gap(prompts)
+        most = LAYOUT_TOLERANCE[self.config.model.dtype]
+        if not gap <= most:  # so written that NaN fails
+            key = "share_prompts" if self.config.optim.share_prompts else "packing"
+            raise UserError(
+                f"optim.{key}: {self.config.model.path} says something else of sequences that lie in one row: "
+                f"log-probabilities differ by {gap:.2g} nats a token from those of one sequence a pass (at most {most} "
+                f"expected): set optim.{key}: false"
+            )
+        return gap
 
     def reference_gaps(self, rollouts: Rollouts, reference: Reference) -> Tensor:
         """log pi - log pi_ref of every completion as a whole, nats; a collective. (B,)"""

@@ -64,7 +64,8 @@ class Policy(nn.Module):
 
         Returns:
             Without ``select``: ``states`` (N, d), detached, and with ``full`` what the whole vocabulary says at all N
-            tokens, without gradient: ``entropy`` (N,) and ``certainty`` (N,), the KL from uniform to the policy.
+            tokens, without gradient: ``entropy``, ``certainty`` and ``energy``, (N,) each, of
+            :func:`vocabulary_statistics`.
             With ``select``: ``mask`` (N,) bool as selected and, for its K true positions, ``logp`` (K,) with gradient
             and ``entropy`` (K,), with gradient if ``entropy_gradient``. All float32, in nats and after temperature.
         """
@@ -90,8 +91,8 @@ class Policy(nn.Module):
         settings = {"temperature": self.temperature, "chunk": self.head_chunk}
         if full:
             with torch.no_grad():
-                entropy, certainty = head(last.flatten(0, 1)[micro.predictors], **settings)  # (N,), (N,)
-            return {"states": states, "entropy": entropy, "certainty": certainty}
+                statistics = head(last.flatten(0, 1)[micro.predictors], micro.targets, full=True, **settings)
+            return {"states": states} | statistics
         if select is None:
             return {"states": states}
         with torch.no_grad():
@@ -113,33 +114,39 @@ def _head_forward(
     temperature: float | None = None,
     chunk: int = 1024,
     entropy_gradient: bool = False,
+    full: bool = False,
 ) -> Any:
-    """The plain linear head; or, never holding all logits, with ``targets`` their log-probabilities and the entropy,
-    with a ``temperature`` alone the entropy and the certainty of :func:`vocabulary_statistics`."""
-    if temperature is None:
+    """The plain linear head; or, never holding all logits, the log-probabilities of ``targets`` and the entropy, or
+    with ``full`` the numbers of :func:`vocabulary_statistics`."""
+    if temperature is None or targets is None:
         return F.linear(hidden, self.weight, self.bias)
-    if targets is None:
-        return vocabulary_statistics(hidden, self.weight, self.bias, temperature, chunk)
+    if full:
+        return vocabulary_statistics(hidden, self.weight, self.bias, targets, temperature, chunk)
     return SelectedLogProbs.apply(hidden, self.weight, self.bias, targets, temperature, chunk, entropy_gradient)
 
 
 def vocabulary_statistics(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, chunk: int
-) -> tuple[Tensor, Tensor]:
-    """(N, d), (V, d), (V,) or None -> entropy (N,) and self-certainty (N,) of softmax(h W^T / temperature), in nats.
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, chunk: int
+) -> dict[str, Tensor]:
+    """(N, d), (V, d), (V,) or None, (N,) -> numbers (N,) of p = softmax(h W^T / temperature), in nats.
 
-    Self-certainty (INTUITOR) is KL(uniform || p) = -1/V sum_j log(V p_j) = logsumexp(z) - mean(z) - log V.
+    ``entropy``; ``certainty`` (INTUITOR), KL(uniform || p) = -1/V sum_j log(V p_j) = logsumexp(z) - mean(z) - log V;
+    ``energy`` (the optimal token baseline, arXiv 2602.07078), the squared norm of d log p_target / dz, without its
+    temperature: |e_target - p|^2 = 1 - 2 p_target + sum_j p_j^2.
     """
     entropy = hidden.new_empty(len(hidden), dtype=torch.float32)  # (N,)
-    certainty = torch.empty_like(entropy)  # (N,)
+    certainty, energy = torch.empty_like(entropy), torch.empty_like(entropy)  # (N,)
     weight = _as_computed(weight)
     for part in _parts(len(hidden), chunk):
         product = F.linear(hidden[part], weight, bias)  # (chunk, V)
         for rows, here in _blocks(product, part.start):
             log_p = product[rows].float().div_(temperature).log_softmax(-1)  # (rows, V)
             certainty[here] = -log_p.mean(-1) - math.log(log_p.shape[-1])
-            entropy[here] = -log_p.exp().mul_(log_p).sum(-1)
-    return entropy, certainty
+            p = log_p.exp()  # (rows, V)
+            drawn = p.gather(-1, targets[here, None])[:, 0]  # (rows,)
+            energy[here] = (1 - 2 * drawn + torch.linalg.vector_norm(p, dim=-1).square()).clamp(min=0)
+            entropy[here] = -p.mul_(log_p).sum(-1)
+    return {"entropy": entropy, "certainty": certainty, "energy": energy}
 
 
 class SelectedLogProbs(torch.autograd.Function):

@@ -1,16 +1,20 @@
-"""The reward of a completion: correctness, format and length, each in [0, 1], weighted."""
+"""The reward of a completion: correctness (or what a function of the user's says), format and length, weighted."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from aipo.config.data import VERIFIER
 from aipo.config.sections import RewardConfig
-from aipo.verify import Verdict, Verifier, after_thinking, extract_answer, last_box
+from aipo.errors import TrainingError
+from aipo.problems.problem import Problem
+from aipo.verify import FunctionError, Outcome, Verdict, Verifier, after_thinking, extract_answer, last_box
 
 NO_VERDICT = (Verdict.TIMED_OUT, Verdict.KILLED)  # says nothing of the answer
 Weights = tuple[float, float, float]  # correctness, format, length: none negative, sum 1 (the config checks it)
@@ -47,7 +51,7 @@ def well_formed(text: str, *, kind: str = "math", thinking: bool = False) -> boo
 def combine(correct: Tensor, format: Tensor, length: Tensor, weights: Weights, *, signed: bool = False) -> Tensor:
     """(B,) parts in [0, 1] -> (B,) float rewards, again in [0, 1] if no weight is negative and their sum is 1.
 
-    ``signed`` counts a wrong answer as -1 instead of 0 (DAPO).
+    ``correct`` may be the numbers of a reward function. ``signed`` counts a wrong answer as -1 instead of 0 (DAPO).
     """
     right = 2 * correct.float() - 1 if signed else correct.float()
     return weights[0] * right + weights[1] * format.float() + weights[2] * length.float()
@@ -55,50 +59,64 @@ def combine(correct: Tensor, format: Tensor, length: Tensor, weights: Weights, *
 
 @dataclass(frozen=True)
 class Pending:
-    """A rollout that was handed in and waits for its verdict."""
+    """A rollout that was handed in and waits for what is said of it."""
 
-    verdict: Future[Verdict]
+    outcome: Future[Any]  # of an Outcome
     formed: bool
     length: int  # completion tokens
+    config: RewardConfig
+    rollout: str  # which one it is, for an error
 
 
 class Rewarder:
     """Scores rollouts: all at once (:meth:`score`), or while generation runs (:meth:`submit`, then :meth:`collect`).
 
     Args:
+        configs: by the origin of a problem; ``""`` is for all others.
         max_tokens: L_max of :func:`soft_overlong`.
         thinking: whether a thinking block is expected, for the format reward.
     """
 
-    def __init__(self, config: RewardConfig, *, max_tokens: int, thinking: bool = False) -> None:
-        self.config, self.max_tokens, self.thinking = config, max_tokens, thinking
-        self.weights = config.correctness, config.format, config.length
-        self.verifier = Verifier(config.workers, config.timeout_s, config.memory_mb)
+    def __init__(self, configs: Mapping[str, RewardConfig], *, max_tokens: int, thinking: bool = False) -> None:
+        self.configs, self.max_tokens, self.thinking = configs, max_tokens, thinking
+        self.verifier = Verifier(configs[""].workers, configs[""].timeout_s, configs[""].memory_mb)
 
-    def submit(self, gold: str, kind: str, text: str, length: int) -> Pending:
+    def submit(self, problem: Problem, text: str, length: int, sample: int = 0) -> Pending:
         """Hand in a rollout; returns at once what to wait for. ``length`` is in completion tokens."""
-        return Pending(
-            self.verifier.submit(gold, text, kind), well_formed(text, kind=kind, thinking=self.thinking), length
+        config = self.configs.get(problem.origin, self.configs[""])
+        outcome: Future[Any] = (
+            self.verifier.submit(problem.answer, text, problem.kind)
+            if config.function == VERIFIER
+            else self.verifier.call(config.function, problem, text)
         )
+        formed = well_formed(text, kind=problem.kind, thinking=self.thinking)
+        return Pending(outcome, formed, length, config, f"sample {sample + 1} of question {problem.id}")
 
     def collect(self, pending: Sequence[Pending]) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Wait for B rollouts that were handed in.
 
         Returns ``(rewards (B,) float, correct (B,) bool, metrics)`` in their order. An answer without a
         verdict (its check took too long, or too much memory) is not wrong: its reward is NaN. Metrics are means over
-        the rollouts judged, and shares of all. Raises RuntimeError if no verifier process can be started.
+        the rollouts judged, and shares of all. Raises RuntimeError if no verifier process can be started, and
+        TrainingError with the rollout where a reward function raised.
         """
         if not pending:
             raise ValueError("no rollout was handed in")
-        verdicts = [each.verdict.result() for each in pending]
-        judged = torch.tensor([verdict not in NO_VERDICT for verdict in verdicts])  # (B,) bool
-        correct = torch.tensor([verdict.correct for verdict in verdicts])  # (B,) bool
+        outcomes = [_outcome(each) for each in pending]
+        judged = torch.tensor([outcome not in NO_VERDICT for outcome in outcomes])  # (B,) bool
+        scores = torch.tensor([_score(outcome) for outcome in outcomes])  # (B,)
         formed = torch.tensor([each.formed for each in pending])  # (B,) bool
         lengths = torch.tensor([each.length for each in pending])  # (B,)
-        too_long = soft_overlong(lengths, self.max_tokens, self.config.overlong_buffer)  # (B,) in [-1, 0]
-        length = 1.0 + too_long  # (B,) in [0, 1]
-        rewards = combine(correct, formed, length, self.weights, signed=self.config.signed)  # (B,)
-        rewards = (rewards + self.config.overlong * too_long).where(judged, torch.nan)
+        correct = scores >= 1  # (B,) bool
+        rewards, length = torch.empty(len(pending)), torch.empty(len(pending))  # (B,) each
+        for config in dict.fromkeys(each.config for each in pending):
+            rows = torch.tensor([each.config == config for each in pending])  # (B,) bool
+            too_long = soft_overlong(lengths[rows], self.max_tokens, config.overlong_buffer)  # (b,) in [-1, 0]
+            length[rows] = 1.0 + too_long  # in [0, 1]
+            weights = config.correctness, config.format, config.length
+            parts = combine(scores[rows], formed[rows], length[rows], weights, signed=config.signed)  # (b,)
+            rewards[rows] = parts + config.overlong * too_long
+        rewards = rewards.where(judged, torch.nan)
         metrics = {
             "reward/mean": rewards.nanmean().item(),
             "reward/correct": correct[judged].float().mean().item(),
@@ -106,15 +124,27 @@ class Rewarder:
             "reward/length": length.mean().item(),
         }
         for verdict in (Verdict.NO_ANSWER, Verdict.TIMED_OUT, Verdict.KILLED):
-            metrics[f"reward/{verdict.value}"] = verdicts.count(verdict) / len(verdicts)
+            metrics[f"reward/{verdict.value}"] = outcomes.count(verdict) / len(outcomes)
         return rewards, correct, metrics
 
     def score(
-        self, golds: list[str], kinds: list[str], texts: list[str], lengths: list[int]
+        self, problems: Sequence[Problem], texts: Sequence[str], lengths: Sequence[int]
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """:meth:`submit` of B rollouts and :meth:`collect`."""
-        return self.collect([self.submit(*rollout) for rollout in zip(golds, kinds, texts, lengths, strict=True)])
+        return self.collect([self.submit(*rollout) for rollout in zip(problems, texts, lengths, strict=True)])
 
     def close(self) -> None:
         """Kill the verifier's workers."""
         self.verifier.close()
+
+
+def _outcome(pending: Pending) -> Outcome:
+    try:
+        return pending.outcome.result()
+    except FunctionError as error:
+        function = pending.config.function
+        raise TrainingError(f"reward.function: {function} failed on {pending.rollout}: {error}; mend it") from error
+
+
+def _score(outcome: Outcome) -> float:
+    return float(outcome.correct) if isinstance(outcome, Verdict) else outcome

@@ -40,6 +40,7 @@ class Rollouts:
     advantages: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,)
     used: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,) bool: takes part in the update
     token_advantages: Tensor | None = field(default=None, metadata=BY_ROLLOUT)  # (B, T) where they differ by token
+    prefix: float | None = None  # share of each completion whose continuations were rewarded
     extra_tokens: int = 0  # generated for this batch beyond its completions: by questions dropped, by continuations
 
     def take(self, rows: Sequence[int]) -> Rollouts:
@@ -91,7 +92,7 @@ class Rollouts:
             "problems": [problem.id for problem in self.problems],
             "completions": [(c.token_ids, c.logprobs, c.finish_reason) for c in self.completions],
         }
-        kept = ("prompts", "group_size", "ids", "rewards", "correct", "texts", "extra_tokens")
+        kept = ("prompts", "group_size", "ids", "rewards", "correct", "texts", "prefix", "extra_tokens")
         return plain | {name: getattr(self, name) for name in kept}
 
     @staticmethod

@@ -23,7 +23,7 @@ from aipo.config import Config, dump_config
 from aipo.curriculum import Curriculum
 from aipo.errors import TrainingError
 from aipo.inputs import Inputs, check_inputs, find_latents
-from aipo.labelling import histogram, label, label_folder, label_questions
+from aipo.labelling import DEPENDS_ON, histogram, label, label_folder, label_questions
 from aipo.model.export import model_stamp
 from aipo.model.loading import save_model
 from aipo.model.precision import Precision, choose
@@ -35,6 +35,7 @@ from aipo.record.jsonl import read_jsonl
 from aipo.record.progress import Progress, final_table, summarize
 from aipo.record.slowness import Slowness
 from aipo.record.tracker import Tracker, peak_memory_bytes, prepare_run_folder
+from aipo.report.run_report import report
 from aipo.reward import Rewarder
 from aipo.rollout import make_engine
 from aipo.rollout.check import check_weight_sync, engine_gap
@@ -72,7 +73,7 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
     console = Console(stderr=False)
     slowness = Slowness(precision, device.type)
     passes = {"validation": config.validation.every}
-    passes |= {f"watch/{name}": config.validation.watch_every for name in inputs.watched}
+    passes |= {f"watch/{name}": each.every for name, each in inputs.watched.items()}
     with Progress(
         config.optim.steps, active=rank == 0, console=console, every=passes, why_long=slowness.reasons
     ) as progress:
@@ -84,6 +85,7 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
         except BaseException as error:
             with distributed.at_most(20, error):
                 close(trainer)
+                trainer.tracker.close()
             raise
         close(trainer)
     if finished and trainer.before and trainer.accuracy:
@@ -98,14 +100,20 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
                 run_folder=config.folder,
             )
             final_table(summary, console=console)
+    try:
+        if config.tracking.report and rank == 0:
+            path = report([config.folder])
+            console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
+            trainer.tracker.log_report(path)
+    finally:
+        trainer.tracker.close()
     trainer.collector.engine.close()
     return finished
 
 
 def close(trainer: Trainer) -> None:
-    """End its threads and worker processes, and what is being written."""
+    """End its threads and worker processes."""
     trainer.generation.close()
-    trainer.tracker.close()
     trainer.collector.rewarder.close()
 
 
@@ -123,7 +131,7 @@ def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None
         trainer.store.rewind(-1)
         if config.curriculum.enabled:
             # scores that look beyond one sequence depend on which questions a rank labels together
-            depends = LABELS_DEPEND_ON if trainer.selector.scorer.local else (*LABELS_DEPEND_ON, "world_size")
+            depends = DEPENDS_ON if trainer.selector.scorer.local else (*DEPENDS_ON, "world_size")
             folder = label_folder(
                 cache_folder(),
                 identity={k: v for k, v in inputs.identity.items() if k.startswith(depends)},
@@ -147,24 +155,6 @@ def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None
     if not finished and distributed.rank() == 0:
         trainer.progress.say(f"stopped after step {trainer.step}; go on with: {resume_command()}")
     return finished
-
-
-LABELS_DEPEND_ON = (
-    "model.",
-    "data.",
-    "mi.",
-    "seed",
-    "train_fingerprint",
-    "mask.kappa_start",
-    "mask.statistic",
-    "mask.tau",
-    "curriculum.bucket_by",
-    "curriculum.probe_tokens",
-    "rollout.engine",
-    "rollout.max_tokens",
-    "rollout.temperature",
-    "rollout.top_",
-)
 
 
 def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Progress, device: torch.device) -> Trainer:
@@ -191,14 +181,16 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
         **options,
     )
     engine.sleep()  # weights arrive by the first sync; until then its GPU memory serves the loading of the policy
-    rewarder = Rewarder(config.reward, max_tokens=rollout.max_tokens, thinking=config.data.thinking)
+    rewarder = Rewarder(config.rewards(), max_tokens=rollout.max_tokens, thinking=config.data.thinking)
     collector = Collector(engine, inputs.prompter, rewarder, seed=config.seed)
     policy = make_policy(config, inputs.model_path)
     sharded = shard(policy, config, device)
     reference = frozen_reference(config, inputs.model_path, device) if config.loss.kl_beta > 0 else None
     seed_everything(config.seed, rank)  # building engines draws random numbers
-    prompts = [inputs.prompter.encode(problem.question) for problem in inputs.problems[:4]]
-    log_probs = Passes(config, sharded, inputs.prompter, device).completion_log_probs
+    prompts = [inputs.prompter.encode(problem.question, problem.origin) for problem in inputs.problems[:4]]
+    passes = Passes(config, sharded, inputs.prompter, device)
+    passes.check_layout(prompts)
+    log_probs = passes.completion_log_probs
     if rollout.check_sync:
         gap = check_weight_sync(engine, sharded.full_parameters, log_probs, prompts, seed=config.seed)
         progress.say(f"weight sync checked: {rollout.engine} and the policy differ by {gap:.4f} nats a token")
@@ -219,6 +211,8 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
             config.mask,
             total_steps=config.optim.steps,
             seed=config.seed,
+            origins=[problem.origin for problem in inputs.problems],
+            weights=config.weights(),
         ),
         store=CheckpointStore(
             config.folder / "checkpoints",

@@ -127,6 +127,12 @@ class Selection:
         )
         self.decided = True
 
+    def inclusion(self, micro: MicroBatch) -> Tensor | None:
+        """Chance with which each token of ``micro`` is selected, (b, t); None where no loss is to be divided by it."""
+        if not self.selector.rule.reweight:
+            return None
+        return micro.rows_of(self.selector.rule.inclusion(self.lengths, self.mask.shape[1]))
+
     @property
     def ends(self) -> Tensor:
         """Tokens of each rollout up to the last selected one; 0 where none is. (B,)"""

@@ -24,7 +24,7 @@ from aipo.branching.cvae import Latents
 from aipo.config import Config
 from aipo.curriculum import Curriculum
 from aipo.errors import TrainingError
-from aipo.evaluation.scoring import Validator
+from aipo.evaluation.scoring import Validator, Watched
 from aipo.generation import Generation
 from aipo.labelling import peaks
 from aipo.layout import MicroBatch
@@ -36,9 +36,10 @@ from aipo.problems.datasets import Problem
 from aipo.record.checkpoints import CheckpointStore, rng_state, set_rng_state
 from aipo.record.clock import Clock
 from aipo.record.progress import Progress
-from aipo.record.reporting import add_up, dump_batch, reduce_metrics, rollout_rows
+from aipo.record.reporting import add_up, dump_batch, reduce_metrics
+from aipo.record.tokens import TokenRecorder
 from aipo.record.tracker import Tracker
-from aipo.rollout.check import TOLERANCE, lost_weights
+from aipo.rollout.check import TOLERANCE, GapGuard, lost_weights
 from aipo.rollout.collect import Collector
 from aipo.rollouts import Rollouts, balanced
 from aipo.selection import Selection, TokenSelector
@@ -54,7 +55,7 @@ class Trainer:
         reference: log-probabilities of the initial model; None without a KL term.
         engine_gap: nats between the engine's log-probabilities and the policy's
             (:func:`~aipo.rollout.check.engine_gap`); a collective.
-        watched: sets of questions that are measured and steer nothing, by name.
+        watched: sets that are measured and steer nothing, by name.
         latents: what branches are drawn with; None without ``branch.latent``.
         identity: what a run that resumes this one must share with it; kept beside each checkpoint.
         stop_requested: asked after every step; true on any rank ends the run after a checkpoint.
@@ -77,7 +78,7 @@ class Trainer:
         device: torch.device,
         identity: dict[str, Any],
         engine_gap: Callable[[], float],
-        watched: Mapping[str, Sequence[Problem]] | None = None,
+        watched: Mapping[str, Watched] | None = None,
         latents: Latents | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -86,7 +87,9 @@ class Trainer:
         self.collector, self.sharded, self.reference = collector, sharded, reference
         self.selector, self.curriculum = selector, curriculum
         self.store, self.tracker, self.progress = store, tracker, progress
+        self.recorder = TokenRecorder(config, collector.prompter)
         self.identity, self.engine_gap, self.stop_requested = identity, engine_gap, stop_requested
+        self.gap_guard = GapGuard(config.guards)
         self.passes = Passes(config, sharded, collector.prompter, device, problems)
         self.generation = Generation(collector, config, self.passes, latents=latents)
         self.validator = Validator(collector, self.passes, progress, config, held_out, watched or {})
@@ -114,6 +117,7 @@ class Trainer:
                 self.check_engine()
             rollouts, metrics = self.generation.rollouts(step, self.sample_questions, clock, prefix=prefix)
             metrics |= self.set_advantages(rollouts, clock)
+            prefix = prefix if rollouts.prefix is None else rollouts.prefix  # what was rewarded is what is trained on
             with clock("rollout"):
                 rollouts = self.balance(rollouts)
             selection, sums = self.update(rollouts, kappa, prefix, clock)
@@ -133,12 +137,13 @@ class Trainer:
             metrics |= self.validator.watch(self.step, last=self.finished)
             self.refresh_labels(rollouts, selection)
             self.tracker.log(self.step, metrics)
-            tokenizer, count = self.collector.prompter.tokenizer, config.tracking.rollouts_per_step
-            self.tracker.log_rollouts(self.step, rollout_rows(rollouts, selection, tokenizer, count))
+            self.recorder.write(self.tracker, self.step, selection)
             self.progress.update(self.step, metrics)
             stop = not distributed.all_true(not self.stop_requested())
             if self.step % config.checkpoint.every == 0 or self.finished or best or stop:
                 self.save()
+            if self.gap_guard.ends(self.step, metrics["mismatch/gap"], self.progress.say):
+                raise TrainingError(self.gap_guard.why(self.save()))
         return self.finished
 
     @property
@@ -152,13 +157,14 @@ class Trainer:
     ) -> tuple[Selection, dict[str, float]]:
         """One optimizer step on each part of the batch (one part by default); what was selected, and sums to log."""
         config, rollout, passes = self.config, self.config.rollout, self.passes
-        correction = rollout.importance_correction, rollout.importance_cap
+        correction = rollout.importance_correction, rollout.importance_cap, rollout.importance_floor
         with clock("forward"):
             gold = passes.gold_states(rollouts.problems) if self.selector.scored else None  # (Q, d)
             parts = passes.update_batches(rollouts)
             every = [micro for part in parts for micro in part]
             signals, measured = measure(needed(config), passes, every, rollouts)  # (B, T) each
             ranking, rollouts.token_advantages = shape(rollouts, signals, config)  # (B, T) or None
+            self.recorder.start(rollouts, signals)
             selection = self.selector.begin(rollouts, gold, kappa=kappa, prefix=prefix, step=self.step, ranking=ranking)
             selection.probe(every, passes.states)
             old = passes.selected_log_probs(every, rollouts, selection) if len(parts) > 1 else None  # (B, T)
@@ -175,6 +181,7 @@ class Trainer:
                     terms = loss_terms(inputs, config.loss, max_length=rollout.max_tokens, correction=correction)
                 with clock("backward"):
                     self.sharded.backward(terms.total)
+                self.recorder.see(micro, inputs, out["entropy"], out["mask"])
                 counts += torch.tensor([float(terms.denominator), float(terms.sums["selected"])])
                 add_up(sums, terms, out["entropy"])
             with clock("optimizer"):
@@ -235,6 +242,7 @@ class Trainer:
             mask=micro.grid(mask),
             lengths=rollouts.lengths[rows],
             kl_weight=kl_weight,
+            inclusion=selection.inclusion(micro),
             entropy=micro.grid(out["entropy"], mask) if self.config.loss.entropy_weight else None,
         )
 
@@ -290,6 +298,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Accuracy on the held-out questions, for the log; it stays as :attr:`accuracy`."""
         self.accuracy, metrics = self.validator.validate()
+        self.tracker.log_answers(self.step, self.validator.answers)
         return metrics
 
     # -- checkpoints ---------------------------------------------------------------------------------------------

@@ -41,7 +41,8 @@ def run_one(bed: str, condition: str, seed: int, folder: Path, overrides: Sequen
     keys = [f"name={name}", f"runs={folder}", f"seed={seed}", *overrides]
     config = load_config(f"beds/{bed}.yaml", keys, method=str(CONDITIONS / f"{condition}.yaml"))
     start = time.perf_counter()
-    run(config, device=device)
+    if not run(config, device=device):
+        raise KeyboardInterrupt  # asked to stop: a run that is cut short is no result
     seconds = time.perf_counter() - start
     log = read_jsonl(folder / name / "metrics.jsonl")
     shutil.rmtree(folder / name / "checkpoints", ignore_errors=True)
@@ -196,7 +197,11 @@ def main() -> int:
             print(f"{i}/{len(jobs)} {condition}, seed {seed}: {final:.1%} after {row['seconds']} s", flush=True)
         log.close()
 
-    code = distributed.launch(work)
+    try:
+        code = distributed.launch(work)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on")
+        return 130
     print(write(name, target))
     return code
 

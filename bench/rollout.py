@@ -87,7 +87,7 @@ def engine_table(repeats: int, questions: int, samples: int) -> str:
     assert isinstance(engine, VllmEngine)
     sampling = Sampling(max_tokens=config.rollout.max_tokens)
     requests = [
-        Request(inputs.prompter.encode(problem.question), request_seed(0, "step 0", problem.id, sample))
+        Request(inputs.prompter.encode(problem.question, problem.origin), request_seed(0, "step 0", problem.id, sample))
         for problem in problems
         for sample in range(samples)
     ]
@@ -96,7 +96,7 @@ def engine_table(repeats: int, questions: int, samples: int) -> str:
     same = sum(list(a.token_ids) == b.token_ids for a, b in zip(outputs, drawn))
     tokens, prompt = sum(len(c.token_ids) for c in drawn), sum(len(r.prompt_ids) for r in requests)
 
-    rewarder = Rewarder(RewardConfig(overlong_buffer=16), max_tokens=sampling.max_tokens)
+    rewarder = Rewarder({"": RewardConfig(overlong_buffer=16)}, max_tokens=sampling.max_tokens)
     collector = Collector(engine, inputs.prompter, rewarder, seed=0)
 
     def with_rewards() -> None:

@@ -79,6 +79,7 @@ def scenarios(root: Path) -> Iterator[Scenario]:
     yield Scenario("two ranks, two updates", "grpo", ("optim.updates_per_batch=2", "loss.kl_beta=0.01"), 2)
     yield Scenario("ahead", "aipo", ("rollout.async_depth=1",))
     yield Scenario("two ranks, ahead", "grpo", ("rollout.async_depth=1",), 2)
+    yield Scenario("two ranks, dynamic ahead", "dapo", ("rollout.async_depth=1",), 2)
     yield Scenario("packed", "aipo", ("optim.packing=true", "optim.share_prompts=false"))
     yield Scenario("padded", "aipo", ("optim.share_prompts=false",))
     yield Scenario("adapters", "aipo", ("lora.rank=4",))

@@ -24,6 +24,7 @@ from aipo.advantage import (
     group_advantages,
     information_advantages,
     reallocate_by_entropy,
+    subtract_token_baseline,
     weight_tokens,
     zscore,
 )
@@ -59,8 +60,32 @@ def test_std_by_hand() -> None:
     torch.testing.assert_close(group_advantages(REWARDS, 4, normalize="std"), torch.tensor(expected))
 
 
+def test_maxrl_by_hand() -> None:
+    # means 1/4 and 3/4: what is rare among the four counts four times
+    third = 1 / 3
+    expected = [3, -1, -1, -1, third, third, -third, -third]
+    torch.testing.assert_close(group_advantages(REWARDS, 4, normalize="mean"), torch.tensor(expected))
+    assert group_advantages(torch.tensor([0.0, -1.0]), 2, normalize="mean").tolist() == [0, 0]  # a mean below 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_maxrl_climbs_a_truncated_likelihood(n: int, p: float) -> None:
+    """One coin of chance p = sigmoid(theta) for an answer: the exact mean of 1/n sum A d log pi over all outcomes of n
+    tosses is the gradient of sum_{k<n} pass@k / k with pass@k = 1 - (1 - p)^k, which goes to that of log p."""
+    mean = 0.0
+    for right in range(n + 1):
+        rewards = torch.tensor([1.0] * right + [0.0] * (n - right))
+        scores = torch.tensor([1 - p] * right + [-p] * (n - right))  # d log pi / d theta
+        chance = math.comb(n, right) * p**right * (1 - p) ** (n - right)
+        mean += chance * float((group_advantages(rewards, n, normalize="mean") * scores).sum()) / n
+    slope = p * (1 - p)  # dp / d theta
+    assert mean == pytest.approx(slope * sum((1 - p) ** (k - 1) for k in range(1, n)), rel=1e-5, abs=1e-7)
+    assert abs(mean) <= 1 - p + 1e-6  # d log p / d theta
+
+
 @pytest.mark.parametrize("baseline", ["group", "batch", "leave_one_out"])
-@pytest.mark.parametrize("normalize", ["none", "std"])
+@pytest.mark.parametrize("normalize", ["none", "std", "mean"])
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 0.7])
 def test_equal_rewards_give_exactly_zero(baseline: str, normalize: str, reward: float) -> None:
     advantages = group_advantages(torch.full((14,), reward), 7, baseline=baseline, normalize=normalize)
@@ -74,7 +99,7 @@ def test_a_lone_sample_has_no_advantage(baseline: str, normalize: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.data(), st.sampled_from(["group", "batch", "leave_one_out"]), st.sampled_from(["none", "std"]))
+@given(st.data(), st.sampled_from(["group", "batch", "leave_one_out"]), st.sampled_from(["none", "std", "mean"]))
 def test_against_loops(data: st.DataObject, baseline: str, normalize: str) -> None:
     size = data.draw(st.integers(1, 5))
     count = size * data.draw(st.integers(1, 4))
@@ -106,7 +131,7 @@ def test_constant_groups_have_a_tolerance() -> None:
 NAN = float("nan")
 
 
-@pytest.mark.parametrize("normalize", ["none", "std"])
+@pytest.mark.parametrize("normalize", ["none", "std", "mean"])
 @pytest.mark.parametrize("baseline", ["group", "leave_one_out", "batch"])
 def test_what_has_no_verdict_is_as_if_it_had_not_been_drawn(baseline: str, normalize: str) -> None:
     rewards = [[1.0, NAN, 0.0, 0.5], [NAN, 1.0, NAN, NAN], [NAN] * 4, [0.2, 0.4, 0.2, 0.9]]
@@ -204,7 +229,7 @@ def ragged(seed: int, rows: int, width: int, *, constant: bool = False, garbage:
         "scores": tokens(),
         "entropy": tokens().abs(),
         "weights": tokens().abs(),
-        "logp_old": -tokens().abs(),
+        "confidence": -tokens().abs(),
         "correct": torch.rand(rows, generator=random) < 0.5,
         "lengths": lengths,
     }
@@ -217,8 +242,14 @@ RULES: dict[str, tuple[Callable[..., Tensor], Callable[..., Any], tuple[str, ...
     "information": (
         information_advantages,
         reference.information_advantages,
-        ("advantages", "scores", "logp_old", "correct"),
+        ("advantages", "scores", "confidence", "correct"),
         {"alpha": 0.1, "beta": 0.05},
+    ),
+    "information, unit norm": (
+        information_advantages,
+        reference.information_advantages,
+        ("advantages", "scores", "confidence", "correct"),
+        {"alpha": 0.1, "beta": 0.05, "norm": "l2"},
     ),
     "reallocation": (
         reallocate_by_entropy,
@@ -262,12 +293,24 @@ def test_rules_against_loops(rule: str, seed: int, rows: int, width: int, consta
 
 def test_information_by_hand() -> None:
     # s = 1, 3: z = -1, 1. pi = 0.2, 0.6: z = -1, 1 where right, 1, -1 where wrong
-    s, logp = torch.tensor([[1.0, 3.0], [1.0, 3.0]]), torch.tensor([[0.2, 0.6], [0.2, 0.6]]).log()
+    s, probability = torch.tensor([[1.0, 3.0], [1.0, 3.0]]), torch.tensor([[0.2, 0.6], [0.2, 0.6]])
     lengths = torch.tensor([2, 2])
     out = information_advantages(
-        torch.tensor([1.0, -1.0]), s, logp, torch.tensor([True, False]), lengths, alpha=0.1, beta=0.01
+        torch.tensor([1.0, -1.0]), s, probability, torch.tensor([True, False]), lengths, alpha=0.1, beta=0.01
     )
     torch.testing.assert_close(out, torch.tensor([[0.89, 1.11], [-1.09, -0.91]]))
+
+
+def test_information_as_published_by_hand() -> None:
+    # s = 1, 3, 5: mean 3, deviation 2, so s - 1.5 = -0.5, 1.5, 3.5 of length sqrt(14.75)
+    # H = 4, 2, 0: mean 2, deviation 2, so H - 1 = 3, 1, -1 of length sqrt(11); c = -sign(R) H
+    s, entropy = torch.tensor([[1.0, 3.0, 5.0]] * 2), torch.tensor([[4.0, 2.0, 0.0]] * 2)
+    out = information_advantages(
+        torch.tensor([1.0, -1.0]), s, -entropy, torch.tensor([True, False]), torch.tensor([3, 3]), norm="l2"
+    )
+    gain, confidence = torch.tensor([-0.5, 1.5, 3.5]) / 14.75**0.5, torch.tensor([3.0, 1.0, -1.0]) / 11**0.5
+    expected = torch.stack([1 + 0.01 * gain - 0.01 * confidence, -1 + 0.01 * gain + 0.01 * confidence])
+    torch.testing.assert_close(out, expected)
 
 
 def test_tokens_that_a_stride_left_out_get_no_bonus() -> None:
@@ -276,7 +319,7 @@ def test_tokens_that_a_stride_left_out_get_no_bonus() -> None:
         zscore(s, torch.full((3,), 4)), torch.tensor([[0.0, -1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]).double()
     )
     out = information_advantages(
-        torch.tensor([0.5, 0.5, 0.5]), s, torch.zeros(3, 4), torch.ones(3), torch.full((3,), 4), alpha=0.1
+        torch.tensor([0.5, 0.5, 0.5]), s, torch.ones(3, 4), torch.ones(3), torch.full((3,), 4), alpha=0.1
     )
     torch.testing.assert_close(out, torch.tensor([[0.5, 0.4, 0.5, 0.6], [0.5] * 4, [0.5] * 4]))
 
@@ -340,6 +383,80 @@ def test_quadrants_by_hand() -> None:
     ]
 
 
+# --- OTB ----------------------------------------------------------------------------------------------------------
+
+
+def test_token_baseline_by_hand() -> None:
+    # rewards 1, 0, 0 less 1/3; W of the first: 1, 2 | second: 3, 3, 4 | third: 0
+    energy = torch.tensor([[1.0, 1.0, NAN], [3.0, 0.0, 1.0], [0.0, NAN, NAN]])
+    advantages, lengths = torch.tensor([2 / 3, -1 / 3, -1 / 3]), torch.tensor([2, 3, 1])
+    out = subtract_token_baseline(advantages, energy, lengths, 3)
+    # baselines 1/4 and 2/5; the third token is the second's alone
+    torch.testing.assert_close(out[0, :2], torch.tensor([0.75, 0.6]))
+    torch.testing.assert_close(out[1], torch.tensor([-0.25, -0.4, 0.0]))
+    assert out[2, 0] == pytest.approx(-0.25)
+    tail = subtract_token_baseline(advantages, energy, lengths, 3, tail=torch.tensor([1.0, 7.0, 0.0]))
+    assert tail[1, 2] == 7
+    assert torch.equal(tail[:, :2], out[:, :2])
+    # nothing gathered yet: the mean
+    flat = subtract_token_baseline(advantages, torch.zeros(3, 1), torch.ones(3, dtype=torch.long), 3)
+    torch.testing.assert_close(flat[:, 0], advantages)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.data(),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.floats(-3, 3, width=32),
+    st.sampled_from([NAN, INF, -5.0]),
+)
+def test_token_baseline_against_loops(
+    data: st.DataObject, size: int, groups: int, shift: float, garbage: float
+) -> None:
+    """Also where a group's rewards are shifted, as any baseline of the group does."""
+    lengths = data.draw(st.lists(st.integers(0, 5), min_size=size * groups, max_size=size * groups))
+    rewards = data.draw(st.lists(st.integers(0, 4), min_size=size * groups, max_size=size * groups))
+    energies = [data.draw(st.lists(st.sampled_from([0.0, 0.01, 0.5, 1.9]), min_size=n, max_size=n)) for n in lengths]
+    width = max([*lengths, 1])
+    energy = torch.tensor([row + [garbage] * (width - len(row)) for row in energies])
+    given = torch.tensor(rewards).double() + shift
+    out = subtract_token_baseline(given, energy, torch.tensor(lengths), size)
+    assert out.isfinite().all()
+    for first in range(0, size * groups, size):
+        group = slice(first, first + size)
+        expected = reference.token_baselines([float(r) for r in rewards[group]], energies[group])
+        for row, want in enumerate(expected, first):
+            assert out[row, : lengths[row]].tolist() == pytest.approx(want, abs=1e-6)
+
+
+def test_what_is_not_measured_is_in_no_baseline() -> None:
+    energy = torch.tensor([[1.0, 1.0], [NAN, NAN], [2.0, 2.0]])
+    advantages, lengths = torch.tensor([0.5, 9.0, -0.5]), torch.tensor([2, 2, 2])
+    out = subtract_token_baseline(advantages, energy, lengths, 3)
+    torch.testing.assert_close(out[[0, 2]], torch.tensor([[2 / 3, 2 / 3], [-1 / 3, -1 / 3]]))
+
+
+def test_equal_rewards_have_exactly_no_advantage() -> None:
+    energy = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
+    advantages = group_advantages(torch.full((4,), 0.7), 4)
+    assert (subtract_token_baseline(advantages, energy, torch.tensor([6, 5, 2, 3]), 4) == 0).all()
+
+
+def test_the_token_baseline_has_the_least_variance() -> None:
+    """One position, two answers: of all baselines, sum R W / sum W over their chances minimises E|(R - b) s|^2."""
+    p = torch.tensor([0.2, 0.8]).double()
+    rewards = torch.tensor([1.0, 0.0]).double()
+    scores = torch.eye(2).double() - p  # (2, 2) of each answer, by the logits
+    energy = scores.square().sum(1)  # |e - p|^2
+    best = float((p * energy * rewards).sum() / (p * energy).sum())
+    grid = torch.linspace(-1, 2, 3001).double()[:, None]  # (n, 1) baselines
+    variance = (p * (rewards - grid).square() * energy).sum(1)
+    assert grid[variance.argmin(), 0] == pytest.approx(best, abs=1e-3)
+    mean = float((p * rewards).sum())
+    assert best != pytest.approx(mean, abs=0.05)  # not the group's mean
+
+
 # --- weights ------------------------------------------------------------------------------------------------------
 
 
@@ -374,7 +491,7 @@ def test_an_unmeasured_weight_is_not_hidden() -> None:
 
 
 @pytest.mark.parametrize("baseline", ["group", "batch", "leave_one_out"])
-@pytest.mark.parametrize("normalize", ["none", "std"])
+@pytest.mark.parametrize("normalize", ["none", "std", "mean"])
 def test_no_rollouts_have_no_advantages(baseline, normalize):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""The parts of bench/ that decide something: what gpu.sh starts, what a comparison calls a difference."""
+"""The parts of bench/ that decide something: what gpu.sh starts, what two runs differ in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch
 from aipo.config import load_config
 from bench import gpu, step
 from bench.batches import load
-from bench.compare import distinguishable
 from bench.same import TIMES, contents, difference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,23 +66,6 @@ def test_a_part_ends_with_its_time_and_says_why_it_failed(tmp_path: Path) -> Non
     with pytest.raises(gpu.NotDone, match="ended with 4: out of memory"):
         gpu.Job(["sh", "-c", "echo out of memory; exit 4"], log, time.monotonic() + 60).wait()
     gpu.Job(["sh", "-c", "exit 3"], log, time.monotonic() + 60).wait(code=gpu.STOPPED)
-
-
-def test_a_difference_is_one_that_every_seed_shows() -> None:
-    """Seeds start 20 points apart, which only pairing takes out; "noisy" is better on average, but not always."""
-    runs = {
-        "random_mask": ([0, 1, 2], [0.20, 0.30, 0.40]),
-        "better": ([2, 0, 1], [0.50, 0.31, 0.405]),
-        "noisy": ([0, 1, 2], [0.35, 0.28, 0.55]),
-        "once": ([0], [0.9]),
-    }
-    found = {name: {"seeds": seeds, "after": after} for name, (seeds, after) in runs.items()}
-    text = distinguishable(found)
-    assert "correction for 2 comparisons" in text
-    assert "differ from it: better (+10.5 points" in text
-    assert "noisy" not in text
-    assert "none differs" in distinguishable({k: v for k, v in found.items() if k != "better"})
-    assert "nothing can be told apart" in distinguishable({k: v for k, v in found.items() if k != "random_mask"})
 
 
 def test_what_two_runs_differ_in(tmp_path: Path) -> None:

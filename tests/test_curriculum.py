@@ -264,3 +264,86 @@ def test_metrics():
 def test_contradictory_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         build(**{"ids": ["a"], **options})
+
+
+# --- several sources
+
+
+def mixed(sizes: dict[str, tuple[int, int, int]], weights: dict[str, float] | None, **keys: Any) -> Curriculum:
+    """``sizes``: easy, medium and hard questions of each source."""
+    ids = [f"{source}/{name}{i}" for source, own in sizes.items() for name, n in zip("emh", own) for i in range(n)]
+    curriculum = Curriculum(
+        ids,
+        CurriculumConfig(**{"bucket_by": "count", **keys}),
+        MaskConfig(),
+        total_steps=100,
+        seed=0,
+        origins=[question.partition("/")[0] for question in ids],
+        weights=weights,
+    )
+    if curriculum.enabled:
+        curriculum.set_labels({question: LABEL["emh".index(question.partition("/")[2][0])] for question in ids})
+    return curriculum
+
+
+def test_a_mix_holds_its_weights_and_the_mixture() -> None:
+    """Joint shares: weight of the source times share of the bucket, each rounded up or down."""
+    curriculum = mixed({"a": (90, 90, 90), "b": (30, 30, 30)}, {"a": 1.0, "b": 3.0})
+    total: Counter[tuple[str, str]] = Counter()
+    for step in range(20):  # before t1: the start mixture
+        drawn = curriculum.sample(step, 40)
+        assert len(set(drawn)) == 40
+        assert sum(question.startswith("b/") for question in drawn) == 30
+        total.update((question[0], question[2]) for question in drawn)
+    for source, weight in (("a", 0.25), ("b", 0.75)):
+        for bucket, share in zip("emh", (0.70, 0.25, 0.05)):
+            assert abs(total[source, bucket] - 20 * 40 * weight * share) <= 20
+
+
+@given(st.integers(1, 60), st.floats(0.1, 10), st.lists(st.integers(0, 12), min_size=6, max_size=6))
+def test_a_mix_gives_what_is_asked_of_any_sizes(n: int, weight: float, sizes: list[int]) -> None:
+    one, two = tuple(sizes[:3]), tuple(sizes[3:])
+    if sum(sizes) == 0:
+        return
+    curriculum = mixed({"a": one, "b": two}, {"a": 1.0, "b": weight})  # type: ignore[dict-item]
+    drawn = curriculum.sample(0, n)
+    assert len(drawn) == n
+    assert max(Counter(drawn).values()) == -(-n // sum(sizes))
+
+
+def test_every_question_of_a_cell_comes_before_any_comes_again() -> None:
+    curriculum = mixed({"a": (4, 0, 0), "b": (8, 0, 0)}, {"a": 1.0, "b": 1.0}, start=(1, 0, 0), end=(1, 0, 0))
+    drawn = [question for step in range(4) for question in curriculum.sample(step, 4)]
+    counts = Counter(drawn)
+    assert {counts[question] for question in counts if question.startswith("a/")} == {2}
+    assert {counts[question] for question in counts if question.startswith("b/")} == {1}
+    again = mixed({"a": (4, 0, 0), "b": (8, 0, 0)}, {"a": 1.0, "b": 1.0}, start=(1, 0, 0), end=(1, 0, 0))
+    again.load_state_dict(json.loads(json.dumps(curriculum.state_dict())))
+    assert again.sample(4, 6) == curriculum.sample(4, 6)
+
+
+def test_without_weights_a_mix_is_one_set() -> None:
+    sizes = {"a": (9, 9, 9), "b": (30, 30, 30)}
+    plain, several = build(mixed(sizes, None).question_ids, bucket_by="count"), mixed(sizes, None)
+    plain.set_labels(several.labels)
+    assert [plain.sample(step, 8) for step in range(9)] == [several.sample(step, 8) for step in range(9)]
+
+
+def test_a_mix_without_curriculum() -> None:
+    curriculum = mixed({"a": (10, 0, 0), "b": (50, 0, 0)}, {"a": 1.0, "b": 1.0}, enabled=False)
+    assert Counter(question[0] for question in curriculum.sample(0, 8)) == {"a": 4, "b": 4}
+
+
+def test_buckets_within_sources_and_across_them() -> None:
+    """Easy source and hard source: together they fall apart by source, each by itself they are in thirds."""
+    ids = [f"{source}/{i}" for source in "ab" for i in range(6)]
+    labels = {question: float(int(question[2]) + 100 * (question[0] == "b")) for question in ids}
+
+    def buckets(where: str) -> list[int]:
+        config = CurriculumConfig(buckets=where, quantiles=(0.5, 0.8))  # type: ignore[arg-type]
+        made = Curriculum(ids, config, MaskConfig(), total_steps=10, seed=0, origins=[q[0] for q in ids])
+        made.set_labels(labels)
+        return made.buckets.tolist()
+
+    assert buckets("across") == [0] * 6 + [1, 1, 1, 2, 2, 2]
+    assert buckets("within") == [0, 0, 0, 1, 1, 2] * 2

@@ -44,6 +44,8 @@ class Scripted:
     def __init__(self, prompter: Prompter, right: Right) -> None:
         self.prompter, self.right = prompter, right
         self.seen: list[Request] = []
+        self.weights: list[int] = []  # how many updates those had that answered each request
+        self.updates = 0
         self.tokens = 0
         self.naps = 0
         self.free = threading.Event()  # cleared: an answer has to wait
@@ -62,6 +64,7 @@ class Scripted:
     ) -> list[Completion]:
         assert self.free.wait(60)
         self.seen += requests
+        self.weights += [self.updates] * len(requests)
         done = []
         for i, request in enumerate(requests):
             number = int(self.prompter.tokenizer.decode(request.prompt_ids).partition("number ")[2].partition(".")[0])
@@ -84,7 +87,7 @@ def problems(numbers: Sequence[int]) -> list[Problem]:
 
 
 def generation(prompter: Prompter, right: Right, settings: Config) -> Generation:
-    rewarder = Rewarder(RewardConfig(overlong_buffer=16, workers=1), max_tokens=64)
+    rewarder = Rewarder({"": RewardConfig(overlong_buffer=16, workers=1)}, max_tokens=64)
     collector = Collector(Scripted(prompter, right), prompter, rewarder, seed=0)  # type: ignore[arg-type]
 
     return Generation(collector, settings, ScriptedPasses(settings, prompter))
@@ -162,7 +165,7 @@ def test_two_ranks_keep_what_one_keeps(prompter: Prompter, monkeypatch: pytest.M
 
     monkeypatch.setattr("aipo.distributed.rank", lambda: local.rank)
     monkeypatch.setattr("aipo.distributed.world_size", lambda: 2)
-    monkeypatch.setattr("aipo.distributed.gather_objects", gather)
+    monkeypatch.setattr("aipo.distributed.gather_objects", lambda value, *, beside: gather(value))
     found: list[Rollouts | None] = [None, None]
 
     def work(rank: int) -> None:
@@ -383,3 +386,58 @@ def test_what_goes_wrong_beside_the_update_is_not_lost(prompter: Prompter) -> No
     with pytest.raises(ValueError, match="invalid literal"):
         made.wait()
     made.close()
+
+
+BRANCHES = ["branch.enabled=true", "branch.base=2", "branch.signal=logprob"]
+CONTINUED = ["reward.rule=continuations", "mask.rule=prefix", "reward.continuations=2"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["dynamic.enabled=true"],
+        ["dynamic.enabled=false", *CONTINUED],
+        ["dynamic.enabled=false", *BRANCHES],
+        ["dynamic.enabled=true", *BRANCHES, *CONTINUED],
+    ],
+    ids=["dynamic sampling", "continuations", "branches", "all of them"],
+)
+def test_all_of_a_batch_drawn_ahead_is_one_update_old(prompter: Prompter, overrides: list[str]) -> None:
+    """Whatever it takes to draw it, and it is the batch that would be drawn one after the other."""
+    made = generation(prompter, varies_from(0), config(*overrides, "rollout.async_depth=1", "optim.steps=4"))
+    engine: Any = made.collector.engine
+    questions, asked, batches, answered = Questions(), [], [], 0
+    for step in range(4):
+        batches.append(made.rollouts(step, questions, clock, prefix=0.1 * (step + 2)))
+        made.wait()  # all that the next step needs is drawn
+        asked.append(engine.weights[answered:])
+        answered = len(engine.weights)
+        engine.updates += 1  # the sync after the update
+    made.close()
+    assert set(asked[0]) == {0}  # steps 0 and 1
+    assert [set(each) for each in asked[1:]] == [{1}, {2}, set()]
+    plain = generation(prompter, varies_from(0), config(*overrides, "optim.steps=4"))
+    draw = Questions()
+    for step, (rollouts, metrics) in enumerate(batches):
+        expected, means = plain.rollouts(step, draw, clock, prefix=0.1 * (max(step - 1, 0) + 2))
+        assert rollouts.problems == expected.problems
+        assert rollouts.completions == expected.completions
+        assert torch.equal(rollouts.rewards, expected.rewards)
+        assert (rollouts.prefix, rollouts.extra_tokens) == (expected.prefix, expected.extra_tokens)
+        assert metrics == means
+    asleep: Any = plain.collector.engine
+    assert [request.seed for request in asleep.seen] == [request.seed for request in engine.seen]
+
+
+def test_continuations_keep_the_prefix_they_started_from(prompter: Prompter, tmp_path: Path) -> None:
+    """A stall between draw and update lengthens the prefix of the mask, and not that of a batch already rewarded."""
+    made = generation(prompter, varies_from(0), config("dynamic.enabled=false", *CONTINUED, *AHEAD[1:]))
+    draw = Questions()
+    assert made.rollouts(0, draw, clock, prefix=0.2)[0].prefix == 0.2
+    torch.save(made.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["rollouts"]["prefix"] == made.rollouts(1, draw, clock, prefix=0.3)[0].prefix == 0.2
+    made.wait()
+    assert made.rollouts(2, draw, clock, prefix=0.3)[0].prefix == 0.3
+    made.close()
+    assert generation(prompter, varies_from(0), config()).rollouts(0, Questions(), clock, prefix=0.2)[0].prefix is None

@@ -107,7 +107,5 @@ def test_every_formula_has_its_key_and_its_test() -> None:
 def flatten(fields: dict[str, Any]) -> list[str]:
     """Dotted names of a config's keys."""
     return [
-        f"{section}.{key}"
-        for section, field in fields.items()
-        for key in getattr(field.annotation, "model_fields", {})
+        f"{section}.{key}" for section, field in fields.items() for key in getattr(field.annotation, "model_fields", {})
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,27 @@ def test_a_torn_line_is_labelled_again(tmp_path: Path) -> None:
     assert run(after, tmp_path) == EXPECTED
     assert after.asked == ["q9"]
     assert read_labels(tmp_path) == EXPECTED
+
+
+def test_runs_that_share_labels_make_them_once(tmp_path: Path) -> None:
+    """Two at once, as a campaign starts them: the second waits for the first and asks for nothing."""
+    began, go_on = threading.Event(), threading.Event()
+
+    class Slow(Labeller):
+        def __call__(self, problems: Sequence[Problem]) -> dict[str, float]:
+            began.set()
+            assert go_on.wait(60)
+            return super().__call__(problems)
+
+    first, second = Slow(), Labeller()
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(run, first, tmp_path)
+        assert began.wait(60)
+        other = pool.submit(run, second, tmp_path)
+        assert not wait([other], timeout=0.3).done
+        go_on.set()
+        assert one.result(60) == other.result(60) == EXPECTED
+    assert second.asked == []
 
 
 def test_labels_of_other_facts_lie_elsewhere(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -12,8 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aipo.advantage import group_advantages
-from aipo.config.sections import LossConfig
-from aipo.loss import AGGREGATIONS, RATIOS, LossInputs, importance_weights, kl_priority, loss_terms, policy_loss
+from aipo.config.sections import LossConfig, MaskConfig
+from aipo.loss import (
+    AGGREGATIONS,
+    RATIOS,
+    LossInputs,
+    binary_divergence,
+    importance_weights,
+    kl_priority,
+    loss_terms,
+    policy_loss,
+)
+from aipo.mask import MaskRule
 from tests import reference
 
 INF, NAN = math.inf, math.nan
@@ -30,7 +41,7 @@ def batch(seed: int, rows: int = 4, width: int = 7, spread: float = 0.4) -> dict
     logp_old = -normal(rows, width).abs()
     inside = torch.arange(width) < lengths[:, None]
     return {
-        "logp": logp_old + spread * normal(rows, width),
+        "logp": (logp_old + spread * normal(rows, width)).clamp(max=-1e-3),
         "logp_old": logp_old,
         "logp_ref": logp_old + 0.5 * normal(rows, width),
         "advantages": normal(rows),
@@ -39,6 +50,7 @@ def batch(seed: int, rows: int = 4, width: int = 7, spread: float = 0.4) -> dict
         "lengths": lengths,
         "kl_weight": torch.rand(rows, width, generator=random, dtype=torch.float64),
         "entropy": normal(rows, width).abs(),
+        "inclusion": torch.rand(rows, width, generator=random, dtype=torch.float64).clamp(min=0.1),
     }
 
 
@@ -83,6 +95,7 @@ def test_value_and_gradient(ratio: str, aggregation: str, per_token: bool) -> No
         kl,
         {**kl, "kl_weight": b["kl_weight"]},
         {"entropy": b["entropy"], "entropy_weight": 0.05},
+        {**kl, "inclusion": b["inclusion"], "lengths": b["lengths"]},
     ]
     for options in variants:
         compare(b, **rule, **options)
@@ -154,8 +167,8 @@ def test_on_policy_the_ratios_have_one_gradient(aggregation: str) -> None:
         )
         results.append(torch.autograd.grad(loss, logp)[0])
     assert results[0].abs().sum() > 0
-    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(results[0], results[2], rtol=1e-12, atol=1e-15)
+    for result in results[1:]:
+        torch.testing.assert_close(results[0], result, rtol=1e-12, atol=1e-15)
 
 
 # --- by hand ------------------------------------------------------------------------------------------------------
@@ -265,6 +278,106 @@ def test_cispo_by_hand() -> None:
     _, bounded, metrics = hand(ratios, advantages, ratio="clipped_weight", aggregation="token", clip_low=0.2)
     torch.testing.assert_close(bounded, -torch.tensor([[1.28, 1.1, 0.8], [-2.56, -1.6, 0.0]]).double() / 5)
     assert metrics["clip_fraction"] == pytest.approx(4 / 5)
+
+
+def test_sapo_by_hand() -> None:
+    # sigmoid(tau (2 - 1)) 4 / tau with tau 1 | 2 where A is not positive; slope 4 s (1 - s) rho A by log pi
+    ratios, advantages = [[2.0, 1.0], [2.0, NAN]], [1.0, -3.0]
+    loss, gradient, metrics = hand(ratios, advantages, ratio="soft_gate", gate_positive=1.0, gate_negative=2.0)
+    up, down = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-2))
+    assert loss == pytest.approx(-((4 * up + 4 / 2) / 2 - 3 * 2 * down) / 2)
+    expected = [[4 * up * (1 - up) * 2 / 2, 1 / 2], [-3 * 4 * down * (1 - down) * 2, 0]]
+    torch.testing.assert_close(gradient, -torch.tensor(expected).double() / 2)
+    assert metrics["clip_fraction"] == 0
+
+
+def test_dppo_by_hand() -> None:
+    # pi_old 1/4: the total variation is |rho - 1| / 4, so 0.15 lies at rho 0.4 and 1.6
+    ratios = [[1.5, 1.7, 0.3, 0.5], [1.7, 1.5, 0.3, 0.5]]
+    loss, gradient, metrics = hand(ratios, [1.0, -2.0], ratio="tv_mask", aggregation="token", divergence=0.15)
+    # A > 0 stops at 1.7 alone, though 0.3 is as far away: it comes back; A < 0 stops at 0.3
+    assert loss == pytest.approx(-(1.5 + 0.3 + 0.5 - 2 * (1.7 + 1.5 + 0.5)) / 8)
+    torch.testing.assert_close(gradient, -torch.tensor([[1.5, 0, 0.3, 0.5], [-3.4, -3.0, 0, -1.0]]).double() / 8)
+    assert metrics["clip_fraction"] == pytest.approx(2 / 8)
+    # KL of coins 1/4 and 1.5/4: log(2/3)/4 + 3/4 log(0.75/0.625) = 0.0354; and 1.7/4: 0.0667
+    _, gradient, metrics = hand(ratios[:1], [1.0], ratio="kl_mask", aggregation="token", divergence=0.05)
+    assert (gradient[0] == 0).tolist() == [False, True, False, False]
+    _, gradient, metrics = hand(ratios[:1], [1.0], ratio="kl_mask", aggregation="token", divergence=0.03)
+    assert (gradient[0] == 0).tolist() == [True, True, False, False]
+    assert metrics["clip_fraction"] == pytest.approx(2 / 4)
+
+
+def test_a_rare_token_may_grow_where_a_clip_would_stop_it() -> None:
+    """The paper's case against clips: 1e-5 to 1e-3 is a ratio of 100 and moves nothing, 0.99 to 0.8 moves much."""
+    logp = torch.tensor([[1e-3, 0.8]]).log().requires_grad_()
+    old, mask = torch.tensor([[1e-5, 0.99]]).log(), torch.ones(1, 2, dtype=torch.bool)
+    for ratio, bound, stopped in (("token", 0.15, [True, False]), ("tv_mask", 0.15, [False, True])):
+        options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28, "divergence": bound, "ratio": ratio}
+        loss, _ = policy_loss(logp, old, torch.tensor([[1.0, -1.0]]), mask, **options)
+        assert (torch.autograd.grad(loss, logp)[0][0] == 0).tolist() == stopped
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(1e-30, 1), st.floats(1e-30, 1))  # a token that was drawn has a probability
+def test_binary_divergence_against_loops(p: float, q: float) -> None:
+    logs = [torch.tensor([[value]], dtype=torch.float64).log() for value in (p, q)]
+    tv, kl = (binary_divergence(*logs, kl=kl) for kl in (False, True))
+    assert tv.item() == pytest.approx(reference.total_variation(p, q), abs=1e-9)
+    assert kl.item() == pytest.approx(reference.bernoulli_kl(p, q), rel=1e-6, abs=1e-9)
+    assert tv.item() <= math.sqrt(max(kl.item(), 0) / 2) + 1e-6  # Pinsker
+
+
+def test_an_old_policy_is_the_engine_if_it_is_said_to_be() -> None:
+    b = batch(7)
+    engine = b["logp_old"] + 0.3 * b["logp_ref"]
+    inputs = LossInputs(b["logp"], b["logp_old"], b["advantages"], b["mask"], logp_engine=engine)
+    config = LossConfig(ratio="tv_mask", old_policy="engine", kl_beta=0.0, aggregation="token")
+    terms = loss_terms(inputs, config)
+    expected = reference.objective(b["logp"], engine, b["advantages"], b["mask"], ratio="tv_mask", aggregation="token")
+    torch.testing.assert_close(terms.total / terms.denominator, expected, rtol=1e-6, atol=1e-9)
+    gap = (b["logp_old"] - engine).abs()[b["mask"]].sum()  # what is logged stays the engine against the trainer
+    assert terms.sums["mismatch_gap"].item() == pytest.approx(gap.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="logp_engine"):
+        loss_terms(LossInputs(b["logp"], b["logp_old"], b["advantages"], b["mask"]), config)
+
+
+# --- Horvitz-Thompson ---------------------------------------------------------------------------------------------
+
+
+def draws(rule: MaskRule, length: int) -> list[tuple[float, list[int]]]:
+    """Every set of tokens that a rule can draw of a completion, with its chance, from the rule's definition."""
+    if rule.rule == "random":
+        size = max(1, round(rule.fraction * length))
+        return [(1 / math.comb(length, size), list(c)) for c in combinations(range(length), size)]
+    if rule.rule == "bernoulli":
+        sets = [list(c) for size in range(length + 1) for c in combinations(range(length), size)]
+        return [(rule.fraction ** len(s) * (1 - rule.fraction) ** (length - len(s)), s) for s in sets]
+    cuts = range(min(rule.shortest, length), length + 1)
+    return [(1 / len(cuts), list(range(cut))) for cut in cuts]
+
+
+@pytest.mark.parametrize("ratio", [r for r in RATIOS if r != "sequence"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("keys", [("random", 0.4, 1), ("bernoulli", 0.3, 1), ("random_prefix", 1.0, 2)])
+def test_drawn_tokens_are_unbiased_for_all_tokens(keys: tuple[Any, float, int], aggregation: str, ratio: str) -> None:
+    """NAT: the expectation over all masks, exactly, of loss and gradient are those without a mask."""
+    name, fraction, shortest = keys
+    rule = MaskRule(MaskConfig(rule=name, fraction=fraction, shortest=shortest, reweight=True))
+    b = batch(9, rows=2, width=5)
+    lengths = torch.tensor([5, 3])
+    logp = b["logp"].clone().requires_grad_()
+    rest: dict[str, Any] = {"logp_ref": b["logp_ref"], "kl_beta": 0.1, "max_length": 6, "lengths": lengths}
+    rest |= {"aggregation": aggregation, "ratio": ratio}
+    mean = torch.zeros((), dtype=torch.float64)
+    for (p, first), (q, second) in product(draws(rule, 5), draws(rule, 3)):
+        mask = torch.zeros(2, 5, dtype=torch.bool)
+        mask[0, first], mask[1, second] = True, True
+        inclusion = rule.inclusion(lengths, 5).double()
+        mean = mean + p * q * policy_loss(logp, b["logp_old"], b["advantages"], mask, inclusion=inclusion, **rest)[0]
+    everything = torch.arange(5) < lengths[:, None]
+    expected = policy_loss(logp, b["logp_old"], b["advantages"], everything, **rest)[0]
+    torch.testing.assert_close(mean, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(gradients(mean, logp), gradients(expected, logp), rtol=1e-6, atol=1e-9)
 
 
 # rewards 1, 0, 0, 0: mean 1/4, sample standard deviation 1/2; on-policy, 1, 2, 3 and 2 tokens
@@ -451,9 +564,12 @@ def test_constant_groups_are_zero(aggregation: str, ratio: str, gap: float) -> N
     st.lists(st.integers(1, 3), min_size=1, max_size=4),
     st.sampled_from(AGGREGATIONS),
     st.sampled_from(RATIOS),
+    st.booleans(),
 )
-def test_micro_batches_add_up(seed: int, parts: list[int], aggregation: str, ratio: str) -> None:
+def test_micro_batches_add_up(seed: int, parts: list[int], aggregation: str, ratio: str, reweighted: bool) -> None:
     b = batch(seed, rows=sum(parts))
+    if not reweighted:
+        del b["inclusion"]
     b["logp"].requires_grad_()
     options: dict[str, Any] = {"kl_beta": 0.1, "entropy_weight": 0.1, "aggregation": aggregation, "ratio": ratio}
     whole, _ = policy_loss(**b, **options, max_length=7)  # type: ignore[arg-type]
@@ -473,6 +589,7 @@ def test_bad_arguments() -> None:
         {"kl_beta": 0.1},
         {"aggregation": "constant"},
         {"entropy_weight": 0.1},
+        {"inclusion": torch.ones(1, 1)},
     ]
     for options in bad:
         with pytest.raises(ValueError, match=next(iter(options))):
@@ -506,6 +623,31 @@ def test_sequence_mask_by_hand() -> None:
     assert lower[SELECTED].tolist() == [1, 1, 0, 0, 1]
 
 
+def test_icepop_by_hand() -> None:
+    # ratios 3, 0.5 | 3, 3 | 1: inside [0.5, 2.9] lie 0.5 and 1, which weigh as much as they are
+    bounds: dict[str, Any] = {"rule": "token_mask", "cap": 2.9, "floor": 0.499}
+    weight, sums = importance_weights(OURS, ENGINE, SELECTED, **bounds)
+    torch.testing.assert_close(weight[SELECTED], torch.tensor([0.0, 0.5, 0.0, 0.0, 1.0]))
+    assert sums["mismatch_dropped"].item() == 3
+    assert sums["weight_max"].item() == pytest.approx(3)
+    weight, _ = importance_weights(OURS, ENGINE, SELECTED, rule="token_mask", cap=5.0, floor=0.6)
+    torch.testing.assert_close(weight[SELECTED], torch.tensor([3.0, 0.0, 3.0, 3.0, 1.0]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0, 1), st.floats(1, 6))
+def test_icepop_against_loops(seed: int, alpha: float, beta: float) -> None:
+    """The objective with its weights: dropped tokens stay in the denominator, clips are those of old to new."""
+    b = batch(seed)
+    inputs = LossInputs(b["logp"], b["logp_old"], b["advantages"], b["mask"], logp_engine=b["logp_ref"])
+    terms = loss_terms(inputs, LossConfig(kl_beta=0.0), correction=("token_mask", beta, alpha))
+    rows = [reference.icepop_weights(*row, alpha, beta) for row in zip(b["logp_old"].tolist(), b["logp_ref"].tolist())]
+    expected = reference.objective(
+        b["logp"], b["logp_old"], b["advantages"], b["mask"], importance_weight=torch.tensor(rows)
+    )
+    torch.testing.assert_close(terms.total / terms.denominator.clamp(min=1), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_no_correction_is_one_but_measured() -> None:
     weight, sums = importance_weights(OURS, ENGINE, SELECTED, rule="none", cap=2.0)
     assert (weight == 1).all()
@@ -514,7 +656,7 @@ def test_no_correction_is_one_but_measured() -> None:
         importance_weights(OURS, ENGINE, SELECTED, rule="sometimes", cap=2.0)
 
 
-@pytest.mark.parametrize("rule", ["none", "token_truncated", "sequence_mask"])
+@pytest.mark.parametrize("rule", ["none", "token_truncated", "token_mask", "sequence_mask"])
 def test_importance_reads_selected_tokens_only_and_carries_no_gradient(rule: str) -> None:
     ours = torch.where(SELECTED, OURS, NAN).requires_grad_()
     weight, sums = importance_weights(ours, torch.where(SELECTED, ENGINE, INF), SELECTED, rule=rule, cap=2.0)

@@ -75,7 +75,7 @@ def test_larger_kappa_selects_a_subset(rows, kappa, more):
 
 ALL_RULES = [
     {"rule": rule, "scope": scope, "statistic": statistic}
-    for rule in ("threshold", "top_fraction", "peaks_only", "all", "random")
+    for rule in ("threshold", "top_fraction", "peaks_only", "all", "random", "bernoulli", "random_prefix")
     for scope in ("sequence", "group", "batch", "running")
     for statistic in ("mean_std", "iqr", "iqr_kappa")
 ] + [
@@ -110,7 +110,7 @@ def test_order_of_rollouts_does_not_matter(options, rows, data):
     assert (straight[order] ^ permuted).sum() <= (0 if options.get("statistic") == "iqr" else 1)
 
 
-@pytest.mark.parametrize("options", [o for o in ALL_RULES if o["rule"] not in ("all", "random")])
+@pytest.mark.parametrize("options", [o for o in ALL_RULES if o["rule"] in ("threshold", "top_fraction", "peaks_only")])
 def test_constant_and_non_finite_scores_are_never_selected(options):
     scores, lengths = padded([[0.3] * 6, [0.3] * 6])
     assert not select(make(**options), scores, lengths).any()
@@ -127,6 +127,43 @@ def test_bf16_scores():
     scores, lengths = padded([[1.0, 2.0, 3.0, 9.0]])
     mask = select(make(), scores.bfloat16(), lengths)
     assert mask[0].tolist() == [False, False, False, True, False, False]
+
+
+# --- by chance ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [("random", 0.3, 1), ("bernoulli", 0.3, 1), ("random_prefix", 0.3, 3)])
+def test_chances_of_being_drawn(keys: tuple[Any, float, int]) -> None:
+    """What inclusion says is how often tokens are drawn, over 20,000 steps; 5 standard deviations apart at most."""
+    name, fraction, shortest = keys
+    rule = make(rule=name, fraction=fraction, shortest=shortest)
+    lengths = torch.tensor([8, 2, 0, 1]).repeat(2_000)
+    masks = [select(rule, torch.zeros(8_000, 9), lengths, step=s, rollout_ids=torch.arange(8_000)) for s in range(10)]
+    drawn = torch.cat(masks).double().reshape(-1, 4, 9).mean(0)  # (4, T)
+    chance = rule.inclusion(lengths[:4], 9).double()
+    inside = torch.arange(9) < lengths[:4, None]
+    assert (chance[~inside] == 1).all()
+    spread = (chance * (1 - chance) / 20_000).sqrt()
+    assert ((drawn - chance).abs() <= 5 * spread + 1e-12)[inside].all()
+    assert not drawn[~inside].any()
+
+
+def test_chances_by_hand() -> None:
+    lengths = torch.tensor([4, 2])
+    assert make(rule="random", fraction=0.5).inclusion(lengths, 4)[0].tolist() == [0.5] * 4
+    assert make(rule="bernoulli", fraction=0.25).inclusion(lengths, 4).tolist() == [[0.25] * 4, [0.25, 0.25, 1, 1]]
+    # of 4 tokens, cuts after 2, 3 or 4; of 2 after 2
+    chance = make(rule="random_prefix", shortest=2).inclusion(lengths, 4)
+    torch.testing.assert_close(chance, torch.tensor([[1, 1, 2 / 3, 1 / 3], [1, 1, 1, 1]]))
+    with pytest.raises(ValueError, match="'threshold' draws no tokens"):
+        make().inclusion(lengths, 4)
+
+
+def test_random_prefixes_are_prefixes() -> None:
+    mask = select(make(rule="random_prefix", shortest=2), torch.zeros(50, 7), torch.full((50,), 6))
+    assert (mask.sum(1) >= 2).all()
+    assert len(mask.sum(1).unique()) == 5
+    assert torch.equal(mask, torch.arange(7) < mask.sum(1)[:, None])
 
 
 # --- scopes -------------------------------------------------------------------------------------------------------

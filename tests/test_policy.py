@@ -393,6 +393,8 @@ def test_what_the_whole_vocabulary_says(model: nn.Module, chunk: int) -> None:
         slow_certainty = torch.stack([sum(uniform * (uniform / each).log() for each in row) for row in p])
         torch.testing.assert_close(out["entropy"].double(), slow_entropy, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(out["certainty"].double(), slow_certainty, rtol=1e-4, atol=1e-5)
+        steps = torch.eye(p.shape[1], dtype=torch.float64)[micro.targets] - p  # (N, V) d log p / d logits at T = 1
+        torch.testing.assert_close(out["energy"].double(), steps.square().sum(1), rtol=1e-4, atol=1e-6)
         assert not out["entropy"].requires_grad
         assert torch.equal(out["states"], policy(micro)["states"])
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,15 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aipo.config.sections import RewardConfig
+from aipo.errors import TrainingError
+from aipo.problems.problem import Problem
 from aipo.reward import Rewarder, combine, soft_overlong, well_formed
 
 
 @pytest.fixture(scope="module")
 def rewarder() -> Iterator[Rewarder]:
-    scorer = Rewarder(
-        RewardConfig(overlong_buffer=20, correctness=0.8, format=0.1, length=0.1, workers=1, timeout_s=20.0),
-        max_tokens=100,
-    )
+    config = RewardConfig(overlong_buffer=20, correctness=0.8, format=0.1, length=0.1, workers=1, timeout_s=20.0)
+    scorer = Rewarder({"": config}, max_tokens=100)
     yield scorer
     scorer.close()
 
@@ -82,12 +88,13 @@ def test_combined_rewards_stay_between_0_and_1(parts: list[tuple[bool, bool, flo
 
 GOLDS = [r"\frac{1}{2}", r"\frac{1}{2}", "5", "B", "5"]
 KINDS = ["math", "math", "math", "choice", "math"]
+PROBLEMS = [Problem(str(i), "q", gold, kind) for i, (gold, kind) in enumerate(zip(GOLDS, KINDS))]
 TEXTS = [r"\boxed{0.5}", r"\boxed{0.25}", "Answer: 5", "Answer: B", r"\boxed{5"]
 LENGTHS = [10, 90, 100, 80, 85]
 
 
 def test_score_by_hand(rewarder: Rewarder) -> None:
-    rewards, correct, metrics = rewarder.score(GOLDS, KINDS, TEXTS, LENGTHS)
+    rewards, correct, metrics = rewarder.score(PROBLEMS, TEXTS, LENGTHS)
     assert correct.tolist() == [True, False, True, True, False]
     assert correct.dtype == torch.bool
     # 0.8 correct + 0.1 format + 0.1 length; lengths count 1, 0.5, 0, 1, 0.75
@@ -106,9 +113,9 @@ def test_score_by_hand(rewarder: Rewarder) -> None:
 
 
 def test_streaming_in_any_order_is_the_same_as_all_at_once(rewarder: Rewarder) -> None:
-    together = rewarder.score(GOLDS, KINDS, TEXTS, LENGTHS)
-    pending = {i: rewarder.submit(GOLDS[i], KINDS[i], TEXTS[i], LENGTHS[i]) for i in (3, 0, 4, 2, 1)}
-    other = rewarder.submit("5", "math", "5", 1)  # of another batch: nothing to do with this one
+    together = rewarder.score(PROBLEMS, TEXTS, LENGTHS)
+    pending = {i: rewarder.submit(PROBLEMS[i], TEXTS[i], LENGTHS[i]) for i in (3, 0, 4, 2, 1)}
+    other = rewarder.submit(Problem("x", "q", "5"), "5", 1)  # of another batch: nothing to do with this one
     rewards, correct, metrics = rewarder.collect([pending[i] for i in range(5)])
     torch.testing.assert_close(rewards, together[0])
     assert correct.tolist() == together[1].tolist()
@@ -119,11 +126,150 @@ def test_streaming_in_any_order_is_the_same_as_all_at_once(rewarder: Rewarder) -
 
 
 def test_a_hostile_answer_has_no_verdict_and_is_counted() -> None:
-    rewarder = Rewarder(RewardConfig(overlong_buffer=20, workers=1, timeout_s=0.5), max_tokens=100)
+    rewarder = Rewarder({"": RewardConfig(overlong_buffer=20, workers=1, timeout_s=0.5)}, max_tokens=100)
     answers = [r"\boxed{\sum_{n=1}^{10^9} n!}", r"\boxed{5}"]
-    rewards, correct, metrics = rewarder.score(["5", "5"], ["math"] * 2, answers, [9, 9])
+    rewards, correct, metrics = rewarder.score([Problem("1", "q", "5")] * 2, answers, [9, 9])
     rewarder.close()
     assert rewards[0].isnan()
     assert rewards[1] == metrics["reward/mean"] == metrics["reward/correct"] == 1.0
     assert correct.tolist() == [False, True]
     assert metrics["reward/timed_out"] == 0.5
+
+
+# --- functions of the user's
+
+FUNCTIONS = """
+import os, time
+
+def burns(problem, completion):
+    start = time.process_time()
+    while time.process_time() < start + float(completion):
+        pass
+    return 1.0
+
+def length(problem, completion):
+    return len(completion) / len(problem.question)
+
+def picky(problem, completion):
+    return {"right": 1, "half": 0.5, "none": None, "nan": float("nan"), "text": "1"}[completion]
+
+def loops(problem, completion):
+    while completion == "loop":
+        pass
+    if completion == "crash":
+        os._exit(3)
+    if completion == "hoard":
+        return len(bytes(1 << 40))
+    return 1.0
+"""
+
+
+@pytest.fixture
+def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "graders.py").write_text(FUNCTIONS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def grader(name: str, **keys: float) -> Rewarder:
+    config = RewardConfig(function=f"graders:{name}", overlong_buffer=20, workers=1, timeout_s=0.5, **keys)  # type: ignore[arg-type]
+    return Rewarder({"": config}, max_tokens=100)
+
+
+@pytest.mark.usefixtures("functions")
+def test_a_function_takes_the_place_of_the_verifier() -> None:
+    problem = Problem("1", "four", "B", "choice", options=("x", "y"), solution="s", origin="o")
+    rewarder = grader("length", correctness=0.8, format=0.2)
+    rewards, correct, metrics = rewarder.score([problem] * 3, ["ab", "abcd", "Answer: B"], [9, 9, 9])
+    rewarder.close()
+    torch.testing.assert_close(rewards, torch.tensor([0.8 * 0.5, 0.8, 0.8 * 9 / 4 + 0.2]))
+    assert correct.tolist() == [False, True, True]  # 1 or more
+    assert metrics["reward/correct"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.usefixtures("functions")
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("else", r"KeyError: 'else' \(.*graders.py, line 14\)"),
+        ("none", "it returned None, which is not a finite number"),
+        ("nan", "it returned nan, which is not"),
+        ("text", "it returned '1', which is not"),
+    ],
+)
+def test_what_a_function_raises_names_the_rollout(text: str, says: str) -> None:
+    rewarder = grader("picky")
+    fine = rewarder.submit(Problem("q7", "q", "5"), "half", 9, 2)
+    broken = rewarder.submit(Problem("q7", "q", "5"), text, 9, 3)
+    assert rewarder.collect([fine])[0].tolist() == [0.5]
+    with pytest.raises(TrainingError, match=rf"graders:picky failed on sample 4 of question q7: .*{says}"):
+        rewarder.collect([fine, broken])
+    assert rewarder.score([Problem("q7", "q", "5")], ["right"], [9])[1].tolist() == [True]  # its process lives on
+    rewarder.close()
+
+
+@pytest.mark.usefixtures("functions")
+def test_a_function_that_hangs_or_crashes_gives_no_verdict() -> None:
+    rewarder = grader("loops")
+    problem = Problem("1", "q", "5")
+    rewards, correct, metrics = rewarder.score([problem] * 5, ["loop", "fine", "crash", "hoard", "well"], [9] * 5)
+    rewarder.close()
+    assert rewards.isnan().tolist() == [True, False, True, True, False]
+    assert correct.tolist() == [False, True, False, False, True]
+    assert (metrics["reward/timed_out"], metrics["reward/killed"]) == (0.2, 0.4)
+    assert metrics["reward/correct"] == 1.0
+
+
+@pytest.mark.usefixtures("functions")
+def test_each_origin_has_its_own_reward() -> None:
+    plain = RewardConfig(overlong_buffer=20, workers=1, timeout_s=20.0)
+    mixed = RewardConfig(overlong_buffer=20, correctness=0.5, length=0.5)
+    own = RewardConfig(function="graders:length", overlong_buffer=20)
+    rewarder = Rewarder({"": plain, "a": mixed, "b": own}, max_tokens=100)
+    problems = [Problem(str(i), "four", "5", origin=origin) for i, origin in enumerate(["b", "", "a", "b", "else"])]
+    rewards, _, _ = rewarder.score(problems, ["ab", r"\boxed{5}", r"\boxed{5}", "abcd", r"\boxed{6}"], [90] * 5)
+    rewarder.close()
+    torch.testing.assert_close(rewards, torch.tensor([0.5, 1.0, 0.5 + 0.5 * 0.5, 1.0, 0.0]))
+
+
+@contextmanager
+def load(each: int = 3) -> Iterator[None]:
+    """``each`` busy processes a core, every one in a session of its own, as a scheduler may share by sessions."""
+    spin = [sys.executable, "-c", "while True: pass"]
+    busy = [subprocess.Popen(spin, start_new_session=True) for _ in range(each * len(os.sched_getaffinity(0)))]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+        for process in busy:
+            process.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sched_getaffinity")
+@pytest.mark.usefixtures("functions")
+def test_a_busy_machine_changes_no_reward() -> None:
+    """The limit is CPU time: what takes half of it is judged although it takes longer than the limit by the clock."""
+    limit = 0.6
+    plain = RewardConfig(overlong_buffer=20, workers=2, timeout_s=limit)
+    configs = {"": plain, "burns": plain.model_copy(update={"function": "graders:burns"})}
+    problems = [Problem("1", "q", r"\sqrt{8}")] * 4 + [Problem("2", "q", "5", origin="burns")] * 4
+    texts = [r"\boxed{2\sqrt{2}}", r"\boxed{2\sqrt{3}}", r"\boxed{\sum_{n=1}^{10^9} n!}", "nothing"]
+    texts += ["0.3", "0.29", "0.31", "1000"]
+
+    def scored() -> tuple[list[float], list[bool], dict[str, float], float]:
+        rewarder = Rewarder(configs, max_tokens=100)
+        rewarder.score(problems[4:6], ["0", "0.01"], [9] * 2)  # workers have started
+        start = time.monotonic()
+        assert rewarder.score(problems[4:6], texts[4:6], [9] * 2)[0].tolist() == [1.0, 1.0]
+        took = time.monotonic() - start
+        rewards, correct, metrics = rewarder.score(problems, texts, [9] * 8)
+        rewarder.close()
+        return rewards.nan_to_num(-1.0).tolist(), correct.tolist(), metrics, took
+
+    rewards, correct, metrics, _ = scored()
+    assert rewards == [1.0, 0.0, -1.0, 0.0, 1.0, 1.0, 1.0, -1.0]
+    assert metrics["reward/timed_out"] == 0.25
+    with load():
+        again = scored()
+    assert again[:3] == (rewards, correct, metrics)
+    assert again[3] > limit  # or the machine was not busy

@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from transformers import AutoConfig
@@ -245,6 +247,59 @@ def test_an_engine_that_loses_its_weights_stops_the_run(
     assert run(config, resume="auto", device=torch.device("cpu"))
 
 
+MIXED = """
+data:
+  train:
+    - {path: PLACE/easy.jsonl, weight: 3, suffix: " Box it."}
+    - path: PLACE/hard.parquet
+      weight: 1
+      columns: {question: problem, answer: solved}
+      reward: {function: graders_of_run:long}
+  validation: null
+validation:
+  holdout: 4
+  every: 2
+  watch:
+    - PLACE/easy.jsonl
+    - {path: PLACE/hard.parquet, columns: {question: problem, answer: solved}, samples: 3, every: 3}
+"""
+
+
+def test_a_run_on_a_mix_of_sources(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIPO_CACHE", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "graders_of_run.py").write_text("def long(problem, text):\n    return 2.0 if problem.answer else 0\n")
+    write(tmp_path / "easy.jsonl", [{"question": f"easy{i} + 1", "answer": str(i + 1)} for i in range(20)])
+    hard = {"problem": [f"hard{i} + 1" for i in range(20)], "solved": list(range(1, 21))}
+    pyarrow.parquet.write_table(pyarrow.table(hard), tmp_path / "hard.parquet")
+    (tmp_path / "mixed.yaml").write_text("base: tiny.yaml\n" + MIXED.replace("PLACE", str(tmp_path)))
+    more = [f"model.path={model}", f"runs={tmp_path}", "rollout.engine=hf", "model.dtype=float32"]
+    more += ["sharding.zero_stage=0", "loss.kl_beta=0", "validation.watch_every=2", "tracking.rollouts_per_step=16"]
+    config = load_config(str(tmp_path / "mixed.yaml"), [*more, "curriculum.buckets=within", "mask.rule=all"])
+    inputs = check_inputs(config, world=1)
+    assert len(inputs.problems) + len(inputs.held_out) == 40
+    asked = inputs.prompter.tokenizer.decode(inputs.prompter.encode("easy1 + 1", "easy"))
+    assert "easy1 + 1 Box it." in asked
+    assert run(config, device=torch.device("cpu"))
+    lines = read_jsonl(config.folder / "metrics.jsonl")
+    assert [sorted({key.split("/")[1] for key in line if key.startswith("watch/")}) for line in lines] == [
+        ["easy", "hard"],
+        [],
+        ["easy"],
+        ["hard"],
+        ["easy", "hard"],
+    ]
+    assert all(line["watch/hard/accuracy"] == 0 for line in lines if "watch/hard/accuracy" in line)  # by the verifier
+    rollouts = [row for file in sorted(config.folder.glob("rollouts/*")) for row in read_jsonl(file)]
+    by_source = {name: [row for row in rollouts if row["question"].startswith(name)] for name in ("easy", "hard")}
+    assert len(by_source["easy"]) == 3 * len(by_source["hard"]) == 3 * 16
+    assert {row["reward"] for row in by_source["hard"]} == {2.0}
+    assert all((line["source/easy/share"], line["source/hard/share"]) == (0.75, 0.25) for line in lines[1:])
+    assert all(line["source/hard/correct"] == 1 for line in lines[1:])  # 1 or more
+    with pytest.raises(UserError, match=r"reward\.function: nowhere:f cannot be imported \(ModuleNotFoundError"):
+        check_inputs(load_config(str(tmp_path / "mixed.yaml"), [*more, "reward.function=nowhere:f"]), world=1)
+
+
 def test_what_is_watched_changes_no_other_number(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIPO_CACHE", str(tmp_path))  # for the labels
     rows = [*({"question": f"number{i} + 1", "answer": str(i + 1)} for i in range(12)), GOOD[1]]
@@ -277,8 +332,8 @@ def test_held_out_training_questions(model: Path, tmp_path: Path) -> None:
     assert (len(inputs.problems), len(inputs.held_out)) == (7, 4)  # validation.questions
     assert not {p.id for p in inputs.problems} & {p.id for p in inputs.held_out}
     assert "validation: 5 of the training questions, held out; 7 are left" in inputs.notes[-1]
-    with pytest.raises(UserError, match="two are b: rename one"):
-        check_inputs(config_with(model, data, "validation.watch=[a/b.jsonl, c/b.jsonl]"), world=1)
+    with pytest.raises(UserError, match="two are b: give them names"):
+        config_with(model, data, "validation.watch=[a/b.jsonl, c/b.jsonl]")
 
 
 @pytest.mark.parametrize(
@@ -287,6 +342,8 @@ def test_held_out_training_questions(model: Path, tmp_path: Path) -> None:
         (["loss.clip_high=0.3"], "loss.clip_high without effect"),
         (["loss.clip_low=0.1", "loss.ratio=sequence"], "loss.clip_low, loss.ratio without effect"),
         (["loss.clip_high=0.3", "optim.updates_per_batch=2"], None),
+        (["loss.ratio=tv_mask", "loss.divergence=0.1"], "loss.ratio, loss.divergence without effect"),
+        (["loss.ratio=tv_mask", "loss.old_policy=engine", "rollout.importance_correction=none"], None),
         (["loss.kl_beta=0.1"], None),
     ],
 )

@@ -125,7 +125,9 @@ def test_gold_states_of_the_initial_weights_and_of_other_questions(model: Path) 
     assert kept.gold_states([]).shape == (0, usual.shape[1])
 
 
-def whole_sequences(config: Config, model: Path, rollouts: Rollouts, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+def whole_sequences(
+    config: Config, model: Path, rollouts: Rollouts, mask: torch.Tensor, inclusion: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """Gradient of the loss on all tokens of all used rollouts, one forward pass each, all logits."""
     reference = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32)
     rows = torch.nonzero(rollouts.used)[:, 0].tolist()
@@ -145,6 +147,7 @@ def whole_sequences(config: Config, model: Path, rollouts: Rollouts, mask: torch
         aggregation=config.loss.aggregation,
         max_length=MAX_TOKENS,
         lengths=lengths,
+        inclusion=None if inclusion is None else inclusion[rows][:, : logp.shape[1]],
     )
     loss.backward()
     return {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
@@ -154,6 +157,8 @@ RULES = {
     "prefix": ["mask.rule=prefix", "mask.prefix_start=0.3"],
     "prefix, shared prompts": ["mask.rule=prefix", "mask.prefix_start=0.3", "optim.share_prompts=true"],
     "random": ["mask.rule=random", "mask.fraction=0.1"],
+    "random prefix": ["mask.rule=random_prefix", "mask.reweight=true"],
+    "bernoulli, shared prompts": ["mask.rule=bernoulli", "mask.reweight=true", "optim.share_prompts=true"],
     "probe": ["mask.scope=batch", "mask.kappa_start=2.0"],
     "entropy": ["mask.rule=top_fraction", "mask.score=entropy", "mask.scope=batch", "mask.fraction=0.1"],
 }
@@ -176,7 +181,10 @@ def test_what_lies_behind_the_last_selected_token_changes_nothing(model: Path, r
     assert int(trained.sum()) < sum(LENGTHS) - LENGTHS[5]  # or nothing was left out
     if rule == "probe":
         assert 0 in trained.tolist()
-    expected = whole_sequences(config, model, rollouts, selection.mask)
+    chances = (
+        trainer.selector.rule.inclusion(rollouts.lengths, selection.mask.shape[1]) if config.mask.reweight else None
+    )
+    expected = whole_sequences(config, model, rollouts, selection.mask, chances)
     largest = max(float(g.abs().max()) for g in expected.values())
     for name, parameter in trainer.sharded.names():
         moment = trainer.sharded.optimizer.state[parameter]["exp_avg"]  # type: ignore[attr-defined]

@@ -40,7 +40,9 @@ def collect_pairs(
     }
     chosen = torch.randperm(len(inputs.problems), generator=torch.Generator().manual_seed(seed))[:questions]
     requests = [
-        Request(inputs.prompter.encode(problem.question), request_seed(seed, "latent", problem.id, sample))
+        Request(
+            inputs.prompter.encode(problem.question, problem.origin), request_seed(seed, "latent", problem.id, sample)
+        )
         for problem in (inputs.problems[i] for i in chosen.tolist())
         for sample in range(samples)
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -18,13 +18,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from aipo.config.base import Section
+from aipo.config.data import Source, TrainSource, WatchSource
 from aipo.config.schema import Config
 from aipo.errors import UserError
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 
 
-def keys() -> Iterator[tuple[str, Any]]:
+def keys(root: type[BaseModel] = Config) -> Iterator[tuple[str, Any]]:
     """All leaf keys in order, as (dotted name, pydantic field)."""
 
     def walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -34,7 +35,7 @@ def keys() -> Iterator[tuple[str, Any]]:
             else:
                 yield f"{prefix}{name}", field
 
-    return walk(Config, "")
+    return walk(root, "")
 
 
 def type_name(annotation: Any) -> str:
@@ -47,13 +48,33 @@ def type_name(annotation: Any) -> str:
         return "|".join(type_name(a) for a in get_args(annotation))
     if origin is tuple:
         return "[" + ", ".join("..." if a is Ellipsis else type_name(a) for a in get_args(annotation)) + "]"
+    if isinstance(annotation, type) and issubclass(annotation, Source):
+        return "source"
     return "null" if annotation is type(None) else annotation.__name__
 
 
 def help_keys() -> str:
-    """One line a key: name, type, default, meaning."""
+    """Two lines a key: name, type, default; meaning."""
+    return _described(keys())
+
+
+def help_sources() -> str:
+    """The same of the keys of a source."""
+    common = {name for name, _ in keys(Source)}
+    train, watch = ([each for each in keys(kind) if each[0] not in common] for kind in (TrainSource, WatchSource))
+    parts = [
+        _described(keys(Source)),
+        "  of data.train:",
+        _described(train),
+        "  of validation.watch:",
+        _described(watch),
+    ]
+    return "\n".join(parts)
+
+
+def _described(fields: Iterable[tuple[str, Any]]) -> str:
     lines = []
-    for name, field in keys():
+    for name, field in fields:
         value = list(field.default) if isinstance(field.default, tuple) else field.default
         default = "required" if field.is_required() else f"default {json.dumps(value)}"
         lines.append(f"  {name}  ({type_name(field.annotation)}; {default})\n      {field.description}")
@@ -90,7 +111,8 @@ def find_method(name: str) -> Path:
 def load_config(name: str, overrides: Sequence[str] = (), *, method: str | None = None) -> Config:
     """Read ``name`` with its bases, then a method's own keys, apply ``key.path=value`` overrides, validate.
 
-    ``method`` is a name in ``configs/methods/`` or a file; its ``base:`` is left aside, since ``name`` takes its place.
+    ``method`` is a name in ``configs/methods/`` or a file. Of its bases only other methods come along: ``name`` takes
+    the place of the rest.
 
     Raises:
         UserError: with the key and the file or override that is wrong.
@@ -101,7 +123,8 @@ def load_config(name: str, overrides: Sequence[str] = (), *, method: str | None 
     own = []
     if method is not None:
         file = find_method(method)
-        own = _layers(file)[-1:]
+        *bases, itself = _layers(file)
+        own = [layer for layer in bases if Path(layer[0]).resolve().parent == CONFIG_FOLDER / "methods"] + [itself]
         values["name"] = f"{path.stem}-{file.stem}"
     for layer, tree in [*_layers(path), *own, *map(_parse_override, overrides)]:
         for key, value in _flatten(tree):
@@ -122,12 +145,7 @@ def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str
     """(file, content) from the deepest base to the file itself."""
     if path.resolve() in seen:
         raise UserError(f"{path}: base: goes in a circle")
-    try:
-        tree = yaml.load(path.read_text(), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold keys and values, not a {type(tree).__name__}")
+    tree = read_yaml(path)
     base = tree.pop("base", None)
     if base is None:
         return [(str(path), tree)]
@@ -135,6 +153,17 @@ def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str
     if not parent.is_file():
         parent = find_config(str(base), asked_by=f"{path}: base: ")
     return [*_layers(parent, (*seen, path.resolve())), (str(path), tree)]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a file. UserError where it holds something else, or a key twice."""
+    try:
+        tree = yaml.load(path.read_text(), _Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold keys and values, not a {type(tree).__name__}")
+    return tree
 
 
 class _Loader(yaml.SafeLoader):
@@ -221,6 +250,15 @@ def _explain(error: Any, origin: dict[str, str], path: Path) -> str:
     parts = [str(p) for p in error["loc"]]
     key = next((k for n in (2, 1) if (k := ".".join(parts[:n])) in origin), ".".join(parts[:2]))
     message = error["msg"].removeprefix("Value error, ")
+    if set(parts) & {"source", "sources"}:  # which of several sources, and which of its keys
+        inner = [part for part in parts[2:] if part not in ("source", "sources")]
+        place = key + "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in inner)
+        if error["type"] in ("missing", "extra_forbidden"):
+            near = difflib.get_close_matches(parts[-1], [name for name, _ in keys(TrainSource)], n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; --help lists the keys of a source"
+            said = "is required" if error["type"] == "missing" else f"is unknown{hint}"
+            return f"{origin.get(key, path)}: {place} {said}"
+        return f"{origin.get(key, path)}: {place}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
     if error["type"] == "missing":
         return f"{origin[key]}: {key}: too few values" if key in origin else f"{path}: {key} is required"
     if error["type"] == "value_error":  # our own messages name the keys

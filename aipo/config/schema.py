@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import model_validator
+from pydantic import ValidationError, model_validator
 
 from aipo.config.base import POSITION_ELEMENTS, NonNegative, Section
+from aipo.config.data import Source
 from aipo.config.sections import (
     AdvantageConfig,
     BranchConfig,
@@ -94,6 +95,13 @@ class Config(Section):
                 "rollout.top_p below 1 or rollout.top_k above 0 samples from another distribution than the policy's: "
                 "set them to 1 and -1, or rollout.importance_correction: none"
             )
+        by_engine = self.loss.old_policy == "engine"
+        if by_engine and (truncated or self.rollout.importance_correction != "none"):
+            raise ValueError(
+                "loss.old_policy: engine has the engine's probabilities in the ratio: set "
+                "rollout.importance_correction: none, which would count the difference twice, and rollout.top_p: 1 and "
+                "rollout.top_k: -1, or it would compare with another distribution than the policy's"
+            )
         drop = self.advantage.drop_constant_groups
         if drop != "none" and self.advantage.baseline == "batch":
             raise ValueError("advantage.drop_constant_groups needs a baseline inside the group: group or leave_one_out")
@@ -103,20 +111,18 @@ class Config(Section):
                 "raise it, or set dynamic.enabled: false"
             )
         if self.rollout.async_depth:
-            asks = {
-                "dynamic.enabled": self.dynamic.enabled,
-                "branch.enabled": self.branch.enabled,
-                "reward.rule: continuations": self.reward.rule == "continuations",
-            }
-            for key in (key for key, active in asks.items() if active):
+            filtered = self.branch.total not in (None, self.rollout.samples_per_question)
+            if self.branch.enabled and (self.branch.signal == "entropy" or filtered):
+                key = "branch.signal: entropy" if self.branch.signal == "entropy" else "branch.total"
                 raise ValueError(
-                    f"rollout.async_depth: 1 draws a batch while the policy is busy with its update, and {key} draws "
-                    "with the policy's or other ranks' help: leave one of them out"
+                    f"rollout.async_depth: 1 draws a batch while the policy is in its update, and {key} asks the "
+                    "policy, whose weights are changing: set branch.signal: logprob and branch.total: null, or "
+                    "rollout.async_depth: 0"
                 )
-            if self.rollout.importance_correction == "none":
+            if self.rollout.importance_correction == "none" and not by_engine:
                 raise ValueError(
                     "rollout.async_depth: 1 trains on rollouts of older weights: set rollout.importance_correction: "
-                    "token_truncated or sequence_mask"
+                    "token_truncated, token_mask or sequence_mask, or loss.old_policy: engine"
                 )
         if self.rollout.mode == "server" and self.rollout.engine != "vllm":
             raise ValueError(
@@ -152,7 +158,8 @@ class Config(Section):
             )
         if self.mask.score == "residual" and self.lora.rank == 0:
             raise ValueError("mask.score: residual is what the adapters change: set lora.rank (such as 16)")
-        if self.mask.score == "information" and self.model.attention != "sdpa":
+        trees = self.advantage.information != "next_token" and self.model.attention != "sdpa"
+        if self.mask.score == "information" and trees:
             raise ValueError("mask.score: information lays early exits out as trees, which needs model.attention: sdpa")
         if self.advantage.tokens == "residual" and self.lora.rank == 0:
             raise ValueError(
@@ -169,12 +176,33 @@ class Config(Section):
                 "mask.rule: prefix leaves most of them out: set mask.rule: all, or advantage.tokens: none"
             )
         by_token = self.advantage.tokens != "none" or self.advantage.mi_blend != "none"
+        if self.loss.ratio == "sequence" and self.mask.reweight:
+            raise ValueError(
+                "mask.reweight makes sums over tokens unbiased, and loss.ratio: sequence has one ratio for a whole "
+                "completion: set another loss.ratio, or mask.reweight: false"
+            )
+        if self.advantage.tokens == "baseline" and self.rollout.samples_per_question == 1:
+            raise ValueError(
+                "advantage.tokens: baseline compares the rollouts of a question: raise rollout.samples_per_question, "
+                "or set advantage.tokens: none"
+            )
+        if self.advantage.tail == "reward" and self.advantage.normalize != "none":
+            raise ValueError(
+                "advantage.tail: reward leaves rewards beside advantages that advantage.normalize divides: set it to "
+                "none, or advantage.tail: zero"
+            )
+        below_zero = self.reward.signed or self.reward.overlong > 0 or self.loss.kl_in == "reward"
+        if self.advantage.normalize == "mean" and below_zero:
+            raise ValueError(
+                "advantage.normalize: mean divides by a mean reward that must not be negative: leave reward.signed, "
+                "reward.overlong and loss.kl_in: reward out, or set advantage.normalize: std or none"
+            )
         if self.loss.ratio == "sequence" and by_token:
             raise ValueError(
                 "loss.ratio: sequence has one ratio for all tokens of a completion, through which advantages by token "
                 "(advantage.tokens, advantage.mi_blend) cannot tell them apart: set loss.ratio: token"
             )
-        if self.advantage.tokens == "information" and self.model.attention != "sdpa":
+        if self.advantage.tokens == "information" and trees:
             raise ValueError(
                 "advantage.tokens: information lays early exits out as trees, which needs model.attention: sdpa"
             )
@@ -198,7 +226,7 @@ class Config(Section):
             raise ValueError("optim.warmup_steps must be below optim.steps")
         if self.rollout.questions_per_step % self.optim.updates_per_batch:
             raise ValueError("optim.updates_per_batch must divide rollout.questions_per_step")
-        by_length = self.reward.length > 0 or self.reward.overlong > 0
+        by_length = any(reward.length > 0 or reward.overlong > 0 for reward in self.rewards().values())
         if by_length and self.reward.overlong_buffer >= self.rollout.max_tokens:
             raise ValueError("reward.overlong_buffer must be below rollout.max_tokens")
         if self.optim.share_prompts and (self.optim.packing or self.model.attention != "sdpa"):
@@ -206,6 +234,65 @@ class Config(Section):
         if self.optim.packing and self.model.attention == "eager":
             raise ValueError("optim.packing needs model.attention: flash_attention_2 or sdpa")
         return self
+
+    @model_validator(mode="after")
+    def _sources(self) -> Config:
+        train, watch = self.data.train, self.validation.watch
+        if not isinstance(train, str):
+            if not train:
+                raise ValueError("data.train: an empty list: name a source")
+            weighted = [source.weight is not None for source in train]
+            if any(weighted) and not all(weighted):
+                raise ValueError("data.train: give each source a weight, or none")
+            names = [source.called for source in train]
+            if repeated := next((name for name in names if names.count(name) > 1), None):
+                raise ValueError(f"data.train: two sources are called {repeated}: give them names")
+        if (
+            self.curriculum.buckets == "within"
+            and self.curriculum.enabled
+            and (isinstance(train, str) or self.curriculum.bucket_by != "quantile")
+        ):
+            raise ValueError(
+                "curriculum.buckets: within sorts each of several sources by its own quantiles: give data.train as a "
+                "list, with curriculum.bucket_by: quantile"
+            )
+        watched = [each.called if isinstance(each, Source) else Source(path=each).called for each in watch]
+        if repeated := next((name for name in watched if watched.count(name) > 1), None):
+            raise ValueError(
+                f"validation.watch: metrics are named after the sets, and two are {repeated}: give them names"
+            )
+        self.rewards()
+        return self
+
+    def sources(self) -> dict[str, Source]:
+        """All sources that are more than a path, by the origin that their problems carry."""
+        data = self.data
+        found: dict[str, Source] = {}
+        if not isinstance(data.train, str):
+            found |= {source.called: source for source in data.train}
+        if isinstance(data.validation, Source):
+            found["validation"] = data.validation
+        return found | {f"watch/{each.called}": each for each in self.validation.watch if isinstance(each, Source)}
+
+    def weights(self) -> dict[str, float]:
+        """Shares of the draw by origin; none where questions are drawn whatever their source."""
+        train = self.data.train
+        if isinstance(train, str):
+            return {}
+        return {source.called: source.weight for source in train if source.weight is not None}
+
+    def rewards(self) -> dict[str, RewardConfig]:
+        """The section reward as it is for the problems of each origin; ``""`` is that of all others."""
+        found = {"": self.reward}
+        for origin, source in self.sources().items():
+            own = {key: value for key, value in source.reward.model_dump().items() if value is not None}
+            try:
+                found[origin] = RewardConfig.model_validate(self.reward.model_dump() | own) if own else self.reward
+            except ValidationError as error:
+                key = {"validation": "data.validation", "watch": "validation.watch"}.get(origin.partition("/")[0])
+                said = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"{key or 'data.train'}: the reward of {origin}: {said}") from None
+        return found
 
     @property
     def folder(self) -> Path:

@@ -22,13 +22,14 @@ from aipo.config.base import (
     Section,
     Statistic,
 )
+from aipo.config.data import VERIFIER, Function, PathOrMix, PathOrSource, PathOrWatched
 
 
 class DataConfig(Section):
-    train: str
-    """JSONL file with question and answer, or embedded:chain_sum"""
-    validation: str | None = None
-    """held-out problems, same forms as data.train; null holds validation.holdout training questions out"""
+    train: PathOrMix
+    """JSONL or Parquet file, folder laid out as on the hub, hub:OWNER/NAME, embedded:chain_sum; or a list of sources"""
+    validation: PathOrSource | None = None
+    """held-out problems, a path or a source; null holds validation.holdout training questions out"""
     system: str | None = None
     """system prompt"""
     examples: tuple[tuple[str, str], ...] = ()
@@ -66,10 +67,12 @@ class RolloutConfig(Section):
     """share of a GPU's memory that vLLM takes while it generates; handed back during the update"""
     kv_cache_gb: Annotated[float, Field(gt=0)] = 1.0
     """KV cache on a machine without a GPU"""
-    importance_correction: Literal["none", "token_truncated", "sequence_mask"] = "token_truncated"
-    """weight for the difference between vLLM's and our log-probabilities"""
+    importance_correction: Literal["none", "token_truncated", "token_mask", "sequence_mask"] = "token_truncated"
+    """weight for the difference between vLLM's and our probabilities: their ratio with a cap, or 0 outside bounds"""
     importance_cap: Annotated[float, Field(ge=1)] = 2.0
-    """truncation of that weight"""
+    """truncation of that weight, or its upper bound"""
+    importance_floor: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """token_mask: lower bound of the ratio"""
     async_depth: Annotated[int, Field(ge=0, le=1)] = 0
     """1 draws the next batch during the update, with weights one update old; 0 is strictly on-policy"""
     check_sync: bool = True
@@ -127,8 +130,10 @@ class RewardConfig(Section):
     """correctness is -1 or 1 instead of 0 or 1"""
     overlong: Annotated[float, Field(ge=0)] = 0.0
     """weight of DAPO's soft overlong punishment, between -1 and 0, added to the reward"""
+    function: Function = VERIFIER
+    """what judges an answer: the verifier, or package.module:name of a function (problem, completion) -> number"""
     correctness: Fraction = 1.0
-    """weight of a right answer"""
+    """weight of a right answer, or of what reward.function returns"""
     format: Fraction = 0.0
     """weight of a well-formed answer"""
     length: Fraction = 0.0
@@ -144,6 +149,8 @@ class RewardConfig(Section):
 
     @model_validator(mode="after")
     def _weights(self) -> RewardConfig:
+        if self.signed and self.function != VERIFIER:
+            raise ValueError("reward.signed is of right and wrong: with a reward.function let it return -1 and 1")
         if abs(self.correctness + self.format + self.length - 1) > 1e-6:
             raise ValueError("reward.correctness + reward.format + reward.length must be 1")
         return self
@@ -183,7 +190,9 @@ class MIConfig(Section):
 
 
 class MaskConfig(Section):
-    rule: Literal["threshold", "top_fraction", "peaks_only", "random", "all", "prefix", "quadrant"] = "threshold"
+    rule: Literal[
+        "threshold", "top_fraction", "peaks_only", "random", "bernoulli", "random_prefix", "all", "prefix", "quadrant"
+    ] = "threshold"
     """which completion tokens are trained on; all is every token"""
     score: Literal["mi"] | Measured = "mi"
     """what the rules threshold, top_fraction, peaks_only look at; quadrant wants entropy"""
@@ -196,7 +205,11 @@ class MaskConfig(Section):
     tau: Annotated[float, Field(gt=0)] = 1.5
     """of the iqr statistic"""
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """of the rules top_fraction and random"""
+    """of the rules top_fraction and random; of bernoulli the chance of each token"""
+    shortest: Positive = 1
+    """random_prefix: completions are cut after a uniform number of tokens from this on"""
+    reweight: bool = False
+    """divide a drawn token's loss by the chance of drawing it, which makes it unbiased (rules that draw)"""
     invert: bool = False
     """take the lowest scores of each completion instead, equally many: a control"""
     prefix_start: Fraction = 0.15
@@ -215,6 +228,11 @@ class MaskConfig(Section):
     """falls with the step, with stalls of the validation accuracy, with both, or not; literal: with the clock"""
     kappa_decay_steps: Positive | None = None
     """T_dec; null is optim.steps"""
+
+    @property
+    def draws(self) -> bool:
+        """Whether the rule selects by chance alone."""
+        return self.rule in ("random", "bernoulli", "random_prefix")
 
     @property
     def ranks(self) -> bool:
@@ -241,6 +259,11 @@ class MaskConfig(Section):
                 f"mask.invert takes the lowest scores, and mask.rule: {self.rule} ranks none: set mask.rule: "
                 "threshold, top_fraction or peaks_only"
             )
+        if self.reweight and not self.draws:
+            raise ValueError(
+                f"mask.reweight divides by the chance of drawing a token, and mask.rule: {self.rule} draws none: set "
+                "mask.rule: random, bernoulli or random_prefix"
+            )
         if self.prefix_start > self.prefix_end:
             raise ValueError(
                 f"mask.prefix_start ({self.prefix_start}) must not exceed mask.prefix_end ({self.prefix_end})"
@@ -259,6 +282,8 @@ class CurriculumConfig(Section):
     """probabilities of easy, medium, hard at first"""
     end: tuple[Fraction, Fraction, Fraction] = (0.25, 0.35, 0.40)
     """and at last"""
+    buckets: Literal["across", "within"] = "across"
+    """of several sources: sorted together, or each source by itself (bucket_by: quantile)"""
     bucket_by: BucketBy = "quantile"
     """buckets by N_peak or by peaks per 512 tokens (at curriculum.cuts), or by their quantiles over the questions"""
     cuts: tuple[NonNegative, NonNegative] = (15, 25)
@@ -289,20 +314,26 @@ class CurriculumConfig(Section):
 class AdvantageConfig(Section):
     baseline: Literal["group", "batch", "leave_one_out"] = "group"
     """what is subtracted from a reward"""
-    normalize: Literal["none", "std"] = "none"
-    """divide by the sample standard deviation of the group"""
+    normalize: Literal["none", "std", "mean"] = "none"
+    """divide by the sample standard deviation, or by the mean, of the group's rewards"""
     mi_blend: Literal["none", "additive", "multiplicative"] = "none"
     """A + w z(MI) or A (1 + w z(MI)), z within the sequence"""
     mi_weight: Annotated[float, Field(ge=0)] = 0.1
     """w"""
-    tokens: Literal["none", "entropy", "information", "residual", "attention"] = "none"
-    """how it differs by token: reallocated by entropy, plus information gained, weighted by adapter or attention"""
+    tokens: Literal["none", "entropy", "information", "residual", "attention", "baseline"] = "none"
+    """by token: reallocated by entropy, plus information, weighted by adapter or attention, less an optimal baseline"""
     alpha: Annotated[float, Field(ge=0)] = 0.2
     """entropy (HAPO): share of |A| moved"""
     information_weight: Annotated[float, Field(ge=0)] = 0.01
     """information (IAPO): weight of the gain, the alpha of its paper"""
     beta: Annotated[float, Field(ge=0)] = 0.01
-    """information: weight of the signed probability"""
+    """information: weight of the signed confidence"""
+    information: Literal["difference", "smoothed", "next_token"] = "difference"
+    """gain: H before a token - H after, (H before + H one earlier) / 2 - H after, or that of the policy's entropies"""
+    signed: Literal["probability", "entropy"] = "probability"
+    """information: confidence is the drawn token's probability or minus the policy's entropy, times -1 if wrong"""
+    token_norm: Literal["zscore", "l2"] = "zscore"
+    """information: how gain and confidence are scaled within a completion"""
     phi: Annotated[float, Field(gt=0)] = 2.0
     """entropy: the clip of the normalised entropy is |A| / phi"""
     stride: Positive = 1
@@ -313,6 +344,8 @@ class AdvantageConfig(Section):
     """attention: 0 weights all tokens alike"""
     favour: Literal["anchors", "explorers"] = "anchors"
     """attention: which tokens weigh more, those of low or of high entropy"""
+    tail: Literal["zero", "reward"] = "zero"
+    """baseline: advantage of tokens that no other rollout of the group is long enough to be compared with"""
     drop_constant_groups: Literal["correctness", "reward", "none"] = "none"
     """which groups are left out of the update: all right or all wrong; of rewards that do not vary; none"""
 
@@ -336,8 +369,16 @@ class LossConfig(Section):
     """mask leaves completions that rollout.max_tokens cut out of the update; their rewards count in their groups"""
     aggregation: Literal["sequence", "token", "constant", "all_tokens"] = "sequence"
     """mean in each sequence then over sequences (eq. 2), over all selected tokens, over max_tokens, over all tokens"""
-    ratio: Literal["token", "sequence", "clipped_weight"] = "token"
-    """importance ratio: of each token, of the sequence (geometric mean), or clipped and detached as a weight"""
+    ratio: Literal["token", "sequence", "clipped_weight", "soft_gate", "tv_mask", "kl_mask"] = "token"
+    """importance ratio: by token, by sequence, clipped as a weight, gated by a sigmoid, masked by divergence"""
+    old_policy: Literal["trainer", "engine"] = "trainer"
+    """whose log-probabilities the ratio compares with: ours from before the update, or those the engine drew with"""
+    gate_positive: Annotated[float, Field(gt=0)] = 1.0
+    """soft_gate: tau where the advantage is positive"""
+    gate_negative: Annotated[float, Field(gt=0)] = 1.05
+    """soft_gate: tau elsewhere; larger fades faster as the ratio leaves 1"""
+    divergence: Annotated[float, Field(gt=0)] = 0.15
+    """tv_mask, kl_mask: largest total variation, or KL in nats, of a token from the old policy"""
     kl_priority: Annotated[float, Field(ge=0)] = 0.0
     """the KL of a token is weighted by (1 - H / log V)^power, so that uncertain tokens are free to move"""
     entropy_weight: Annotated[float, Field(ge=0)] = 0.0
@@ -361,9 +402,9 @@ class ValidationConfig(Section):
     """nucleus mass"""
     top_k: Annotated[int, Field(ge=-1)] = 20
     """-1 is off"""
-    watch: tuple[str, ...] = ()
-    """files of sets, such as benchmarks, that are measured beside it; they steer nothing"""
+    watch: tuple[PathOrWatched, ...] = ()
+    """sets, such as benchmarks, that are measured beside it, each a path or a source; they steer nothing"""
     watch_every: Positive = 50
-    """steps between such measurements; there is always one before and one after training"""
+    """steps between such measurements of a set that does not say; there is always one before and one after training"""
     watch_samples: Positive = 4
-    """a question"""
+    """a question, of a set that does not say"""

@@ -88,6 +88,8 @@ class CheckpointConfig(Section):
 class GuardsConfig(Section):
     max_bad_steps: Positive = 5
     """stop after so many steps in a row with a non-finite loss or gradient (each is skipped and its batch dumped)"""
+    max_gap: Annotated[float, Field(gt=0)] = 0.5
+    """nats a token (mismatch/gap) between engine and policy: a step beyond says so, max_bad_steps in a row stop"""
 
 
 class TrackingConfig(Section):
@@ -98,4 +100,8 @@ class TrackingConfig(Section):
     plot_every: Positive = 10
     """steps between redrawings of the curves"""
     rollouts_per_step: NonNegative = 4
-    """rollouts written out each step, with MI and mask of each token"""
+    """groups written out each step with every figure of their tokens (Parquet), and rollouts as lines of JSON"""
+    tokens_mb: Annotated[float, Field(gt=0)] = 1024.0
+    """MiB that the Parquet of all steps may take together; a step has an equal share"""
+    report: bool = True
+    """write report.html when the run ends"""

@@ -30,6 +30,6 @@ def build(config: Config, inputs: Inputs, device: torch.device) -> tuple[Collect
         end_token_ids=sorted(inputs.prompter.end_ids),
         **options,
     )
-    rewarder = Rewarder(config.reward, max_tokens=config.rollout.max_tokens, thinking=config.data.thinking)
+    rewarder = Rewarder(config.rewards(), max_tokens=config.rollout.max_tokens, thinking=config.data.thinking)
     sharded = shard(make_policy(config, inputs.model_path), config, device)
     return Collector(engine, inputs.prompter, rewarder, seed=config.seed), sharded

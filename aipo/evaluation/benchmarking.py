@@ -41,6 +41,7 @@ from aipo.record.checkpoints import flatten, write_atomically
 from aipo.record.plots import draw_bars
 from aipo.record.progress import Progress
 from aipo.record.tracker import versions
+from aipo.report.evaluation_report import evaluation_report, is_evaluation
 from aipo.rollout import RolloutEngine, Sampling, make_engine, require_engine
 from aipo.rollout.interventions import DEFAULT_WORDS, Intervention, describe, mined_tokens, variant_ids
 from aipo.verify import Verifier
@@ -98,6 +99,8 @@ def run(options: argparse.Namespace) -> None:
             if failed:
                 progress.say(f"checks that timed out / were killed: {', '.join(failed)}")
             progress.say(f"results: {save_results(folders[name], content, result, gained)}")
+            against = [options.baseline.parent] if baseline and is_evaluation(options.baseline.parent) else []
+            progress.say(f"report: {evaluation_report([*against, folders[name]])}")
         if len(results) > 1:
             show(*intervention_rows(results), "accuracy with and without high-MI tokens", console)
             target = folders["baseline"] / f"interventions-{digest([variants[name].settings for name in folders])}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from aipo.rollout.collect import Collector
 from aipo.verify import Verdict, Verifier, after_thinking, extract_answer
 
 Row = dict[str, Any]  # one completion, as it stands in a file
+Answers = dict[str, list[bool]]  # question id -> whether each sample is right
 
 
 def validate(
@@ -38,8 +40,9 @@ def validate(
     max_tokens: int,
     name: str = "validation",
     on_done: Callable[[], None] | None = None,
-) -> tuple[Accuracy, dict[str, float]]:
-    """avg@k over all ranks with its 95 % interval, the same on every rank, and metrics for the log.
+) -> tuple[Accuracy, dict[str, float], Answers]:
+    """avg@k over all ranks with its 95 % interval, the same on every rank, metrics for the log, and what is right of
+    each question.
 
     The random streams are the same each time: differences between two validations come from the weights alone. An
     answer without a verdict counts as wrong here, and its share is in the log: nothing is learned from it.
@@ -57,9 +60,10 @@ def validate(
     sums = torch.stack([values.double().sum() for values in each])  # (3,)
     gathered = distributed.gather_objects((rows, sums))
     by_id = dict(row for part in gathered for row in part[0])
-    accuracy = accuracy_summary([by_id[problem.id] for problem in problems])
+    answers = {problem.id: by_id[problem.id] for problem in problems}
+    accuracy = accuracy_summary(list(answers.values()))
     length, truncated, no_verdict = (sum(part[1] for part in gathered) / accuracy.samples).tolist()
-    return accuracy, {
+    metrics = {
         f"{name}/accuracy": accuracy.value,
         f"{name}/accuracy_low": accuracy.low,
         f"{name}/accuracy_high": accuracy.high,
@@ -67,13 +71,23 @@ def validate(
         f"{name}/truncated": truncated,
         f"{name}/no_verdict": no_verdict,
     }
+    return accuracy, metrics, answers
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A set that is measured every ``every`` steps with ``samples`` a question, and steers nothing."""
+
+    problems: Sequence[Problem]
+    samples: int
+    every: int
 
 
 class Validator:
     """Accuracy during training: on held-out questions, which steer it, and on sets that are only watched.
 
     Args:
-        watched: questions by the name of their set.
+        watched: the latter by their names.
     """
 
     def __init__(
@@ -83,26 +97,34 @@ class Validator:
         progress: Progress,
         config: Config,
         held_out: Sequence[Problem],
-        watched: Mapping[str, Sequence[Problem]],
+        watched: Mapping[str, Watched],
     ) -> None:
+        self.answers: list[Row] = []  # of the last validation, by question
         self.collector, self.passes, self.progress, self.config = collector, passes, progress, config.validation
         self.max_tokens, self.held_out, self.watched = config.rollout.max_tokens, held_out, watched
 
     def validate(self) -> tuple[Accuracy, dict[str, float]]:
-        """:func:`validate` on the held-out questions."""
-        return self._measure("validation", self.held_out, self.config.samples)
+        """Accuracy on the held-out questions, and metrics for the log."""
+        accuracy, metrics, answers = self._measure("validation", self.held_out, self.config.samples)
+        self.answers = [
+            {"id": p.id, "question": None if p.protected else p.question, "right": answers[p.id]} for p in self.held_out
+        ]
+        return accuracy, metrics
 
     def watch(self, step: int, *, last: bool) -> dict[str, float]:
         """Metrics of the watched sets where they are due. Nothing of them stays: not even in the engine's cache."""
-        if not self.watched or (step % self.config.watch_every and not last):
+        due = {name: each for name, each in self.watched.items() if last or step % each.every == 0}
+        if not due:
             return {}
         metrics: dict[str, float] = {}
-        for name, problems in self.watched.items():
-            metrics |= self._measure(f"watch/{name}", problems, self.config.watch_samples)[1]
+        for name, each in due.items():
+            metrics |= self._measure(f"watch/{name}", each.problems, each.samples)[1]
         self.collector.engine.sync(self.passes.sharded.full_parameters())
         return metrics
 
-    def _measure(self, name: str, problems: Sequence[Problem], samples: int) -> tuple[Accuracy, dict[str, float]]:
+    def _measure(
+        self, name: str, problems: Sequence[Problem], samples: int
+    ) -> tuple[Accuracy, dict[str, float], Answers]:
         self.passes.wake(self.collector.engine)
         world = distributed.world_size()
         with self.progress.task(name, len(problems) * samples) as task:

@@ -38,6 +38,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-1.7B": _QWEN3 | _sizes(2048, 6144, 28, 16, 8, 128, tied=True),
     "Qwen/Qwen3-4B": _QWEN3 | _sizes(2560, 9728, 36, 32, 8, 128, tied=True),
     "Qwen/Qwen3-8B": _QWEN3 | _sizes(4096, 12288, 36, 32, 8, 128, tied=False),
+    "Qwen/Qwen3-14B-Base": _QWEN3 | _sizes(5120, 17408, 40, 40, 8, 128, tied=False),
     "Qwen/Qwen3-32B": _QWEN3 | _sizes(5120, 25600, 64, 64, 8, 128, tied=False),
     embedded.MODEL: _LLAMA | _sizes(576, 1536, 30, 9, 3, 64, tied=True),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Literal, cast
 
@@ -20,9 +20,10 @@ GoldText = Literal["answer", "boxed", "question_answer", "solution"]
 class Prompter:
     """Turns questions into prompts: system line, worked (user, assistant) turns, the question and ``suffix``.
 
-    ``thinking`` reaches the template as ``enable_thinking``; templates that do not know it ignore it.
-    ``end_ids`` are the tokens after which a completion is over; ``opening`` is what the template itself has already
-    opened of the reply, ``<think>`` or nothing, whatever system line, examples and question say.
+    ``suffixes`` take the place of ``suffix`` for problems of these origins. ``thinking`` reaches the template as
+    ``enable_thinking``; templates that do not know it ignore it. ``end_ids`` are the tokens after which a completion is
+    over; ``opening`` is what the template itself has already opened of the reply, ``<think>`` or nothing, whatever
+    system line, examples and question say.
     Raises ``UserError`` for a tokenizer without a chat template, or one whose template refuses these turns.
     """
 
@@ -36,6 +37,7 @@ class Prompter:
         thinking: bool,
         max_prompt_tokens: int,
         generation_config: GenerationConfig | None = None,
+        suffixes: Mapping[str, str] | None = None,
     ) -> None:
         if tokenizer.chat_template is None:
             raise UserError(
@@ -43,7 +45,7 @@ class Prompter:
                 "or put a chat_template.jinja into its folder"
             )
         self.tokenizer = tokenizer
-        self.suffix = suffix or ""
+        self.suffix, self.suffixes = suffix or "", suffixes or {}
         self.thinking = thinking
         self.max_prompt_tokens = max_prompt_tokens
         # where they are special tokens, decoding would skip them
@@ -66,9 +68,9 @@ class Prompter:
                 "try it without a system prompt or examples"
             ) from error
 
-    def encode(self, question: str) -> list[int]:
+    def encode(self, question: str, origin: str = "") -> list[int]:
         """Token ids of the whole prompt, up to and including the header of the assistant's turn."""
-        return self._encode([question])[0]
+        return self._encode([(question, origin)])[0]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """A completion as text, with what the prompt had already opened of it and without special tokens but those of
@@ -103,7 +105,7 @@ class Prompter:
         """Problems with prompts of at most ``max_prompt_tokens``, and how many had more. UserError if none is left."""
         if not problems:
             return [], 0
-        prompts = self._encode([p.question for p in problems])
+        prompts = self._encode([(p.question, p.origin) for p in problems])
         kept = [p for p, prompt in zip(problems, prompts) if len(prompt) <= self.max_prompt_tokens]
         if not kept:
             raise UserError(
@@ -128,10 +130,12 @@ class Prompter:
         same = next((i for i, (a, b) in enumerate(zip(bare, whole)) if a != b), min(len(bare), len(whole)))
         return whole[same:]
 
-    def _encode(self, questions: Sequence[str]) -> list[list[int]]:
+    def _encode(self, questions: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Prompts of (question, origin)."""
+        asked = [question + self.suffixes.get(origin, self.suffix) for question, origin in questions]
         # all at once: the tokenizer then works on several cores
         ids = self.tokenizer.apply_chat_template(
-            [[*self.turns, {"role": "user", "content": question + self.suffix}] for question in questions],
+            [[*self.turns, {"role": "user", "content": content}] for content in asked],
             add_generation_prompt=True,
             enable_thinking=self.thinking,
             return_dict=False,

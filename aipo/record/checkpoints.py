@@ -1,8 +1,9 @@
 """Checkpoints that are there as a whole or not at all, and what must match before one is resumed.
 
 A checkpoint is a folder ``step-000123``. Every rank writes its share into a temporary folder; rank 0 then adds a
-manifest of file sizes, forces all of it to disk, renames the folder, and moves ``latest`` last. So at whatever moment a
-run is killed, ``latest`` names a complete checkpoint. What lies inside is the business of whoever writes it.
+manifest of file sizes and checksums, forces all of it to disk, renames the folder, and moves ``latest`` last. So at
+whatever moment a run is killed, ``latest`` names a complete checkpoint. What lies inside is the business of whoever
+writes it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+import zlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,8 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
+STEP = re.compile(r"step-\d+", re.ASCII)
+PIECE = 2**24  # bytes that are read at a time for a checksum
 
 
 class CheckpointError(TrainingError):
@@ -112,9 +118,7 @@ class CheckpointStore:
         self._together(f"the return to step {step}", forget, only_first=True)
 
     def _publish(self, step: int, temporary: Path, final: Path, accuracy: float | None) -> None:
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
-        (temporary / MANIFEST).write_text(json.dumps({"step": step, "accuracy": accuracy, "files": sizes}, indent=1))
+        seal(temporary, step, accuracy)
         for path in (*temporary.rglob("*"), temporary):
             _fsync(path)
         os.replace(temporary, final)
@@ -151,9 +155,15 @@ class CheckpointStore:
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint that ``latest`` in ``folder`` names, or None."""
+    """The checkpoint that ``latest`` in ``folder`` names, or None; with a warning where it names none."""
     pointer = Path(folder) / "latest"
-    return Path(folder) / pointer.read_text().strip() if pointer.exists() else None
+    if not pointer.exists():
+        return None
+    name = pointer.read_bytes().decode(errors="replace").strip()
+    if STEP.fullmatch(name) and (Path(folder) / name).is_dir():
+        return Path(folder) / name
+    log.warning("%s is damaged: it says %r, which is no checkpoint there", pointer, name[:80])
+    return None
 
 
 def resolve(folder: Path, spec: str) -> Path | None:
@@ -181,31 +191,72 @@ def resolve(folder: Path, spec: str) -> Path | None:
     return None
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a step folder, by the sizes in its manifest, or None if it is complete."""
-    if not (checkpoint / MANIFEST).is_file():
+def seal(folder: Path, step: int, accuracy: float | None) -> None:
+    """Write the manifest of a folder with all its files in it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    files = {
+        path.relative_to(folder).as_posix(): [path.stat().st_size, sum_]
+        for path, sum_ in zip(paths, _checksums(paths), strict=True)
+    }
+    content = {"step": step, "accuracy": accuracy, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(content | {"crc32": _own_checksum(content)}, indent=1))
+
+
+def damage(checkpoint: Path, *, read: bool = True) -> str | None:
+    """What is wrong with a step folder by its manifest, or None if it is complete.
+
+    ``read`` also compares the checksum of what is in each file, for which all of it is read.
+    """
+    path = checkpoint / MANIFEST
+    if not path.is_file():
         return f"{checkpoint} has no {MANIFEST}"
     try:
-        sizes = manifest(checkpoint)["files"]
-    except (ValueError, KeyError):
-        return f"{checkpoint / MANIFEST} cannot be read"
-    for name, size in sizes.items():
+        content = manifest(checkpoint)
+        files = content["files"]
+        intact = content.pop("crc32") == _own_checksum(content)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{path} cannot be read"
+    if not intact:
+        return f"{path} is not as it was written"
+    for name, (size, _) in files.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{path} is missing"
         if path.stat().st_size != size:
             return f"{path} has {path.stat().st_size} bytes, not {size}"
+    if read:
+        for (name, (_, written)), found in zip(files.items(), _checksums([checkpoint / name for name in files])):
+            if found != written:
+                return f"{checkpoint / name} is not as it was written"
     return None
 
 
+def _checksums(paths: Sequence[Path]) -> list[int]:
+    """CRC-32 of each file, several at a time: zlib lets go of the interpreter."""
+
+    def of(path: Path) -> int:
+        value = 0
+        with path.open("rb") as file:
+            while piece := file.read(PIECE):
+                value = zlib.crc32(piece, value)
+        return value
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(of, paths))
+
+
+def _own_checksum(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
 def manifest(checkpoint: Path) -> dict[str, Any]:
-    """``step``, held-out ``accuracy`` (or None) and ``files`` (name to bytes) of a checkpoint."""
+    """``step``, held-out ``accuracy`` (or None) and ``files`` (name to bytes and CRC-32) of a checkpoint."""
     return json.loads((checkpoint / MANIFEST).read_text())
 
 
 def _steps(folder: Path) -> list[Path]:
     """Step folders, oldest first."""
-    return sorted((path for path in Path(folder).glob("step-*") if path.name[5:].isdigit()), key=_step)
+    return sorted((path for path in Path(folder).glob("step-*") if STEP.fullmatch(path.name)), key=_step)
 
 
 def _step(checkpoint: Path) -> int:
@@ -214,7 +265,7 @@ def _step(checkpoint: Path) -> int:
 
 def _best(checkpoints: list[Path]) -> Path | None:
     """Highest accuracy, the earliest of equals; None while nothing was measured."""
-    measured = {c: manifest(c)["accuracy"] for c in checkpoints if damage(c) is None}
+    measured = {c: manifest(c)["accuracy"] for c in checkpoints if damage(c, read=False) is None}
     return max((c for c, a in measured.items() if a is not None), key=lambda c: measured[c], default=None)
 
 
@@ -240,10 +291,10 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file so that a reader, or a crash, sees the old text or the new, never a part."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file so that a reader, or a crash, sees the old content or the new, never a part."""
     temporary = path.with_name(TEMPORARY + path.name)
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     _fsync(temporary)
     os.replace(temporary, path)
     _fsync(path.parent)

@@ -38,6 +38,7 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
         "truncated": float(rollouts.truncated.sum()),
         "judged": float(rollouts.rewards.isfinite().sum()),
         "used": float(rollouts.used.sum()),
+        **by_source(rollouts),
     }
     questions = [problem.id for problem in rollouts.problems]
     parts = distributed.gather_objects((mine, phases, questions))
@@ -49,6 +50,7 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
     def per(key: str, count: str) -> float:
         return total[key] / total[count] if total[count] else 0.0
 
+    sources = sorted(key.removeprefix("rollouts of ") for key in total if key.startswith("rollouts of "))
     seconds = {phase: max(part.get(phase, 0.0) for _, part, _ in parts) for phase in phases}
     world = len(parts)
     return {
@@ -57,6 +59,8 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
         **({"reward/kl": per("reward_kl", "rollouts")} if "reward_kl" in total else {}),
         **{f"advantage/{key}": per(key, "rollouts") for key in ("gini", "effective_tokens") if key in total},
         **({"rollout/early_exits": per("exit_tokens", "tokens")} if total.get("exit_tokens") else {}),
+        **{f"source/{name}/share": per(f"rollouts of {name}", "rollouts") for name in sources},
+        **{f"source/{name}/correct": per(f"correct of {name}", f"judged of {name}") for name in sources},
         "rollout/questions": float(len({question for _, _, part in parts for question in part})),
         "rollout/length_mean": per("tokens", "rollouts"),
         "rollout/tokens": total["generated"],
@@ -76,11 +80,23 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
         "mi/skew": per("mi_skew", "mi_sequences"),
         "mismatch/kl": per("mismatch_kl", "selected"),
         "mismatch/gap": per("mismatch_gap", "selected"),
+        **({"mismatch/dropped": per("mismatch_dropped", "selected")} if "mismatch_dropped" in total else {}),
         "mismatch/weight_mean": per("mismatch_weight", "selected"),
         "mismatch/weight_max": max(part.get("weight_max", 0.0) for part, _, _ in parts),
         **{f"time/{phase}_s": value for phase, value in seconds.items()},
         "speed/tokens_per_s": total["generated"] / max(sum(seconds.values()), 1e-9),
     }
+
+
+def by_source(rollouts: Rollouts) -> dict[str, float]:
+    """Sums over the rollouts of each source, where ``data.train`` has several."""
+    sums: defaultdict[str, float] = defaultdict(float)
+    for row, correct in enumerate(rollouts.judged_correct.tolist()):
+        if name := rollouts.question_of(row).origin:
+            sums[f"rollouts of {name}"] += 1
+            sums[f"judged of {name}"] += correct == correct  # not NaN
+            sums[f"correct of {name}"] += correct == 1
+    return dict(sums)
 
 
 def rollout_rows(

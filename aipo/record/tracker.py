@@ -2,7 +2,9 @@
 
 config.yaml versions.json git.json command.txt   what was run
 metrics.jsonl                                    one line a step, shares and accuracies in [0, 1]
+held_out.jsonl                                   what was right of each held-out question, a line a validation
 rollouts/step-000012.jsonl                       a sample of rollouts with the score and mask of each token
+rollouts/step-000012.parquet                     whole groups with every figure of their tokens
 curves/curves.png                                drawn from metrics.jsonl
 wandb/                                           the same for wandb, online or to be synced later
 checkpoints/ summary.json summary.md             written by others
@@ -25,7 +27,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -35,6 +37,9 @@ from aipo.record.checkpoints import TEMPORARY, write_atomically
 from aipo.record.clock import device_peak
 from aipo.record.jsonl import JsonlLog, read_jsonl, to_line
 from aipo.record.plots import draw_curves
+
+if TYPE_CHECKING:
+    import pyarrow
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +59,7 @@ WandbMode = Literal["auto", "online", "offline", "disabled"]
 
 STARTED = {"config.yaml", "versions.json", "git.json", "command.txt", ".lock"}
 BEFORE_THE_FIRST_STEP = STARTED | {"metrics.jsonl", "curves", "rollouts", "checkpoints", "wandb", "wandb_id.txt"}
+BEFORE_THE_FIRST_STEP |= {"held_out.jsonl", "report.html"}
 """What a run may have in its folder when its first step ends; of these the first are there from its start."""
 
 
@@ -152,6 +158,7 @@ class Tracker:
         if active:
             (folder / "rollouts").mkdir(parents=True, exist_ok=True)
             self._metrics = JsonlLog(folder / "metrics.jsonl", keep=lambda line: line["step"] <= resume_step)
+            self._answers = JsonlLog(folder / "held_out.jsonl", keep=lambda line: line["step"] <= resume_step)
             id_file = folder / "wandb_id.txt"
             if not id_file.exists():
                 write_atomically(id_file, secrets.token_hex(4))
@@ -167,13 +174,31 @@ class Tracker:
         if step % self._plot_every == 0:
             self.draw()
 
-    def log_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """A sample of rollouts: one JSON line each; wandb gets those columns that are single texts and numbers."""
-        if not self._active or not rows:
+    def log_answers(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        """What is right of each held-out question."""
+        if self._active:
+            self._answers.append({"step": step, "questions": answers})
+
+    def log_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]], groups: pyarrow.Table) -> None:
+        """A sample of rollouts, one JSON line each, and whole groups as Parquet, of which wandb gets the same table."""
+        if not self._active:
             return
-        write_atomically(self.folder / "rollouts" / f"step-{step:06d}.jsonl", "".join(map(to_line, rows)))
-        columns = [key for key, value in rows[0].items() if isinstance(value, str | int | float)]
-        self._wandb.log_table(step, columns, [[row.get(column) for column in columns] for row in rows])
+        if rows:
+            write_atomically(self.folder / "rollouts" / f"step-{step:06d}.jsonl", "".join(map(to_line, rows)))
+        if groups.num_rows:
+            import pyarrow as pa
+            import pyarrow.parquet
+
+            path = self.folder / "rollouts" / f"step-{step:06d}.parquet"
+            with pa.BufferOutputStream() as buffer:
+                pyarrow.parquet.write_table(groups, buffer, compression="zstd", write_statistics=False)
+            write_atomically(path, buffer.getvalue().to_pybytes())
+            self._wandb.log_table(step, groups)
+
+    def log_report(self, path: Path) -> None:
+        """wandb keeps the report, and what it was made of single tokens, as an artifact."""
+        if self._active:
+            self._wandb.log_report(path)
 
     def draw(self) -> None:
         """Draw the curves of the run so far."""
@@ -195,6 +220,7 @@ class Tracker:
         if self._active:
             self.draw()
             self._metrics.close()
+            self._answers.close()
             self._wandb.close()
 
 
@@ -221,11 +247,24 @@ class _Wandb:
     def log(self, metrics: Mapping[str, float]) -> None:
         self._put(lambda run: run.log(dict(metrics)))
 
-    def log_table(self, step: int, columns: list[str], data: list[list[Any]]) -> None:
+    def log_table(self, step: int, groups: pyarrow.Table) -> None:
         def job(run: Any) -> None:
             import wandb
 
-            run.log({"step": step, "rollouts": wandb.Table(columns=[*columns], data=data)})
+            rows = [list(row.values()) for row in groups.to_pylist()]
+            run.log({"step": step, "rollouts": wandb.Table(columns=groups.column_names, data=rows)})
+
+        self._put(job)
+
+    def log_report(self, path: Path) -> None:
+        def job(run: Any) -> None:
+            import wandb
+
+            artifact = wandb.Artifact(f"report-{self.run_id}", type="report")
+            artifact.add_file(str(path))
+            for file in sorted((self._folder / "rollouts").glob("*.parquet")):
+                artifact.add_file(str(file), name=f"rollouts/{file.name}")
+            run.log_artifact(artifact)
 
         self._put(job)
 

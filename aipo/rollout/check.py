@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from aipo.config.training import GuardsConfig
 from aipo.distributed import gather_objects
 from aipo.errors import UserError
 from aipo.rollout.base import Request, RolloutEngine, Sampling
@@ -131,3 +132,31 @@ def lost_weights(gap: float, step: int, every: int, saved: Path) -> str:
         f"trained on what it drew. The policy is saved in {saved}: go on from there with --resume auto, or from an "
         "earlier checkpoint with --resume PATH"
     )
+
+
+class GapGuard:
+    """Says of a step that the engine drew from another policy than was trained, and when to stop of it."""
+
+    def __init__(self, guards: GuardsConfig) -> None:
+        self.most, self.patience = guards.max_gap, guards.max_bad_steps
+        self.beyond = 0  # steps in a row
+
+    def ends(self, step: int, gap: float, say: Callable[[str], None]) -> bool:
+        """Whether the run must stop after this step, whose ``gap`` is in nats a token. ``say`` prints a line."""
+        if gap <= self.most:  # so written that NaN is beyond
+            self.beyond = 0
+            return False
+        self.beyond += 1
+        say(
+            f"advice: in step {step} engine and policy differ by {gap:.2f} nats a token (mismatch/gap; guards.max_gap "
+            f"is {self.most}): what is trained is not what was drawn"
+        )
+        return self.beyond >= self.patience
+
+    def why(self, saved: Path) -> str:
+        """What the run says that stops."""
+        return (
+            f"engine and policy differed by more than guards.max_gap ({self.most} nats a token) in {self.beyond} steps "
+            f"in a row. The policy is saved in {saved}. Try optim.share_prompts=false, optim.packing=false, a lower "
+            "optim.lr, rollout.async_depth=0 or the other engine, from an earlier checkpoint with --resume PATH"
+        )

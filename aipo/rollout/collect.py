@@ -44,7 +44,7 @@ class Collector:
             stream: names the random stream, such as ``step 12``; each request's seed derives from it.
             on_done: called after every completion.
         """
-        prompts = [self.prompter.encode(problem.question) for problem in problems]
+        prompts = [self.prompter.encode(problem.question, problem.origin) for problem in problems]
         owner = [q for q in range(len(problems)) for _ in range(samples)]
         requests = [
             Request(prompts[q], request_seed(self.seed, stream, problems[q].id, i % samples))
@@ -58,7 +58,7 @@ class Collector:
             problem = problems[owner[i]]
             if submit:
                 length = len(completion.token_ids)
-                pending[i] = self.rewarder.submit(problem.answer, problem.kind, texts[i], length)
+                pending[i] = self.rewarder.submit(problem, texts[i], length, i % samples)
             if on_done is not None:
                 on_done()
 
@@ -75,10 +75,9 @@ class Collector:
 
     def submit(self, rollouts: Rollouts) -> None:
         """Hand rollouts to the verifier that were collected without."""
-        problems = [rollouts.question_of(i) for i in range(len(rollouts.texts))]
         rollouts.pending = [
-            self.rewarder.submit(problem.answer, problem.kind, text, len(tokens))
-            for problem, text, tokens in zip(problems, rollouts.texts, rollouts.each_completion)
+            self.rewarder.submit(rollouts.question_of(i), text, len(tokens), i % rollouts.group_size)
+            for i, (text, tokens) in enumerate(zip(rollouts.texts, rollouts.each_completion))
         ]
 
     def continue_from(
@@ -104,7 +103,8 @@ class Collector:
         def finished(i: int, completion: Completion) -> None:
             problem = rollouts.question_of(owner[i])
             tokens = [*prefixes[owner[i]], *completion.token_ids]
-            pending[i] = self.rewarder.submit(problem.answer, problem.kind, self.prompter.decode(tokens), len(tokens))
+            sample = owner[i] % rollouts.group_size
+            pending[i] = self.rewarder.submit(problem, self.prompter.decode(tokens), len(tokens), sample)
 
         if not requests:
             return torch.zeros(0), 0

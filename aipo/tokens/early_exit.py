@@ -43,11 +43,12 @@ def early_exit_trees(
     *,
     stride: int,
     budget: int,
+    smoothed: bool = False,
 ) -> list[ExitTree]:
     """Every early exit that the scored tokens need, in micro-batches of one row with at most ``budget`` tokens.
 
     Scored are every ``stride``-th token of a completion, from its first, and its last; each needs the prefixes
-    before and after it. One exit always fits, whatever the budget.
+    before and after it and, ``smoothed``, the one before those. One exit always fits, whatever the budget.
 
     Returns:
         Trees of N exits each, small until :meth:`ExitTree.micro_batch` is called.
@@ -58,7 +59,7 @@ def early_exit_trees(
     # prompts that begin alike come one after another and share what they begin with
     for row in sorted(range(len(prompts)), key=lambda i: (list(prompts[i]), -len(completions[i]))):
         prompt, completion = list(prompts[row]), list(completions[row])
-        left = _prefixes(len(completion), stride)
+        left = _prefixes(len(completion), stride, smoothed)
         while left:
             if not trees:
                 trees.append(ExitTree())
@@ -77,8 +78,10 @@ def early_exit_trees(
     return trees
 
 
-def information_gain(exits: Iterable[tuple[Tensor, Tensor]], entropies: Iterable[Tensor], lengths: Tensor) -> Tensor:
-    """s_t = H(y | q, o_<t) - H(y | q, o_<=t), s_it of IAPO, in nats.
+def information_gain(
+    exits: Iterable[tuple[Tensor, Tensor]], entropies: Iterable[Tensor], lengths: Tensor, *, smoothed: bool = False
+) -> Tensor:
+    """s_t = H(y | q, o_<t) - H(y | q, o_<=t), s_it of IAPO, in nats; ``smoothed`` as :func:`smoothed_gain`.
 
     Args:
         exits: for each tree the completion that an exit is of and the tokens before it, (N,) and (N,).
@@ -92,13 +95,27 @@ def information_gain(exits: Iterable[tuple[Tensor, Tensor]], entropies: Iterable
     answer = torch.full((len(lengths), width + 1), float("nan"))  # (B, T + 1) H(y | q, o_<t)
     for (rows, prefixes), entropy in zip(exits, entropies):
         answer[rows.cpu(), prefixes.cpu()] = entropy.float().cpu()
-    return answer[:, :-1] - answer[:, 1:]
+    return smoothed_gain(answer) if smoothed else answer[:, :-1] - answer[:, 1:]
 
 
-def _prefixes(length: int, stride: int) -> list[int]:
-    """Prefix lengths, ascending, before and after every scored token of a completion."""
+def smoothed_gain(entropy: Tensor) -> Tensor:
+    """(H_t + H_{t-1}) / 2 - H_{t+1}, as the published code of IAPO has it, with 0 for what stands before the first.
+
+    Args:
+        entropy: (B, T + 1) H_t before each token, and after the last.
+
+    Returns:
+        (B, T)
+    """
+    earlier = torch.nn.functional.pad(entropy[:, :-2], (1, 0))  # (B, T)
+    return (entropy[:, :-1] + earlier) / 2 - entropy[:, 1:]
+
+
+def _prefixes(length: int, stride: int, smoothed: bool) -> list[int]:
+    """Prefix lengths, ascending, before and after every scored token of a completion; and one before those."""
     scored = {*range(0, length, stride), length - 1} if length else set()
-    return sorted({prefix for token in scored for prefix in (token, token + 1)})
+    earliest = -1 if smoothed else 0
+    return sorted({token + place for token in scored for place in range(earliest, 2)} - {-1})
 
 
 class ExitTree:

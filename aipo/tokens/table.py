@@ -21,6 +21,7 @@ from aipo.advantage import (
     gini,
     information_advantages,
     reallocate_by_entropy,
+    subtract_token_baseline,
     weight_tokens,
 )
 from aipo.config import Config
@@ -30,7 +31,7 @@ from aipo.model.adapters import adapters_off, residual
 from aipo.passes import Passes
 from aipo.rollouts import Rollouts
 from aipo.tokens.attention import AttentionEntropy, attention_weights
-from aipo.tokens.early_exit import early_exit_trees, information_gain, postfix_ids
+from aipo.tokens.early_exit import early_exit_trees, information_gain, postfix_ids, smoothed_gain
 
 # -- measures --------------------------------------------------------------------------------------------------------
 
@@ -61,6 +62,10 @@ def _certainty(passes: Passes, micro: MicroBatch) -> Tensor:
     return passes.sharded.forward(micro, full=True)["certainty"]
 
 
+def _energy(passes: Passes, micro: MicroBatch) -> Tensor:
+    return passes.sharded.forward(micro, full=True)["energy"]
+
+
 def _residual(passes: Passes, micro: MicroBatch) -> Tensor:
     states = passes.states(micro)  # (N, d)
     with adapters_off(passes.sharded.policy.model):
@@ -76,6 +81,12 @@ def _attention(passes: Passes, micro: MicroBatch) -> Tensor:
 
 @torch.no_grad()
 def _information(passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts) -> tuple[Tensor, int]:
+    reading = passes.config.advantage.information
+    if reading == "next_token":
+        entropy, _ = MEASURES["entropy"].of(passes, batches, rollouts)  # (B, T)
+        ends = torch.arange(entropy.shape[1] + 1) == rollouts.lengths[:, None]  # (B, T + 1)
+        behind = torch.nn.functional.pad(entropy, (0, 1), value=math.nan)  # (B, T + 1)
+        return smoothed_gain(behind.masked_fill(ends, 0.0)), 0
     rows = sorted(row for micro in batches for row in micro.rows.tolist())
     prompts, completions = rollouts.each_prompt, rollouts.each_completion
     trees = early_exit_trees(
@@ -84,6 +95,7 @@ def _information(passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollou
         postfix_ids(passes.prompter.tokenizer, thinking=passes.config.data.thinking),
         stride=passes.config.advantage.stride,
         budget=passes.config.optim.micro_tokens,
+        smoothed=reading == "smoothed",
     )
     exits, entropies = [], []
     for i in range(distributed.agree_max(len(trees))):  # one at a time: a tree's attention mask is large
@@ -91,7 +103,8 @@ def _information(passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollou
         entropies.append(passes.sharded.forward(micro.to(passes.device), full=True)["entropy"].cpu())
         where = torch.tensor(rows, dtype=torch.long)[micro.rows]
         exits.append((where, micro.lengths[: len(where)]))
-    return information_gain(exits, entropies, rollouts.lengths), sum(len(tree.tokens) for tree in trees)
+    gain = information_gain(exits, entropies, rollouts.lengths, smoothed=reading == "smoothed")  # (B, T)
+    return gain, sum(len(tree.tokens) for tree in trees)
 
 
 def _annotated(value: float) -> Callable[..., tuple[Tensor, int]]:
@@ -111,6 +124,7 @@ def _annotated(value: float) -> Callable[..., tuple[Tensor, int]]:
 MEASURES = {
     "entropy": Measure(by_micro_batch(_entropy), 1, "of the policy over the whole vocabulary, nats"),
     "certainty": Measure(by_micro_batch(_certainty), 1, "KL from the uniform distribution to the policy (INTUITOR)"),
+    "energy": Measure(by_micro_batch(_energy), 1, "squared norm of its log-probability's gradient by the logits (OTB)"),
     "residual": Measure(by_micro_batch(_residual), 2, "norm of what adapters change in the hidden state (ARCA)"),
     "attention": Measure(by_micro_batch(_attention), 1, "normalised entropy of the row that predicts the token"),
     "information": Measure(_information, math.nan, "how far a token lowers the entropy of an early answer (IAPO)"),
@@ -148,7 +162,7 @@ def needed(config: Config) -> set[str]:
     if config.loss.kl_priority > 0:
         names.add("entropy")
     if config.advantage.tokens != "none":
-        names.add(RULES[config.advantage.tokens].measure)
+        names |= RULES[config.advantage.tokens].reads(config.advantage)
     return names
 
 
@@ -157,46 +171,64 @@ def needed(config: Config) -> set[str]:
 
 @dataclass(frozen=True)
 class TokenRule:
-    """``advantage.tokens``: the measure that it reads, and what it makes of it."""
+    """``advantage.tokens``: the measures that it reads, and what it makes of them."""
 
-    measure: str
-    shape: Callable[[Rollouts, Tensor, AdvantageConfig], Tensor]  # (B, T) -> (B, T)
+    reads: Callable[[AdvantageConfig], set[str]]
+    shape: Callable[[Rollouts, Mapping[str, Tensor], AdvantageConfig], Tensor]  # (B, T) each -> (B, T)
     source: str
 
 
-def _reallocated(rollouts: Rollouts, entropy: Tensor, config: AdvantageConfig) -> Tensor:
+def _reallocated(rollouts: Rollouts, signals: Mapping[str, Tensor], config: AdvantageConfig) -> Tensor:
+    entropy = signals["entropy"]  # (B, T)
     mean, std = batch_mean_std(entropy)
     return reallocate_by_entropy(
         rollouts.advantages, entropy, rollouts.lengths, mean=mean, std=std, alpha=config.alpha, phi=config.phi
     )
 
 
-def _informed(rollouts: Rollouts, information: Tensor, config: AdvantageConfig) -> Tensor:
+def _informed(rollouts: Rollouts, signals: Mapping[str, Tensor], config: AdvantageConfig) -> Tensor:
     return information_advantages(
         rollouts.advantages,
-        information,
-        rollouts.logp_engine,
+        signals["information"],
+        -signals["entropy"] if config.signed == "entropy" else rollouts.logp_engine.exp(),
         rollouts.correct,
         rollouts.lengths,
         alpha=config.information_weight,
         beta=config.beta,
+        norm=config.token_norm,
     )
 
 
-def _weighted_by_residual(rollouts: Rollouts, norms: Tensor, config: AdvantageConfig) -> Tensor:
-    return weight_tokens(rollouts.advantages, norms.nan_to_num(0.0), rollouts.lengths)
+def _weighted_by_residual(rollouts: Rollouts, signals: Mapping[str, Tensor], config: AdvantageConfig) -> Tensor:
+    return weight_tokens(rollouts.advantages, signals["residual"].nan_to_num(0.0), rollouts.lengths)
 
 
-def _weighted_by_attention(rollouts: Rollouts, entropy: Tensor, config: AdvantageConfig) -> Tensor:
-    weights = attention_weights(entropy, rollouts.lengths, strength=config.strength, favour=config.favour)
-    return weight_tokens(rollouts.advantages, weights, rollouts.lengths)
+def _weighted_by_attention(rollouts: Rollouts, signals: Mapping[str, Tensor], config: AdvantageConfig) -> Tensor:
+    entropy, lengths = signals["attention"], rollouts.lengths  # (B, T), (B,)
+    weights = attention_weights(entropy, lengths, strength=config.strength, favour=config.favour)
+    return weight_tokens(rollouts.advantages, weights, lengths)
+
+
+def _less_optimal_baseline(rollouts: Rollouts, signals: Mapping[str, Tensor], config: AdvantageConfig) -> Tensor:
+    energy, lengths = signals["energy"], rollouts.lengths  # (B, T), (B,)
+    tail = rollouts.rewards.nan_to_num(0.0) if config.tail == "reward" else None
+    return subtract_token_baseline(rollouts.advantages, energy, lengths, rollouts.group_size, tail=tail)
+
+
+def _only(name: str) -> Callable[[AdvantageConfig], set[str]]:
+    return lambda config: {name}
+
+
+def _information_and_entropy(config: AdvantageConfig) -> set[str]:
+    return {"information", "entropy"} if config.signed == "entropy" else {"information"}
 
 
 RULES = {
-    "entropy": TokenRule("entropy", _reallocated, "HAPO, arXiv 2604.11056"),
-    "information": TokenRule("information", _informed, "IAPO, arXiv 2602.19049"),
-    "residual": TokenRule("residual", _weighted_by_residual, "ARCA"),
-    "attention": TokenRule("attention", _weighted_by_attention, "attention entropy, arXiv 2605.07660"),
+    "entropy": TokenRule(_only("entropy"), _reallocated, "HAPO, arXiv 2604.11056"),
+    "information": TokenRule(_information_and_entropy, _informed, "IAPO, arXiv 2602.19049"),
+    "residual": TokenRule(_only("residual"), _weighted_by_residual, "ARCA"),
+    "attention": TokenRule(_only("attention"), _weighted_by_attention, "attention entropy, arXiv 2605.07660"),
+    "baseline": TokenRule(_only("energy"), _less_optimal_baseline, "OTB, arXiv 2602.07078"),
 }
 
 
@@ -211,8 +243,7 @@ def shape(rollouts: Rollouts, signals: Mapping[str, Tensor], config: Config) -> 
         ranking = entropy_quadrants(rollouts.advantages, ranking, rollouts.lengths, threshold=mean).float()
     if config.advantage.tokens == "none":
         return ranking, None
-    rule = RULES[config.advantage.tokens]
-    return ranking, rule.shape(rollouts, signals[rule.measure], config.advantage)
+    return ranking, RULES[config.advantage.tokens].shape(rollouts, signals, config.advantage)
 
 
 def batch_mean_std(values: Tensor) -> tuple[float, float]:

@@ -3,12 +3,12 @@
 Model output is hostile input, so everything that has to be *understood* is parsed in worker processes
 (:mod:`aipo.verify.equality`) with a hard limit on time and memory; a worker that breaks a limit is killed and replaced.
 What can be read off the text (:mod:`aipo.verify.answers`: no answer, equal strings, plain numbers, letters) is decided
-here.
+here. A reward function of the user's runs in the same workers under the same limits (:meth:`Verifier.call`).
 
-A worker is this module run with ``-m``. It starts as a fresh interpreter, never as a fork of the trainer (which holds
-torch threads, vLLM and DeepSpeed), and unlike multiprocessing's ``spawn`` it does not import the caller's main module
-again: that works from a script without a main guard, from stdin and from a notebook, and keeps torch out of the
-workers. So this module imports at its top nothing but the standard library and what imports no more than that.
+A worker is :mod:`aipo.verify.worker` run with ``-m``. It starts as a fresh interpreter, never as a fork of the trainer
+(which holds torch threads, vLLM and DeepSpeed), and unlike multiprocessing's ``spawn`` it does not import the caller's
+main module again: that works from a script without a main guard, from stdin and from a notebook, and keeps torch out of
+the workers. So both modules import at their top nothing but the standard library and what imports no more than that.
 """
 
 from __future__ import annotations
@@ -24,24 +24,21 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import Any
 
+from aipo.problems.problem import Problem
 from aipo.verify.answers import (
-    after_thinking,
     bare_gold,
     choice_letter,
     extract_answer,
-    last_box,
     lists_several,
     settle,
 )
-
-__all__ = ["Verdict", "Verifier", "after_thinking", "extract_answer", "is_correct", "last_box"]
 
 REMEMBERED = 4096  # verdicts: the rollouts of one question often give the same answer
 PATIENCE = 20.0  # seconds of the clock for one of CPU time, at least a minute: then a worker is stopped or swapped out
@@ -60,6 +57,14 @@ class Verdict(Enum):
     @property
     def correct(self) -> bool:
         return self is Verdict.CORRECT
+
+
+Outcome = Verdict | float
+"""what became of one answer: a verdict, or the number that a reward function gave it"""
+
+
+class FunctionError(Exception):
+    """A reward function could not be imported, raised, or returned no number; says what and where."""
 
 
 def is_correct(gold: str, response: str, *, kind: str = "math", timeout: float = 5.0, lenient: bool = False) -> bool:
@@ -90,18 +95,15 @@ def _judge_as_text(gold: str, answer: str | None, kind: str) -> Verdict | None:
 
 @dataclass
 class _Job:
-    gold: str
-    answer: str
-    timeout: float
-    future: Future[Verdict]
+    """``request``: equal, gold, answer; or call, function, problem as JSON, completion; or import, function."""
 
-    @property
-    def pair(self) -> tuple[str, str]:
-        return self.gold, self.answer
+    request: tuple[str, ...]
+    timeout: float
+    future: Future[Any]  # of a Verdict, or of an Outcome where a function is called
 
 
 class _Worker:
-    """One killable process that compares one pair at a time."""
+    """One killable process that does one job at a time."""
 
     def __init__(self, memory_mb: int) -> None:
         self.connection, theirs = Pipe()
@@ -109,7 +111,7 @@ class _Worker:
         # -P keeps the current folder off the import path; the fixed hash seed makes sympy's choices reproducible.
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", "-m", "aipo.verify.pool", str(theirs.fileno()), str(memory_mb)],
+            [sys.executable, "-P", "-W", "ignore", "-m", "aipo.verify.worker", str(theirs.fileno()), str(memory_mb)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
@@ -118,14 +120,18 @@ class _Worker:
         )
         theirs.close()
 
-    def judge(self, job: _Job) -> Verdict:
+    def judge(self, job: _Job) -> Outcome:
+        """Raises FunctionError for a function that did."""
         try:
-            self.connection.send_bytes(json.dumps([job.gold, job.answer, job.timeout]).encode())
+            self.connection.send_bytes(json.dumps([job.request, job.timeout]).encode())
             if not self.connection.poll(max(PATIENCE * job.timeout, 60.0)):
                 return Verdict.TIMED_OUT
-            return Verdict(self.connection.recv_bytes().decode())
+            reply = json.loads(self.connection.recv_bytes())
         except (EOFError, OSError):
-            return Verdict.TIMED_OUT if self.process.wait() == -signal.SIGPROF else Verdict.KILLED
+            return Verdict.TIMED_OUT if self.end() == -signal.SIGPROF else Verdict.KILLED
+        if "error" in reply:
+            raise FunctionError(reply["error"])
+        return reply["score"] if "score" in reply else Verdict.CORRECT if reply["equal"] else Verdict.WRONG
 
     def await_ready(self) -> None:
         try:
@@ -137,9 +143,15 @@ class _Worker:
                 f"the verifier's worker did not start (exit code {self.process.poll()}); is math-verify installed?"
             )
 
+    def end(self) -> int:
+        """Kill what is left of it, with what a reward function started there; how it ended."""
+        if self.process.returncode is None:  # not waited for: its number is still its own
+            with suppress(ProcessLookupError, PermissionError):  # macOS: none but a zombie is left
+                os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.wait()
+
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        self.end()
         self.connection.close()
 
 
@@ -159,8 +171,8 @@ class Verifier:
         self.stats: Counter[Verdict] = Counter()
         self._memory_mb = memory_mb
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._pending: dict[tuple[str, str, float], Future[Verdict]] = {}
-        self._known: OrderedDict[tuple[str, str], tuple[Verdict, float]] = OrderedDict()  # and the timeout
+        self._pending: dict[tuple[tuple[str, ...], float], Future[Any]] = {}
+        self._known: OrderedDict[tuple[str, ...], tuple[Verdict, float]] = OrderedDict()  # and the timeout
         self._workers: list[_Worker | None] = [None] * workers
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
@@ -178,9 +190,9 @@ class Verifier:
         answer = extract_answer(response, kind, lenient=lenient, several=kind == "math" and lists_several(gold))
         verdict = _judge_as_text(gold, answer, kind)
         if verdict is None and answer is not None:
-            job = _Job(gold, answer, self.timeout if timeout is None else timeout, future)
+            job = _Job(("equal", gold, answer), self.timeout if timeout is None else timeout, future)
             with self._lock:
-                verdict, within = self._known.get(job.pair, (None, 0.0))
+                verdict, within = self._known.get(job.request, (None, 0.0))
                 if verdict is Verdict.TIMED_OUT and job.timeout > within:
                     verdict = None
                 first = future if verdict else self._enqueue(job)
@@ -190,18 +202,43 @@ class Verifier:
             self._resolve(future, verdict)
         return future
 
-    def _enqueue(self, job: _Job) -> Future[Verdict]:
+    def call(self, function: str, problem: Problem, completion: str) -> Future[Outcome]:
+        """``function(problem, completion)`` in a worker; ``function`` is ``package.module:name``.
+
+        The future holds its number; TIMED_OUT or KILLED; or a FunctionError if it raised or returned something else.
+        What the import of its module takes does not count as time of an answer.
+        """
+        future: Future[Outcome] = Future()
+        with self._lock:
+            first = self._enqueue(
+                _Job(("call", function, json.dumps(asdict(problem)), completion), self.timeout, future)
+            )
+        if first is not future:
+            first.add_done_callback(lambda done: self._follow(done, future))
+        return future
+
+    def check(self, function: str) -> None:
+        """Raises FunctionError if it cannot be imported in a worker."""
+        worker = _Worker(self._memory_mb)
+        try:
+            worker.await_ready()
+            if worker.judge(_Job(("import", function), self.timeout, Future())) in (Verdict.TIMED_OUT, Verdict.KILLED):
+                raise FunctionError(f"the process that imports it died (it may take {self._memory_mb} MiB)")
+        finally:
+            worker.kill()
+
+    def _enqueue(self, job: _Job) -> Future[Any]:
         """The future that will know the verdict: the job's own, or that of the same job already under way."""
         if self._closed:
             raise RuntimeError("the verifier is closed")
         if not self._threads:
             self._start_threads()
-        first = self._pending.setdefault((*job.pair, job.timeout), job.future)
+        first = self._pending.setdefault((job.request, job.timeout), job.future)
         if first is job.future:
             self._jobs.put(job)
         return first
 
-    def _follow(self, done: Future[Verdict], future: Future[Verdict]) -> None:
+    def _follow(self, done: Future[Any], future: Future[Any]) -> None:
         if done.cancelled():
             future.cancel()
         elif future.set_running_or_notify_cancel():
@@ -252,13 +289,14 @@ class Verifier:
             job = self._jobs.get()
             if job is None:
                 break
-            verdict, settled = None, False
+            verdict: Outcome | None = None
+            settled = False
             try:
                 if job.future.set_running_or_notify_cancel():
                     worker = self._worker(slot)
                     verdict = worker.judge(job)
                     # CPU time says something of the answer; the clock and a crash may say something of the machine
-                    settled = (
+                    settled = job.request[0] == "equal" and (
                         verdict in (Verdict.CORRECT, Verdict.WRONG) or worker.process.returncode == -signal.SIGPROF
                     )
                     if verdict in (Verdict.TIMED_OUT, Verdict.KILLED):
@@ -267,7 +305,7 @@ class Verifier:
                 self._forget(job)
                 job.future.set_exception(error)
             else:
-                self._forget(job, verdict if settled else None)
+                self._forget(job, verdict if settled and isinstance(verdict, Verdict) else None)
                 if verdict is not None:
                     self._resolve(job.future, verdict)
         self._drop(slot)
@@ -275,9 +313,9 @@ class Verifier:
     def _forget(self, job: _Job, verdict: Verdict | None = None) -> None:
         """The job is no longer under way; a verdict that is given is remembered."""
         with self._lock:
-            self._pending.pop((*job.pair, job.timeout), None)
+            self._pending.pop((job.request, job.timeout), None)
             if verdict is not None:
-                self._known[job.pair] = verdict, job.timeout
+                self._known[job.request] = verdict, job.timeout
                 if len(self._known) > REMEMBERED:
                     self._known.popitem(last=False)
 
@@ -301,10 +339,11 @@ class Verifier:
         if worker is not None:
             worker.kill()
 
-    def _resolve(self, future: Future[Verdict], verdict: Verdict) -> None:
-        with self._lock:
-            self.stats[verdict] += 1
-        future.set_result(verdict)
+    def _resolve(self, future: Future[Any], outcome: Outcome) -> None:
+        if isinstance(outcome, Verdict):
+            with self._lock:
+                self.stats[outcome] += 1
+        future.set_result(outcome)
 
 
 _default: Verifier | None = None
@@ -329,54 +368,3 @@ def _forget_default() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_default)
-
-
-# --- inside a worker --------------------------------------------------------------------------------------------
-
-# One of each shape: loads all of sympy that is needed, and the parser learns its grammar from them.
-_WARM_UP = [(r"2\sqrt{2}", r"\sqrt{8}"), (r"x^2 - \frac{x}{2}", "x(x - 0.5)"), ("y = 2x + 1", "2x - y = -1")]
-
-
-def _limit_process(memory_mb: int) -> None:
-    import ctypes
-    import resource
-
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # a batch system sends SIGTERM to every process of a job
-        signal.signal(ignored, signal.SIG_IGN)
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the trainer
-    resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _work(connection: Connection, memory_mb: int) -> None:
-    """Answer pairs until the parent hangs up."""
-    import logging
-
-    logging.disable(logging.CRITICAL)
-    _limit_process(memory_mb)
-    from aipo.verify.equality import equal
-
-    if not all(equal(*pair) for pair in _WARM_UP):
-        raise RuntimeError("math-verify does not read what it used to read")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    connection.send_bytes(b"ready")
-    while True:
-        try:
-            gold, answer, seconds = json.loads(connection.recv_bytes())
-        except (EOFError, OSError):
-            return
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # the kernel counts CPU time and sends SIGPROF
-        try:
-            verdict = Verdict.CORRECT if equal(gold, answer) else Verdict.WRONG
-        except MemoryError:
-            os._exit(1)  # what is left of this process is not to be trusted; the parent starts another
-        except Exception:  # sympy raises every kind of error on nonsense, RecursionError included
-            verdict = Verdict.WRONG
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        connection.send_bytes(verdict.value.encode())
-
-
-if __name__ == "__main__":
-    _work(Connection(int(sys.argv[1])), int(sys.argv[2]))

@@ -17,6 +17,7 @@ from aipo.config.reading import (
     dump_config,
     find_config,
     help_keys,
+    help_sources,
     keys,
     load_config,
 )
@@ -277,6 +278,7 @@ def test_every_bad_value_is_named() -> None:
         (["curriculum.start=[.5,.3,.1]"], "curriculum.start must sum to 1, got 0.9"),
         (["curriculum.end=[.5,.5,.1]"], "curriculum.end must sum to 1, got 1.1"),
         (["curriculum.cuts=[25,15]"], "curriculum.cuts must increase, got [25, 15]"),
+        (["reward.function=a:b", "reward.signed=true"], "let it return -1 and 1"),
         (["reward.format=0.1"], "reward.correctness + reward.format + reward.length must be 1"),
         (["mi.features=quadrature", "mi.estimator=pointwise"], "mi.features: quadrature is for scalars"),
         (["mi.normalized=cca", "mi.estimator=pointwise"], "mi.normalized: cca is of the samples of one state"),
@@ -317,13 +319,25 @@ def test_every_bad_value_is_named() -> None:
         (["branch.enabled=true", "branch.base=8"], "leaves no branch among"),
         (["branch.enabled=true", "branch.total=6"], "branch.total must not be below"),
         (["branch.enabled=true", "branch.latent=norm_kv"], "needs rollout.engine: hf"),
-        (["rollout.async_depth=1", "dynamic.enabled=true"], "dynamic.enabled draws with"),
-        (["rollout.async_depth=1", "branch.enabled=true"], "branch.enabled draws with"),
+        (["rollout.async_depth=1", "branch.enabled=true"], "branch.signal: entropy asks the policy"),
         (
-            ["rollout.async_depth=1", "reward.rule=continuations", "mask.rule=prefix"],
-            "reward.rule: continuations draws with",
+            ["rollout.async_depth=1", "branch.enabled=true", "branch.signal=logprob", "branch.total=12"],
+            "branch.total asks the policy",
         ),
         (["rollout.async_depth=1", "rollout.importance_correction=none"], "trains on rollouts of older weights"),
+        (["loss.old_policy=engine"], "would count the difference twice"),
+        (
+            ["loss.old_policy=engine", "rollout.importance_correction=none", "rollout.top_k=20"],
+            "another distribution than the policy's",
+        ),
+        (["mask.reweight=true"], "mask.rule: threshold draws none"),
+        (["mask.reweight=true", "mask.rule=bernoulli", "loss.ratio=sequence"], "set another loss.ratio"),
+        (
+            ["advantage.tokens=baseline", "rollout.samples_per_question=1", "advantage.baseline=batch"],
+            "raise rollout.samples_per_question",
+        ),
+        (["advantage.tail=reward", "advantage.normalize=std"], "or advantage.tail: zero"),
+        (["advantage.normalize=mean", "reward.signed=true"], "must not be negative"),
     ],
 )
 def test_values_that_contradict_each_other(overrides: list[str], expected: str) -> None:
@@ -336,6 +350,8 @@ def test_bounds_that_are_allowed() -> None:
     config = load_config("base", ["mask.kappa_end=0.3", "curriculum.t1=0.7", "curriculum.start=[0.1,0.2,0.7]"])
     assert config.mask.kappa_end == config.mask.kappa_start
     assert load_config("base", ["advantage.baseline=batch", "rollout.samples_per_question=1"])
+    ahead = ["rollout.async_depth=1", "rollout.importance_correction=none", "loss.old_policy=engine"]
+    assert load_config("base", ahead)
 
 
 def test_a_method_goes_on_top_of_a_config() -> None:
@@ -346,6 +362,9 @@ def test_a_method_goes_on_top_of_a_config() -> None:
     assert (config.reward.signed, config.dynamic.enabled, config.loss.aggregation) == (True, True, "token")
     assert config.loss.clip_high == 0.3  # overrides come last
     assert load_config("qwen3_8b", ["name=mine"], method="dapo").name == "mine"
+    control = load_config("qwen3_8b", method="random_mask")
+    assert (control.model.path, control.mask.rule) == ("Qwen/Qwen3-8B", "random")
+    assert control.loss == load_config("qwen3_8b", method="aipo").loss  # of the method that it is based on
     own = load_config("methods/dapo.yaml")
     assert own.name == "dapo"
     assert own.model.path == "embedded:smollm2-135m"
@@ -356,8 +375,8 @@ def test_a_method_of_ones_own_and_unknown_ones(tmp_path: Path) -> None:
     file.write_text("mask: {rule: all}\n")
     config = load_config("base", method=str(file))
     assert (config.name, config.mask.rule) == ("base-mine", "all")
-    with pytest.raises(UserError, match="--method dappo is unknown: did you mean dapo"):
-        load_config("base", method="dappo")
+    with pytest.raises(UserError, match="--method dapoo is unknown: did you mean dapo"):
+        load_config("base", method="dapoo")
 
 
 def test_world_size_must_divide_the_batch() -> None:
@@ -406,7 +425,83 @@ def test_help_lists_each_key_once_with_type_default_and_meaning() -> None:
     assert "  mi.sigma  (float|median; default 50.0)" in heads
 
 
-@pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.rglob("*.yaml")), ids=lambda p: p.name)
+def test_sources_are_read_and_kept(tmp_path: Path) -> None:
+    text = """
+base: base.yaml
+data:
+  train:
+    - {path: a.jsonl, weight: 1e-1, suffix: "", reward: {function: my.pkg:grade}}
+    - path: hub:openai/gsm8k
+      name: gsm
+      subset: main
+      weight: 3
+      kind: choice
+      columns: {question: prompt.0.content, id: null}
+  validation: {path: hub:x/y, split: test}
+validation:
+  watch: [b.jsonl, {path: c.jsonl, samples: 8, every: 100}]
+"""
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    config = load_config(str(path))
+    hash(config)
+    assert [source.weight for source in config.data.train] == [0.1, 3.0]  # type: ignore[union-attr]
+    assert list(config.sources()) == ["a", "gsm", "validation", "watch/c"]
+    assert config.weights() == {"a": 0.1, "gsm": 3.0}
+    assert {origin: reward.function for origin, reward in config.rewards().items()} == {
+        "": "verifier",
+        "a": "my.pkg:grade",
+        "gsm": "verifier",
+        "validation": "verifier",
+        "watch/c": "verifier",
+    }
+    path.write_text(dump_config(config))
+    assert load_config(str(path)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.train=[]", "data.train: an empty list: name a source"),
+        ("data.train=5", "data.train: input should be a valid tuple, got 5"),
+        ("data.train=[{name: a}]", "data.train[0].path is required"),
+        ("data.train=[{path: a}, {path: b, wieght: 1}]", "data.train[1].wieght is unknown; did you mean weight?"),
+        ("data.train=[{path: a, weight: 0}]", "data.train[0].weight: input should be greater than 0, got 0"),
+        (
+            "data.train=[{path: a, columns: {answer: null}}]",
+            "data.train[0].columns.answer: input should be a valid str",
+        ),
+        ("data.train=[{path: a, reward: {function: grade}}]", "data.train[0].reward.function: string should match"),
+        ("data.train=[{path: a, reward: {format: 0.5}}]", "data.train: the reward of a: reward.correctness +"),
+        ("data.train=[{path: a, weight: 1}, {path: b}]", "data.train: give each source a weight, or none"),
+        ("data.train=[{path: x/a.jsonl}, {path: a}]", "data.train: two sources are called a: give them names"),
+        ("data.validation={path: a, weight: 1}", "data.validation.weight is unknown"),
+        ("validation.watch=[{path: a, every: 0}]", "validation.watch[0].every: input should be greater than 0"),
+        ("validation.watch=[a/b.jsonl, {path: c, name: b}]", "validation.watch: metrics are named after the sets, and"),
+        ("curriculum.buckets=within", "curriculum.buckets: within sorts each of several sources"),
+        ("reward.function=os.system", "reward.function: string should match pattern"),
+    ],
+)
+def test_what_can_be_wrong_with_sources(override: str, expected: str) -> None:
+    text = message("base", override)
+    assert f"override {override}: " in text
+    assert expected in text
+    assert "; override" not in text  # said once
+
+
+def test_help_lists_the_keys_of_sources() -> None:
+    lines = help_sources().splitlines()
+    assert "  path  (str; required)" in lines
+    assert '  columns.question  (str; default "question")' in lines
+    assert "  weight  (float|null; default null)" in lines
+    assert "  every  (int|null; default null)" in lines
+    assert len(set(lines)) == len(lines)
+
+
+SHIPPED = sorted(path for path in CONFIG_FOLDER.rglob("*.yaml") if "campaigns" not in path.parts)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
 def test_shipped_configs_are_valid(path: Path) -> None:
     config = load_config(str(path))
     assert yaml.safe_load(dump_config(config))["name"] == config.name
@@ -415,3 +510,23 @@ def test_shipped_configs_are_valid(path: Path) -> None:
 @pytest.mark.parametrize(("old", "new"), [("true", "reward"), ("false", "none")])
 def test_configs_of_older_runs_are_read(old: str, new: str) -> None:
     assert load_config("tiny.yaml", [f"advantage.drop_constant_groups={old}"]).advantage.drop_constant_groups == new
+
+
+def test_forking_tokens_at_the_scale_of_the_authors_script() -> None:
+    """verl's keys of run_only_top20_high_entropy_tokens_dapo_qwen3_14b.sh and of its baseline on all tokens."""
+    prompts, mini, response = 512, 32, 1024 * 20
+    config = load_config("dapo_ft_14b")
+    optim, rollout, dynamic = config.optim, config.rollout, config.dynamic
+    assert (rollout.questions_per_step, rollout.samples_per_question, rollout.max_tokens) == (prompts, 16, response)
+    assert optim.updates_per_batch == prompts // mini == 16
+    assert (optim.lr, optim.warmup_steps, optim.weight_decay, optim.max_grad_norm) == (1e-6, 10, 0.1, 1.0)
+    assert (optim.schedule, rollout.temperature, rollout.top_p, rollout.top_k) == ("constant", 1.0, 1.0, -1)
+    assert (dynamic.enabled, dynamic.by, dynamic.factor, dynamic.max_tries) == (True, "correct", 3, 10)
+    assert (config.reward.signed, config.reward.overlong, config.reward.overlong_buffer) == (True, 1.0, 4096)
+    assert (config.loss.clip_low, config.loss.clip_high, config.loss.kl_beta) == (0.2, 0.28, 0.0)
+    assert (config.loss.aggregation, config.loss.ratio, config.advantage.normalize) == ("token", "token", "std")
+    assert (config.mask.rule, config.mask.score, config.mask.fraction) == ("top_fraction", "entropy", 0.2)
+    config.check_world_size(32)
+    baseline = load_config("dapo_14b")
+    assert baseline.model_copy(update={"name": config.name, "mask": config.mask}) == config
+    assert baseline.mask.rule == "all"

@@ -22,6 +22,11 @@ pytestmark = pytest.mark.e2e
 
 METHODS = sorted(path.stem for path in (CONFIG_FOLDER / "methods").glob("*.yaml"))
 AHEAD, QUADRANT = "aipo+rollout.async_depth=1", "dapo_ft+mask.rule=quadrant"
+MORE_AHEAD = [
+    "dapo+rollout.async_depth=1",
+    "pppo+rollout.async_depth=1",
+    "iib_lpo+rollout.async_depth=1+branch.signal=logprob+branch.base=2+branch.total=4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +54,13 @@ def runs(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("runs")
     environment = os.environ | {"AIPO_CACHE": str(tmp_path_factory.mktemp("cache"))}
     command = [sys.executable, "tests/e2e/methods_worker.py", str(model), str(data), str(folder)]
-    command += [*METHODS, AHEAD, QUADRANT]
+    command += [*METHODS, AHEAD, *MORE_AHEAD, QUADRANT]
     done = processes.run(command, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return folder
 
 
-@pytest.mark.parametrize("method", [*METHODS, AHEAD, QUADRANT])
+@pytest.mark.parametrize("method", [*METHODS, AHEAD, *MORE_AHEAD, QUADRANT])
 def test_a_method_trains(method: str, runs: Path, model: Path) -> None:
     lines = metrics(runs / method)
     assert [line["step"] for line in lines] == [0, 1, 2]
@@ -63,7 +68,7 @@ def test_a_method_trains(method: str, runs: Path, model: Path) -> None:
         assert 0 < line["mask/otf"] <= 1
         assert line["loss/skipped_steps"] == 0
         assert all(value is not None for value in line.values()), line
-    if method == "pppo":
+    if method.startswith("pppo"):
         return  # it rewards right answers alone, and a random model has none
     assert any(line["policy/grad_norm"] > 0 for line in lines[1:])
     final = AutoModelForCausalLM.from_pretrained(runs / method / "final", dtype=torch.float32)
@@ -118,6 +123,18 @@ def test_two_ranks(model: Path, data: Path, tmp_path: Path) -> None:
         line = last(tmp_path, method)
         assert line["policy/grad_norm"] > 0 or method == "pppo"
         assert line["loss/skipped_steps"] == 0
+
+
+def test_two_ranks_draw_ahead(model: Path, data: Path, tmp_path: Path) -> None:
+    """Dynamic sampling speaks between ranks while their training does, and finds the same each time."""
+    keys = {"model.path": model, "data.train": data, "data.validation": data, "runs": tmp_path, "dynamic.by": "reward"}
+    fixed = ["rollout.engine=hf", "reward.correctness=0.5", "reward.length=0.5", "reward.overlong_buffer=15"]
+    fixed += ["optim.steps=4", "rollout.async_depth=1", "mask.rule=random"]
+    arguments = [f"{k}={v}" for k, v in keys.items()] + fixed
+    for name in ("one", "two"):
+        train("--config", "tiny.yaml", "--method", "dapo", *arguments, f"name={name}", ranks=2)
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
+    assert all(line["dynamic/tries"] >= 1 for line in metrics(tmp_path / "one")[1:])
 
 
 def test_branches_with_latents(model: Path, data: Path, tmp_path: Path) -> None:

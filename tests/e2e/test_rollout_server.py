@@ -48,7 +48,11 @@ def server(folder, tmp_path_factory) -> Iterator[tuple[str, subprocess.Popen]]:
     command = [sys.executable, "-m", "aipo.rollout.server", "--config", "tiny.yaml", f"--port={port}"]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, f"model.path={folder}", f"model.dtype={DTYPE}"], cwd=ROOT, stdout=output, stderr=output, start_new_session=True
+            [*command, f"model.path={folder}", f"model.dtype={DTYPE}"],
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     url, guard = f"http://127.0.0.1:{port}", Guard(process.pid)
     try:

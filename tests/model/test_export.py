@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from aipo.errors import UserError
 from aipo.model.export import find_model
 from aipo.model.loading import load_model
 from aipo.policy import Policy
-from aipo.record.checkpoints import CheckpointStore
+from aipo.record.checkpoints import CheckpointStore, seal
 from tests.tiny import make_tiny
 
 
@@ -89,8 +88,6 @@ def test_nothing_to_load_is_said(run: Path, model: Path) -> None:
 def test_another_models_checkpoint_is_refused(run: Path) -> None:
     folder = run / "checkpoints" / "step-000003"
     torch.save({"policy": {"model.other": torch.zeros(1)}}, folder / "plain.pt")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["plain.pt"] = (folder / "plain.pt").stat().st_size
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    seal(folder, 3, None)
     with pytest.raises(UserError, match="does not belong to"):
         find_model(str(run))

@@ -7,12 +7,16 @@ import signal
 import subprocess
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aipo.errors import UserError
 from aipo.record import checkpoints
@@ -59,7 +63,9 @@ def test_a_save_is_complete_and_latest(tmp_path):
     assert saved == tmp_path / "step-000007" == resolve(tmp_path, "auto") == resolve(tmp_path, str(saved))
     assert resolve(tmp_path, "none") is None
     assert manifest(saved)["step"] == 7
-    assert manifest(saved)["files"] == {"trainer.json": 11, "weights/rank0.pt": 1000}
+    files = {path: (saved / path).read_bytes() for path in ("trainer.json", "weights/rank0.pt")}
+    assert {path: len(content) for path, content in files.items()} == {"trainer.json": 11, "weights/rank0.pt": 1000}
+    assert manifest(saved)["files"] == {path: [len(each), zlib.crc32(each)] for path, each in files.items()}
     assert names(tmp_path) == ["best", "latest", "step-000007"]
 
 
@@ -294,6 +300,32 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     (tmp_path / "step-000001" / "manifest.json").write_text('{"step": 1')
     with pytest.raises(UserError, match=r"every checkpoint .* is damaged"):
         resolve(tmp_path, "auto")
+
+
+@given(st.sampled_from(["trainer.json", "weights/rank0.pt", "manifest.json"]), st.integers(0), st.integers(0, 7))
+@settings(max_examples=60, deadline=None)
+def test_one_flipped_bit_is_seen_and_its_file_named(name, place, bit):
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        store = CheckpointStore(folder, keep_last=2)
+        for step in (1, 2):
+            store.save(step, shard(step))
+        path = folder / "step-000002" / name
+        content = bytearray(path.read_bytes())
+        content[place % len(content)] ^= 1 << bit
+        path.write_bytes(content)
+        assert name in (damage(folder / "step-000002") or "nothing")
+        assert resolve(folder, "auto") == folder / "step-000001"
+
+
+@pytest.mark.parametrize("content", [b"", b"step-000000", b"step-\xff00002", b"step-000002/..", b"final"])
+def test_a_damaged_pointer_leads_to_the_newest(tmp_path, caplog, content):
+    store = CheckpointStore(tmp_path, keep_last=2)
+    for step in (1, 2):
+        store.save(step, shard(step))
+    (tmp_path / "latest").write_bytes(content)
+    assert resolve(tmp_path, "auto") == tmp_path / "step-000002"
+    assert f"{tmp_path / 'latest'} is damaged" in caplog.text
 
 
 @pytest.mark.parametrize("path", ["nowhere", "."])

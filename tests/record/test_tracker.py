@@ -8,6 +8,8 @@ import threading
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from filelock import FileLock
@@ -160,8 +162,13 @@ def test_tracker_writes_metrics_rollouts_and_curves(tmp_path):
     t.log(2, {"reward/mean": 0.5, "validation/accuracy": 0.4})
     assert (tmp_path / "curves" / "curves.png").read_bytes().startswith(b"\x89PNG")
     rows = [{"question": "1+1", "reward": 1.0, "tokens": ["1", "+"], "mi": [0.5, float("nan")], "mask": [True, False]}]
-    t.log_rollouts(2, rows)
+    table = pa.table({"question": ["1+1"], "tokens": [["1", "+"]]})
+    t.log_rollouts(2, rows, table)
+    t.log_answers(2, [{"id": "a", "question": "1+1", "right": [True, False]}])
     t.close()
+    assert pyarrow.parquet.read_table(tmp_path / "rollouts" / "step-000002.parquet") == table
+    (answers,) = read_jsonl(tmp_path / "held_out.jsonl")
+    assert answers == {"step": 2, "questions": [{"id": "a", "question": "1+1", "right": [True, False]}]}
     assert read_jsonl(tmp_path / "metrics.jsonl")[1] == {"step": 2, "reward/mean": 0.5, "validation/accuracy": 0.4}
     assert read_jsonl(tmp_path / "rollouts" / "step-000002.jsonl") == [{**rows[0], "mi": [0.5, None]}]
 
@@ -169,7 +176,9 @@ def test_tracker_writes_metrics_rollouts_and_curves(tmp_path):
 def test_only_the_first_rank_writes(tmp_path):
     t = tracker(tmp_path / "run", active=False)
     t.log(0, {"reward/mean": 1})
-    t.log_rollouts(0, [{"a": 1}])
+    t.log_rollouts(0, [{"a": 1}], pa.table({"a": [1]}))
+    t.log_answers(0, [])
+    t.log_report(tmp_path / "report.html")
     t.load_state_dict(t.state_dict())
     t.close()
     assert not (tmp_path / "run").exists()
@@ -193,8 +202,10 @@ def test_wandb_offline_without_a_login(tmp_path, monkeypatch, caplog):
     run = tmp_path / "run"
     t = tracker(run, wandb_mode="auto", config={"seed": 0})
     t.log(1, {"reward/mean": 0.5})
-    t.log_rollouts(1, [{"question": "1+1", "completion": "2", "mi": [0.1]}])
+    t.log_rollouts(1, [], pa.table({"question": ["1+1"], "completion": ["2"], "mi": [[0.1]]}))
     t.log(1, {"reward/mean": 0.5})  # after a resume a step comes again
+    (run / "report.html").write_text("<html>")
+    t.log_report(run / "report.html")
     t.close()
     assert not caplog.records
     run_id = t.state_dict()["wandb_id"]
@@ -206,7 +217,9 @@ def test_wandb_offline_without_a_login(tmp_path, monkeypatch, caplog):
     assert b"reward/mean" in file.read_bytes()
     (table,) = (run / "wandb").glob("offline-run-*/files/media/table/*.json")
     content = json.loads(table.read_text())
-    assert (content["columns"], content["data"]) == (["question", "completion"], [["1+1", "2"]])
+    assert (content["columns"], content["data"]) == (["question", "completion", "mi"], [["1+1", "2", [0.1]]])
+    assert b"rollouts/step-000001.parquet" in file.read_bytes()
+    assert f"report-{run_id}".encode() in file.read_bytes()
 
 
 def test_training_outlives_wandb(tmp_path, monkeypatch, caplog):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from aipo.config.training import GuardsConfig
 from aipo.rollout.base import Completion, Request, Sampling
-from aipo.rollout.check import NOISE_ELEMENTS, check_weight_sync, engine_gap, perturbed
+from aipo.rollout.check import NOISE_ELEMENTS, GapGuard, check_weight_sync, engine_gap, perturbed
 from tests.plan.test_planner import PeakBytes
 
 
@@ -67,3 +69,11 @@ def test_no_sync_and_no_forward_beside_an_engine_that_is_awake() -> None:
 def test_not_a_number_on_one_rank_is_that_on_all(ranks: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aipo.rollout.check.gather_objects", lambda gap: ranks)
     assert math.isnan(engine_gap(Engine(), lambda *_: [-1.0], [[5]]))
+
+
+def test_a_gap_is_told_and_ends_the_run_when_it_stays() -> None:
+    guard, said = GapGuard(GuardsConfig(max_gap=0.3, max_bad_steps=2)), []
+    gaps = [0.1, 0.4, 0.3, math.nan, 0.31]
+    assert [guard.ends(step, gap, said.append) for step, gap in enumerate(gaps)] == [False] * 4 + [True]
+    assert [line.split(" engine")[0] for line in said] == [f"advice: in step {step}" for step in (1, 3, 4)]
+    assert "guards.max_gap (0.3 nats a token) in 2 steps in a row. The policy is saved in x" in guard.why(Path("x"))

@@ -194,6 +194,16 @@ def test_gain_by_hand() -> None:
     )
 
 
+def test_smoothed_gain_by_hand() -> None:
+    """One completion of 5 tokens, every fourth scored: t = 0 from prefixes 0, 1 and t = 4 from 3, 4, 5."""
+    (micro,) = early_exit_batches([[1]], [[3, 4, 5, 6, 7]], [8], stride=4, budget=100, smoothed=True)
+    assert micro.lengths.tolist() == [0, 1, 3, 4, 5]
+    exits = [(micro.rows, micro.lengths)]
+    gain = gain_of(exits, [torch.tensor([2.0, 1.5, 1.0, 1.25, 0.5])], torch.tensor([5]), smoothed=True)
+    nan = torch.nan
+    torch.testing.assert_close(gain, torch.tensor([[-0.5, nan, nan, nan, 0.625]]), equal_nan=True)
+
+
 @given(st.integers(1, 12), st.integers(4, 40))
 def test_gains_of_all_tokens_add_up(length: int, budget: int) -> None:
     """Sum of s_t = what the answer's entropy fell by from the question to the end."""

@@ -11,7 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aipo.advantage import entropy_quadrants, information_advantages, reallocate_by_entropy, weight_tokens
+from aipo.advantage import (
+    entropy_quadrants,
+    information_advantages,
+    reallocate_by_entropy,
+    subtract_token_baseline,
+    weight_tokens,
+)
 from aipo.config import Config, load_config
 from aipo.config.base import Measured
 from aipo.config.sections import AdvantageConfig
@@ -120,6 +126,25 @@ def test_information(path: Path, rollouts: Rollouts) -> None:
             assert found[row, t] == pytest.approx(after[0] - after[1], abs=2e-4)
 
 
+def test_information_as_published(path: Path, rollouts: Rollouts) -> None:
+    """(H_t + H_{t-1}) / 2 - H_{t+1}: of the early answers, or of the policy's own entropies (the script's default)."""
+    here = passes(path, policy_of(path), config("advantage.tokens=information", "advantage.information=smoothed"))
+    postfix = postfix_ids(here.prompter.tokenizer, thinking=False)
+    answers = measured("information", here, rollouts)
+    here.config = config("advantage.tokens=information", "advantage.information=next_token")
+    tokens = measured("information", here, rollouts)
+    for row, ids in enumerate(COMPLETIONS):
+        prompt = PROMPTS[row // 2]
+        logits = plain_logits(path, prompt + ids)
+        own = [entropy(logits[len(prompt) - 1 + t]) for t in range(len(ids))] + [0.0]
+        after = [entropy(plain_logits(path, [*prompt, *ids[:t], *postfix])[-1]) for t in range(len(ids) + 1)]
+        for found, h in ((answers, after), (tokens, own)):
+            for t in range(len(ids)):
+                earlier = h[t - 1] if t else 0.0
+                assert found[row, t] == pytest.approx((h[t] + earlier) / 2 - h[t + 1], abs=2e-4)
+            assert found[row, len(ids) :].isnan().all()
+
+
 def test_residual_and_attention(path: Path, rollouts: Rollouts) -> None:
     policy = policy_of(path)
     add_adapters(policy.model, rank=2, alpha=4.0, targets=("all-linear",), seed=0)
@@ -151,6 +176,9 @@ def test_residual_and_attention(path: Path, rollouts: Rollouts) -> None:
         (["loss.kl_beta=0.1", "loss.kl_priority=2"], {"entropy"}),
         (["advantage.tokens=entropy"], {"entropy"}),
         (["advantage.tokens=attention"], {"attention"}),
+        (["advantage.tokens=baseline"], {"energy"}),
+        (["advantage.tokens=information"], {"information"}),
+        (["advantage.tokens=information", "advantage.signed=entropy"], {"information", "entropy"}),
     ],
 )
 def test_what_a_config_needs(overrides: list[str], names: set[str]) -> None:
@@ -182,23 +210,37 @@ def test_shapes_are_the_formulas_over_the_batch(rollouts: Rollouts) -> None:
     assert shaped is not None
     assert torch.equal(shaped, weight_tokens(rollouts.advantages, values.nan_to_num(0.0), LENGTHS))
     assert shaped[0].mean() == pytest.approx(1.0)
+    rollouts.rewards = torch.tensor([1.0, 0.0, 0.5, 0.25])
+    for keys, tail in (([], None), (["advantage.tail=reward", "advantage.normalize=none"], rollouts.rewards)):
+        _, shaped = shape(rollouts, {"energy": values}, config("advantage.tokens=baseline", *keys))
+        assert shaped is not None
+        wanted = subtract_token_baseline(rollouts.advantages, values, LENGTHS, rollouts.group_size, tail=tail)
+        assert torch.equal(shaped, wanted)
     assert shape(rollouts, {}, config()) == (None, None)
     # what is measured for another stage does not take the place of mutual information
     assert shape(rollouts, {"entropy": values}, config("loss.kl_beta=0.1", "loss.kl_priority=2"))[0] is None
     assert shape(rollouts, {"certainty": values}, config("mask.score=certainty"))[0] is values
     rollouts.correct = torch.tensor([True, False, True, False])
-    arguments = rollouts.advantages, values, rollouts.logp_engine, rollouts.correct, LENGTHS
+    arguments = rollouts.advantages, values, rollouts.logp_engine.exp(), rollouts.correct, LENGTHS
     for keys, weight in (([], 0.01), (["advantage.information_weight=0.3"], 0.3)):  # not the 0.2 of advantage.alpha
         _, shaped = shape(rollouts, {"information": values}, config("advantage.tokens=information", *keys))
         assert shaped is not None
         assert torch.equal(shaped, information_advantages(*arguments, alpha=weight, beta=0.01))
+    published = ["advantage.tokens=information", "advantage.signed=entropy", "advantage.token_norm=l2"]
+    other = values.square()  # of the entropy, which is another measure
+    _, shaped = shape(rollouts, {"information": values, "entropy": other}, config(*published))
+    arguments = rollouts.advantages, values, -other, rollouts.correct, LENGTHS
+    assert shaped is not None
+    assert torch.equal(shaped, information_advantages(*arguments, norm="l2"))
 
 
 def test_every_rule_and_every_measure_is_an_entry_of_its_table() -> None:
     """What a YAML can name stands in the tables, and what a rule reads is measured."""
     fields = AdvantageConfig.model_fields["tokens"]
     assert {"none", *RULES} == set(get_args(fields.annotation))
-    assert {rule.measure for rule in RULES.values()} <= set(MEASURES) == set(get_args(Measured))
+    for section in (AdvantageConfig(), AdvantageConfig(signed="entropy")):
+        assert set().union(*(rule.reads(section) for rule in RULES.values())) <= set(MEASURES)
+    assert set(MEASURES) == set(get_args(Measured))
 
 
 def test_known_tokens_are_marked(path: Path, rollouts: Rollouts) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aipo.verify import Verdict, Verifier, is_correct
+from aipo.problems.problem import Problem
+from aipo.verify import FunctionError, Verdict, Verifier, is_correct
 from aipo.verify.answers import MAX_CHARS
 from tests.processes import Guard, run
 
@@ -233,7 +235,7 @@ def test_closing_is_quick_with_work_in_flight_and_final() -> None:
 
 def test_workers_hold_neither_torch_nor_the_callers_main_module() -> None:
     # What a worker has imported when it is ready, asked of a process that did the same.
-    code = "import sys, aipo.verify.pool, aipo.verify.equality; print(*sys.modules)"
+    code = "import sys, aipo.verify.worker, aipo.verify.equality; print(*sys.modules)"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, env=env)
     assert "sympy" in done.stdout.split()
@@ -310,6 +312,53 @@ def test_a_forked_child_gets_workers_of_its_own() -> None:
         guard.check()
         time.sleep(0.05)
     assert os.waitstatus_to_exitcode(ended[1]) == 0
+
+
+GRADERS = """
+import subprocess, sys, time
+
+def starts_another(problem, completion):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    open(completion, "w").write(str(child.pid))
+    while True:
+        pass
+
+def quotes(problem, completion):
+    return float(problem.question == completion)
+
+NUMBER = 3
+"""
+
+
+def test_functions_of_the_user_are_called_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "graders_of_pool.py").write_text(GRADERS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    problem = Problem("1", "\ud800 é \x00 \u2028", "5")
+    with Verifier(1, timeout=20.0) as pool:
+        calls = [pool.call("graders_of_pool:quotes", problem, text) for text in (problem.question, "x", "x")]
+        assert [call.result() for call in calls] == [1.0, 0.0, 0.0]
+        assert pool.stats == {}  # of verdicts
+        pool.check("graders_of_pool:quotes")
+        for name, says in (
+            ("no_such_module:f", "ModuleNotFoundError: No module named 'no_such_module'"),
+            ("graders_of_pool:f", "AttributeError: module 'graders_of_pool' has no attribute 'f'"),
+            ("graders_of_pool:NUMBER", "TypeError: NUMBER is not a function but int"),
+        ):
+            with pytest.raises(FunctionError, match=re.escape(says)):
+                pool.check(name)
+            assert isinstance(pool.call(name, problem, "x").exception(), FunctionError)
+        pid = tmp_path / "pid"
+        assert pool.submit("x", boxed("x + 0")).result() is Verdict.CORRECT
+        hangs = pool.call("graders_of_pool:starts_another", problem, str(pid))
+        while not (pid.exists() and pid.read_text()):
+            time.sleep(0.05)
+        other = Path("/proc") / pid.read_text()
+        assert running(other)
+    assert hangs.done()
+    guard = Guard(int(other.name), most=60.0)
+    while running(other):  # it goes with the worker that started it
+        guard.check()
+        time.sleep(0.05)
 
 
 def test_a_broken_installation_is_an_error_and_not_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:

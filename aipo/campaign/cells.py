@@ -1,0 +1,244 @@
+"""From a campaign to cells, and from cells to jobs: what is to be computed, each once, and where it lies.
+
+A cell is one condition, panel and seed. Its run lies in ``RUNS/cells/KEY``, where the key stands for the resolved
+config, the data, the model and the code, so that equal cells of any campaigns are one run.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from aipo.campaign.jobs import Job, State, Work
+from aipo.campaign.schema import Campaign, Setting, find_campaign, load_campaign, reference, settings
+from aipo.config import Config, dump_config
+from aipo.errors import UserError
+from aipo.inputs import MAY_CHANGE, data_sets, file_digest
+from aipo.labelling import DEPENDS_ON
+from aipo.model.loading import weights_digest
+from aipo.problems.readers import HUB
+from aipo.record.checkpoints import flatten, run_identity, write_atomically
+from aipo.record.tracker import versions
+
+ROOT = Path(__file__).resolve().parents[2]
+APART = ("campaign", "evaluation", "plan")  # folders of aipo/ that no training run reads
+ELSEWHERE = ("embedded:", HUB)
+FREE = [key for key in MAY_CHANGE if not key.startswith("validation.")]  # what is watched must be there to be read
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``folder`` is the run's; ``results`` what evaluate.py writes, None where a metric of training is read."""
+
+    setting: Setting
+    key: str
+    twins: str  # the same for all seeds
+    folder: Path
+    results: Path | None
+    labels: str | None  # the same for cells that share a labelling pass; None without a curriculum
+
+    @property
+    def name(self) -> str:
+        parts = (self.setting.panel, self.setting.condition, f"seed {self.setting.seed}")
+        return ", ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A campaign with its cells, in the order of its table, and the jobs that compute them, each once."""
+
+    name: str
+    campaign: Campaign
+    cells: list[Cell]
+    jobs: list[Job]
+    folder: Path  # of tables and plots
+
+    def job(self, cell: Cell) -> Job:
+        return next(job for job in self.jobs if job.key == cell.key)
+
+    def state(self, cell: Cell) -> State:
+        """Of the cell alone: another condition may want more of the same run."""
+        return "done" if (cell.results or cell.folder / "summary.json").is_file() else self.job(cell).state()
+
+
+def make_plan(path: Path, runs: Path) -> Plan:
+    """Read a campaign and everything that its keys depend on. UserError for what is wrong; nothing is written."""
+    path = find_campaign(path)
+    campaign = load_campaign(path)
+    name = path.stem if campaign.scale == "own" else f"{campaign.scale}-{path.stem}"
+    cells = [_cell(campaign, setting, runs.resolve()) for setting in settings(campaign, path)]
+    by_key: dict[str, list[Cell]] = {}
+    for cell in sorted(cells, key=lambda cell: campaign.seeds.index(cell.setting.seed)):  # all of a seed, then the next
+        by_key.setdefault(cell.key, []).append(cell)
+    jobs = [_job(campaign, name, same) for same in by_key.values()]
+    return Plan(name, campaign, cells, jobs, runs.resolve() / "campaigns" / name)
+
+
+def write_configs(plan: Plan) -> None:
+    """The config of each run in its folder, where train.py and evaluate.py read it."""
+    for cell in {cell.key: cell for cell in plan.cells}.values():
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(cell.folder / "cell.yaml", dump_config(_placed(cell)))
+
+
+def _placed(cell: Cell) -> Config:
+    place = {"name": cell.folder.name, "runs": str(cell.folder.parent)}
+    return cell.setting.config.model_copy(update=place)
+
+
+def _cell(campaign: Campaign, setting: Setting, runs: Path) -> Cell:
+    config = setting.config
+    facts = {
+        "ranks": campaign.gpus,
+        "data": {name: _content(source.path) for name, source in data_sets(config).items()},
+        "model": _weights(config.model.path),
+        "latents": config.branch.latent_path and _content(config.branch.latent_path),
+        "code": code_version(),
+    }
+    identity = run_identity(config.model_dump(), may_change=FREE, **facts)
+    shared = {key: value for key, value in identity.items() if key.startswith((*DEPENDS_ON, *facts))}
+    labels = digest(shared) if config.curriculum.enabled else None
+    untrained = setting.read == "first" and campaign.evaluate is not None
+    if untrained:  # the model as it is: nothing of the config matters but what evaluate.py reads
+        asked = ("seed", "data.", "model", "rollout.max_tokens", "ranks", "code")
+        identity = {key: value for key, value in identity.items() if key.startswith(asked)}
+    key, twins = digest(identity), digest(identity | {"seed": None})
+    folder = runs / "cells" / (f"untrained-{key}" if untrained else key)
+    results = None
+    if campaign.evaluate is not None:
+        asked_for = digest([campaign.evaluate.model_dump(), code_version("evaluation")])
+        of = f"{setting.read}-{asked_for[:8]}"
+        results = folder / "evaluations" / of
+        results = results / ("results.json" if setting.intervene == "none" else f"{setting.intervene}/results.json")
+    return Cell(setting, key, twins, folder, results, labels)
+
+
+def _job(campaign: Campaign, name: str, cells: Sequence[Cell]) -> Job:
+    """All that is computed in one folder: the training, then what each condition evaluates of it."""
+    first = cells[0]
+    launch = _launcher(campaign)
+    work, trained = [], not (first.setting.read == "first" and campaign.evaluate)
+    if trained:
+        command = [*launch, str(ROOT / "train.py"), "--config", str(first.folder / "cell.yaml"), "--resume", "auto"]
+        work.append(Work("training", tuple(command), str(first.folder / "summary.json")))
+    for results, cell in {cell.results: cell for cell in cells if cell.results}.items():
+        work.append(Work("evaluation", tuple(_evaluate(campaign, cell, launch, trained)), str(results)))
+    tags = sorted({tag for cell in cells for tag in (cell.setting.condition, cell.setting.panel) if tag})
+    config = first.setting.config
+    return Job(
+        key=first.key,
+        name="; ".join(dict.fromkeys(cell.name for cell in cells)),
+        folder=str(first.folder),
+        work=tuple(work),
+        environment={
+            "WANDB_RUN_GROUP": name,
+            "WANDB_TAGS": ",".join([*(tag.replace(",", " ")[:64] for tag in tags), f"seed {first.setting.seed}"]),
+        },
+        gpus=campaign.gpus,
+        retries=campaign.retries,
+        steps=config.optim.steps if trained else 0,
+        keep_model=campaign.keep_models,
+        facts={"twins": first.twins, "device": device(), **size(config, campaign.gpus)},
+    )
+
+
+def _launcher(campaign: Campaign) -> list[str]:
+    if campaign.gpus == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={campaign.gpus}"]
+
+
+def _evaluate(campaign: Campaign, cell: Cell, launch: Sequence[str], trained: bool) -> list[str]:
+    asked, setting, folder = campaign.evaluate, cell.setting, cell.folder
+    assert asked is not None
+    assert cell.results is not None
+    command = [*launch, str(ROOT / "evaluate.py"), "--config", str(folder / "cell.yaml")]
+    if trained:
+        command += ["--model", str({"best": folder / "checkpoints" / "best"}.get(str(setting.read), folder))]
+    out = cell.results.parent if setting.intervene == "none" else cell.results.parent.parent
+    command += ["--benchmarks", ",".join(asked.benchmarks), f"--avg={asked.samples}", "--seed", str(setting.seed)]
+    command += ["--engine", asked.engine, "--out", str(out), *asked.options]
+    command += ["--limit", str(asked.limit)] if asked.limit else []
+    if setting.intervene != "none":
+        command += ["--intervene", setting.intervene]
+        command += ["--tokens-from", str(folder)] if asked.tokens_from_run else []
+    return command
+
+
+def size(config: Config, gpus: int) -> dict[str, Any]:
+    """What the time of a run goes by: model, engine, and completion tokens at most."""
+    rollouts = config.optim.steps * config.rollout.questions_per_step * config.rollout.samples_per_question
+    work = rollouts * config.rollout.max_tokens
+    return {"model": config.model.path, "engine": config.rollout.engine, "gpus": gpus, "work": work}
+
+
+def device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def code_version(*also: str) -> str:
+    """Of what a training run executes: our source but for the folders that none reads, and the packages below it.
+
+    ``also`` names such folders that are read after all.
+    """
+    found = hashlib.sha256(json.dumps(versions()).encode())
+    for path in sorted((ROOT / "aipo").rglob("*.py")):
+        name = path.relative_to(ROOT)
+        if name.parts[1] not in APART or name.parts[1] in also:
+            found.update(name.as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    found.update((ROOT / "train.py").read_bytes())
+    return found.hexdigest()[:16]
+
+
+@functools.cache
+def _content(path: str) -> str:
+    """A file or folder by what is in it; what is made from the code, or lies on the hub, by its name."""
+    if path.startswith(ELSEWHERE):
+        return path
+    place = Path(path).expanduser()
+    if place.is_dir():
+        files = (file for file in sorted(place.rglob("*")) if file.is_file())
+        return digest({str(file.relative_to(place)): file_digest(str(file)) for file in files})
+    return file_digest(str(place)) if place.is_file() else f"{path} is not there"
+
+
+@functools.cache
+def _weights(name: str) -> str:
+    folder = Path(name).expanduser()
+    return weights_digest(str(folder), PretrainedConfig()) if folder.is_dir() else name
+
+
+def missing_data(cells: Iterable[Cell]) -> list[str]:
+    """Files that runs read and that are not there."""
+    paths = {source.path for cell in cells for source in data_sets(cell.setting.config).values()}
+    return sorted(path for path in paths if not path.startswith(ELSEWHERE) and not Path(path).expanduser().exists())
+
+
+def check_here(plan: Plan) -> None:
+    """What must hold before anything is started. UserError."""
+    if missing := missing_data(plan.cells):
+        raise UserError(f"{plan.name}: {', '.join(missing)} not there: make data, or put the file there")
+
+
+def differences(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Cell key -> the config keys in which it is not what the campaign starts from, but for the seed."""
+    base = flatten(reference(plan.campaign).model_dump(mode="json"))
+    found = {}
+    for cell in plan.cells:
+        own = flatten(cell.setting.config.model_dump(mode="json"))
+        found[cell.key] = {k: v for k, v in own.items() if v != base.get(k) and k not in ("seed", "name")}
+    return found

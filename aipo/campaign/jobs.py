@@ -1,0 +1,214 @@
+"""Jobs: what is computed in one folder of cells, as commands, and how one is run to its end. Imports nothing heavy.
+
+What a folder holds says what is left to do, so that a campaign killed at any moment goes on with what is missing. A
+lock that the system drops with the process keeps two campaigns from one folder: the second waits, then finds it done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+State = Literal["waiting", "begun", "running", "failed", "done"]
+BAD_INPUT = 2  # exit code of train.py and evaluate.py where the user must mend something: another try is no use
+POLL = 0.02  # seconds between two looks at a command
+_LIBC = ctypes.CDLL(None)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A command, and the file that is there when it has succeeded."""
+
+    what: Literal["training", "evaluation"]
+    command: tuple[str, ...]
+    result: str
+
+    @property
+    def done(self) -> bool:
+        return Path(self.result).is_file()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one folder of cells needs, in order. ``facts`` go into ``cell.json``, from which times are estimated."""
+
+    key: str
+    name: str
+    folder: str
+    work: tuple[Work, ...]
+    environment: dict[str, str]
+    gpus: int
+    retries: int
+    steps: int
+    keep_model: bool
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def place(self) -> Path:
+        return Path(self.folder)
+
+    @property
+    def missing(self) -> list[Work]:
+        """What is left to do. A model that was not kept is trained again for an evaluation that is missing."""
+        left = [work for work in self.work if not work.done]
+        training = [work for work in self.work if work.what == "training"]
+        wanted = any(work.what == "evaluation" for work in left) or self.keep_model
+        if training and wanted and training[0].done and not (self.place / "final").is_dir():
+            return [training[0], *left]
+        return left
+
+    @property
+    def reached(self) -> int:
+        """The step that its metrics have come to."""
+        with suppress(OSError, ValueError, IndexError):
+            with (self.place / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+                lines = [line for line in file.read().split(b"\n")[:-1] if line]
+            return int(json.loads(lines[-1])["step"])
+        return 0
+
+    def state(self) -> State:
+        if not self.missing:
+            return "done"
+        if self._busy():
+            return "running"
+        if (self.place / "failed.json").is_file():
+            return "failed"
+        return "begun" if self.reached else "waiting"
+
+    def lock(self) -> FileLock:
+        return FileLock(self.place.with_name(f".{self.place.name}.lock"))
+
+    def _busy(self) -> bool:
+        if not Path(self.lock().lock_file).exists():
+            return False
+        try:
+            with self.lock().acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+
+
+def run_job(
+    job: Job, *, environment: Mapping[str, str] = {}, stopped: Callable[[], bool] = lambda: False
+) -> Literal["done", "failed", "stopped"]:
+    """Do what is missing, each command tried again ``retries`` times. Its output goes to ``cell.log``.
+
+    ``stopped`` is asked all the time; once it says yes, the command is told to end, which saves a checkpoint.
+    """
+    job.place.mkdir(parents=True, exist_ok=True)
+    lock = job.lock()
+    while True:
+        try:
+            held = lock.acquire(timeout=0.2)
+            break
+        except Timeout:  # another campaign computes it, or a run that outlives a killed one comes to its end
+            if stopped():
+                return "stopped"
+    with held:
+        return _run(job, {**os.environ, **job.environment, **environment}, stopped)
+
+
+def _run(job: Job, environment: dict[str, str], stopped: Callable[[], bool]) -> Literal["done", "failed", "stopped"]:
+    (job.place / "failed.json").unlink(missing_ok=True)
+    failed: list[dict[str, Any]] = []
+    for work in job.missing:
+        tries = job.retries
+        if stopped():
+            return "stopped"
+        while (code := _do(job, work, environment, stopped)) or not work.done:
+            if stopped():
+                return "stopped"
+            if tries == 0 or code == BAD_INPUT:
+                failed.append({"code": code, "what": work.what, "last": _last_words(job)})
+                break
+            tries -= 1
+        if failed and work.what == "training":
+            break
+    if failed:
+        _note(job.place / "failed.json", failed[0])
+        return "failed"
+    for heavy in () if job.keep_model else ("final", "exported", "checkpoints"):  # gigabytes; numbers stay
+        shutil.rmtree(job.place / heavy, ignore_errors=True)
+    return "done"
+
+
+def _do(job: Job, work: Work, environment: dict[str, str], stopped: Callable[[], bool]) -> int:
+    """Run one command; its exit code, negative for a signal."""
+    began, fresh = time.monotonic(), job.reached == 0
+    if work.done:  # trained before, but its model is gone: all again
+        Path(work.result).unlink()
+        fresh = True
+    with (job.place / "cell.log").open("ab") as log:
+        log.write(f"$ {' '.join(work.command)}\n".encode())
+        log.flush()
+        process = subprocess.Popen(
+            work.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+            preexec_fn=_end_with_parent,
+            start_new_session=True,
+        )  # fmt: skip
+        told = False
+        while (code := process.poll()) is None:
+            if stopped() and not told:
+                process.terminate()
+                told = True
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(POLL)
+    if code == 0 and fresh and work.what == "training":
+        _note(job.place / "cell.json", job.facts | {"seconds": time.monotonic() - began, "cores": cores()})
+    return code
+
+
+def _end_with_parent() -> None:
+    """A campaign that is killed takes its runs along; they save first."""
+    _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(threading.get_native_id()))
+
+
+def _last_words(job: Job) -> str:
+    """The last line that says what went wrong, in any case the last."""
+    with (job.place / "cell.log").open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or [""])[-1][:300]
+
+
+def _note(path: Path, content: Any) -> None:
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(json.dumps(content) + "\n")
+    os.replace(temporary, path)
+
+
+def failure(job: Job) -> str:
+    """Why a job failed, in a line."""
+    found = json.loads((job.place / "failed.json").read_text())
+    return f"{found['what']} ended with {found['code']}: {found['last']} ({job.folder}/cell.log)"
+
+
+def save_jobs(jobs: list[Job], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _note(path, [asdict(job) for job in jobs])
+
+
+def load_jobs(path: Path) -> list[Job]:
+    return [
+        Job(**{**each, "work": tuple(Work(**(w | {"command": tuple(w["command"])})) for w in each["work"])})
+        for each in json.loads(path.read_text())
+    ]

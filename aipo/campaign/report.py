@@ -1,0 +1,61 @@
+"""Everything that is left of a campaign in its folder: tables, comparisons, plots and tidy data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from aipo.campaign.cells import Plan
+from aipo.campaign.collect import collect, save
+from aipo.campaign.jobs import failure
+from aipo.campaign.plots import draw
+from aipo.campaign.tables import (
+    comparison_markdown,
+    comparisons,
+    entries,
+    latex,
+    markdown,
+    note,
+    table_csv,
+)
+from aipo.record.checkpoints import write_atomically
+
+
+def write_report(plan: Plan) -> str:
+    """``report.md``, ``table.tex``, ``table.csv``, ``runs`` and ``curves`` as Parquet and CSV, and the plots.
+
+    Returns the text of the report.
+    """
+    runs, curves = collect(plan)
+    save(plan, runs, curves)
+    campaign, rows, made = plan.campaign, entries(plan.campaign, runs), comparisons(plan.campaign, runs)
+    scale = note(plan, runs, machine())
+    pictures = draw(plan, rows, curves, runs, made)
+    text = f"# {campaign.title or plan.name}\n\n{scale}\n\n{markdown(campaign, rows)}\n"
+    text += "Mean over seeds with its 95 % bootstrap interval; best bold, second underlined.\n"
+    if any(made.values()):
+        tests = max(sum(c.p == c.p for c in part.values()) for part in made.values())
+        text += f"\n## Against {campaign.control}\n\n{comparison_markdown(campaign, made)}\n"
+        text += (
+            f"t-tests paired by seed, Holm's correction for {tests} comparisons"
+            f"{' in each panel' * bool(campaign.panels)}, 5 %. Seeds needed: for a difference like this one to be "
+            "shown with probability 80 %, if mean and spread of these seeds were the true ones.\n"
+        )
+    failed = [f"- {job.name}: {failure(job)}" for job in plan.jobs if job.state() == "failed"]
+    text += "\n## Failed\n\n" + "\n".join(failed) + "\n" if failed else ""
+    text += "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
+    write_atomically(plan.folder / "report.md", text)
+    write_atomically(plan.folder / "table.tex", latex(campaign, rows, scale))
+    write_atomically(plan.folder / "table.csv", table_csv(campaign, rows))
+    return text
+
+
+def machine() -> str:
+    """``2 cores of AMD EPYC``, or ``1 x NVIDIA H200``."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+    return f"{len(os.sched_getaffinity(0))} cores of {models[0] if models else 'an unknown CPU'}"

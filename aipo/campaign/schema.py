@@ -1,0 +1,346 @@
+"""What a campaign is: a base config, what differs by condition, seeds, what is read from each run, and what is shown.
+
+``load_campaign`` reads a YAML file into it and checks everything that needs no data: a typo names key and file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from aipo.config import CONFIG_FOLDER, Config, load_config
+from aipo.config.base import NonNegative, Positive, Section
+from aipo.config.reading import read_yaml
+from aipo.errors import UserError
+from aipo.evaluation.benchmarks import ALIASES
+
+Read = Literal["first", "last", "best"]
+FIGURES = {
+    "accuracy": "accuracy, %",
+    "before": "before, %",
+    "mag": "MAG (%)",
+    "otf": "OTF (%)",
+    "tes": "TES",
+    "cost_share": "cost share, %",
+    "best_step": "step of the best",
+    "length": "completion, tokens",
+    "steps": "steps",
+    "tokens": "generated tokens",
+    "seconds": "s/step",
+    "minutes": "minutes a run",
+    "memory": "peak GiB",
+}
+"""What is known of every run, and its heading; ``accuracy`` is the metric that conditions are compared by"""
+LOWER_IS_BETTER = ("otf", "cost_share", "best_step", "tokens", "seconds", "minutes", "memory", "steps")
+
+
+class Evaluation(Section):
+    benchmarks: tuple[str, ...] = Field(min_length=1)
+    """names of evaluate.py, embedded, or JSONL files; each is a column"""
+    samples: Positive = 32
+    """a problem: k of avg@k"""
+    limit: Positive | None = None
+    """only the first so many problems of each"""
+    engine: Literal["vllm", "hf"] = "vllm"
+    """what generates"""
+    options: tuple[str, ...] = ()
+    """more of evaluate.py, word by word, such as ["--temperature", "1.0"]"""
+    tokens_from_run: bool = False
+    """interventions take the tokens of highest mean MI in the run itself, not the paper's words"""
+
+    @property
+    def names(self) -> list[str]:
+        """Of the benchmarks, in results and as columns."""
+        return [Path(name).stem if name.endswith(".jsonl") else ALIASES.get(name, name) for name in self.benchmarks]
+
+
+class Condition(Section):
+    method: str | None = None
+    """configs/methods/NAME.yaml on top of the config"""
+    config: str | None = None
+    """another base than the campaign's"""
+    read: Read | Positive | None = None
+    """another moment than the campaign's: first is the model before training"""
+    intervene: Literal["none", "drop", "force"] = "none"
+    """high-MI tokens in the evaluation: forbidden or forced"""
+    keys: dict[str, Any] = Field(default_factory=dict)
+    """of the config, dotted; all other keys of a condition go here"""
+
+    def over(self, other: Condition) -> Condition:
+        """This one's settings where it has any, else the other's."""
+        sides = [each.model_dump(exclude={"keys"}, exclude_unset=True) for each in (other, self)]
+        return Condition(**(sides[0] | sides[1]), keys=other.keys | self.keys)
+
+
+class Plot(Section):
+    kind: Literal["curves", "forest", "bars", "heatmap"]
+    """learning curves with bands; differences from the control; a bar a condition; a map over a pair of cut-points"""
+    metric: str = "validation/accuracy"
+    """of curves: any name in metrics.jsonl"""
+    x: Literal["step", "tokens"] = "step"
+    """of curves: training step, or tokens generated so far"""
+    key: str | None = None
+    """of heatmap: the key that holds two numbers"""
+
+
+class Campaign(Section):
+    title: str = ""
+    """of the report"""
+    scale: Literal["laptop", "paper", "own"] = "own"
+    """said in the report; at paper scale the printed figures stand beside ours"""
+    base: str
+    """config that all runs start from"""
+    common: Condition = Condition()
+    """what all conditions share, on top of base and method"""
+    panels: dict[str, Condition] = Field(default_factory=dict)
+    """parts of the table, each with all conditions, such as backbones"""
+    conditions: dict[str, Condition] = Field(default_factory=dict)
+    """what is compared: name -> method, keys of the config, ..."""
+    grid: dict[str, dict[str, Condition]] = Field(default_factory=dict)
+    """axes that are crossed with each other and with conditions: key -> values, or name -> {name: keys}"""
+    seeds: tuple[NonNegative, ...] = (0, 1, 2)
+    """a run of each condition for each; a number n means 0 .. n - 1"""
+    metric: str = "validation/accuracy"
+    """name in metrics.jsonl that conditions are compared by; with evaluate it is the mean over benchmarks"""
+    read: Read | Positive = "last"
+    """when: before training, at the end, at its best, or at a step"""
+    control: str | None = None
+    """condition that the others are compared with"""
+    evaluate: Evaluation | None = None
+    """score the model of each run with evaluate.py"""
+    columns: dict[str, str] = Field(default_factory=lambda: {"accuracy": ""})
+    """of the table: what is read -> heading; a list takes the usual headings"""
+    label: str = "method"
+    """heading of the conditions"""
+    printed: dict[str, dict[str, tuple[float | None, ...]]] = Field(default_factory=dict)
+    """the paper's figures: panel -> condition -> one for each column"""
+    plots: tuple[Plot, ...] = (Plot(kind="curves"), Plot(kind="forest"))
+    """a kind, or a mapping with its settings"""
+    gpus: Positive = 1
+    """of one run: as many processes; on a machine without GPUs a run is one process"""
+    hours: Positive = 24
+    """time limit of a Slurm job; what is not done then goes on when the campaign is submitted again"""
+    retries: NonNegative = 1
+    """times a failed run is started again, from its newest checkpoint"""
+    keep_models: bool = False
+    """keep the trained model of each run; without, only what is evaluated is kept, until it is"""
+
+    @field_validator("common", mode="before")
+    @classmethod
+    def _common(cls, value: Any) -> Any:
+        return _condition(value)
+
+    @field_validator("panels", "conditions", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError("must be names with keys: {all: {mask.rule: all}, ...}")
+        return {str(name): _condition(keys) for name, keys in value.items()}
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _axes(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError("must be keys with lists of values: {mask.kappa_start: [0.1, 0.2]}")
+        axes: dict[str, dict[str, Any]] = {}
+        for axis, values in value.items():
+            if isinstance(values, list):
+                name = str(axis).rpartition(".")[2]
+                axes[axis] = {f"{name}={_text(each)}": _condition({axis: each}) for each in values}
+            elif isinstance(values, dict):
+                axes[axis] = {str(name): _condition(keys) for name, keys in values.items()}
+            else:
+                raise ValueError(f"{axis} must be a list of values, or names with keys")
+        return axes
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _seeds(cls, value: Any) -> Any:
+        return tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _columns(cls, value: Any) -> Any:
+        return dict.fromkeys(value, "") if isinstance(value, list) else value
+
+    @field_validator("plots", mode="before")
+    @classmethod
+    def _plots(cls, value: Any) -> Any:
+        return [{"kind": plot} if isinstance(plot, str) else plot for plot in value or ()]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Campaign:
+        names = list(self.variants())
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be distinct, at least one; got {list(self.seeds)}")
+        if self.control is not None and self.control not in names:
+            raise ValueError(f"control: {self.control} is no condition{_near(self.control, names)}")
+        known = [*FIGURES, *(self.evaluate.names if self.evaluate else ())]
+        for name in self.columns:
+            if name not in known and "/" not in name:
+                raise ValueError(f"columns: {name} is unknown{_near(name, known)}; others are names in metrics.jsonl")
+        for panel, rows in self.printed.items():
+            if panel not in (list(self.panels) or [""]):
+                raise ValueError(f"printed: {panel} is no panel{_near(panel, list(self.panels))}")
+            for name, figures in rows.items():
+                if name not in names:
+                    raise ValueError(f"printed: {name} is no condition{_near(name, names)}")
+                if len(figures) != len(self.columns):
+                    raise ValueError(f"printed: {name} has {len(figures)} figures for {len(self.columns)} columns")
+        for name, condition in self.variants().items():
+            if condition.intervene != "none" and self.evaluate is None:
+                raise ValueError(f"conditions: {name}: intervene is of an evaluation: say evaluate: {{benchmarks: []}}")
+            read = condition.read or self.read
+            if self.evaluate is not None and isinstance(read, int):
+                raise ValueError(f"conditions: {name}: read: {read} with evaluate: say first, last or best")
+            if condition.intervene != "none" and self.evaluate and self.evaluate.tokens_from_run and read == "first":
+                raise ValueError(f"conditions: {name}: tokens_from_run with read: first has no run to take them from")
+        for plot in self.plots:
+            if plot.kind == "heatmap" and plot.key is None:
+                raise ValueError("plots: heatmap needs key, such as curriculum.cuts")
+            if plot.kind == "forest" and self.control is None and len(names) > 1 and "plots" in self.model_fields_set:
+                raise ValueError("plots: forest shows differences from control: name one")
+        return self
+
+    def variants(self) -> dict[str, Condition]:
+        """Conditions crossed with the axes of the grid, by name."""
+        axes = [axis.items() for axis in self.grid.values()]
+        made = {}
+        for name, condition in (self.conditions or {"": Condition()}).items():
+            for combination in itertools.product(*axes):
+                parts = [part for part in (name, *(value for value, _ in combination)) if part]
+                variant = condition
+                for _, own in combination:
+                    variant = own.over(variant)
+                made[", ".join(parts) or "base"] = variant
+        return made
+
+    def heading(self, column: str) -> str:
+        return self.columns[column] or FIGURES.get(column, column)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One condition in one panel with one seed: what a run is asked to be, before it has a name on disk."""
+
+    panel: str
+    condition: str
+    seed: int
+    read: Read | int
+    intervene: str
+    config: Config
+
+
+def load_campaign(path: Path) -> Campaign:
+    """Read a campaign. Its ``from:`` names another one, beside it, whose keys hold where it says nothing.
+
+    Raises UserError with the key and the file that is wrong.
+    """
+    path = find_campaign(path)
+    tree = _tree(path)
+    known = Campaign.model_fields
+    for key in tree:
+        if key not in known:
+            raise UserError(
+                f"{path}: unknown key {key}{_near(str(key), list(known))} (there: from, {', '.join(known)})"
+            )
+    try:
+        return Campaign.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(each, path) for each in error.errors())) from None
+
+
+def reference(campaign: Campaign) -> Config:
+    """The config without any condition, from which the dry run tells differences."""
+    common = campaign.common
+    overrides = [f"{key}={json.dumps(value)}" for key, value in common.keys.items()]
+    return load_config(common.config or campaign.base, overrides, method=common.method)
+
+
+def settings(campaign: Campaign, path: Path) -> Iterator[Setting]:
+    """All runs of a campaign, panel by panel, seed by seed in each condition. UserError for a config that is wrong."""
+    for panel, part in (campaign.panels or {"": Condition()}).items():
+        for name, condition in campaign.variants().items():
+            whole = condition.over(part).over(campaign.common)
+            for seed in campaign.seeds:
+                overrides = [f"{key}={json.dumps(value)}" for key, value in whole.keys.items()]
+                try:
+                    config = load_config(
+                        whole.config or campaign.base, [*overrides, f"seed={seed}"], method=whole.method
+                    )
+                except UserError as error:
+                    where = ": ".join(part for part in (panel, name) if part)
+                    raise UserError(f"{path}: {where}: {error}") from None
+                yield Setting(panel, name, seed, whole.read or campaign.read, whole.intervene, config)
+
+
+def find_campaign(path: Path) -> Path:
+    """As given, or under configs/campaigns."""
+    for candidate in (path, CONFIG_FOLDER / "campaigns" / path):
+        if candidate.is_file():
+            return candidate
+    folder = CONFIG_FOLDER / "campaigns"
+    known = sorted(str(each.relative_to(folder)) for each in folder.rglob("*.yaml"))
+    raise UserError(f"campaign {path} not found{_near(str(path), known)} (in configs/campaigns: {', '.join(known)})")
+
+
+def _tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UserError(f"{path}: from: goes in a circle")
+    own = read_yaml(path)
+    source = own.pop("from", None)
+    if source is None:
+        return own
+    parent = path.parent / str(source)
+    if not parent.is_file():
+        raise UserError(f"{path}: from: {source} is not beside it")
+    return _tree(parent, (*seen, path.resolve())) | own
+
+
+def _condition(value: Any) -> Any:
+    """Sections of a config become dotted keys, apart from the condition's own."""
+    if isinstance(value, Condition):
+        return value
+    if value is None:
+        return Condition()
+    if not isinstance(value, dict):
+        raise ValueError(f"keys of a config are meant, got {value!r}")
+    own = {key: each for key, each in value.items() if key in Condition.model_fields and key != "keys"}
+    rest = {key: each for key, each in value.items() if key not in own}
+    if taken := sorted({"name", "runs", "seed"} & rest.keys()):
+        raise ValueError(f"{taken[0]} is the campaign's to set, for each run" + (": see seeds" * (taken[0] == "seed")))
+    return own | {"keys": dict(_dotted(rest))}
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: Any) -> str:
+    return "-".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _near(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _explain(error: Any, path: Path) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{path}: {key} is required"
+    if error["type"] == "value_error":
+        return f"{path}: {key}: {message}" if key and not message.startswith(key) else f"{path}: {message}"
+    return f"{path}: {key}: {message[0].lower()}{message[1:]}, got {error['input']!r}"

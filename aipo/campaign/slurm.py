@@ -1,0 +1,71 @@
+"""A campaign as a Slurm job array: ``configs/cluster/campaign.slurm`` with a task for each job that is missing.
+
+``python -m aipo.campaign.slurm JOBS.json INDEX`` is what a task runs. Why no library: submitit, the usual one, queues
+pickled functions and asks them for their checkpoints; ours are commands that save at SIGTERM and go on by themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from aipo.campaign.jobs import Job, failure, load_jobs, run_job, save_jobs
+from aipo.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "configs" / "cluster" / "campaign.slurm"
+
+
+def submit(name: str, jobs: Sequence[Job], folder: Path, *, hours: int, at_once: int | None) -> str | None:
+    """Queue what is missing; the id of the array job, None if nothing is. UserError where sbatch refuses."""
+    missing = [job for job in jobs if job.missing]
+    if not missing:
+        return None
+    listed = folder / "jobs.json"
+    save_jobs(missing, listed)
+    gpus = missing[0].gpus
+    options = {
+        "job-name": name,
+        "array": f"0-{len(missing) - 1}" + (f"%{at_once}" if at_once else ""),
+        "gpus-per-node": gpus,
+        "time": f"{hours}:00:00",
+        "output": folder / "slurm-%A_%a.out",
+    }
+    command = ["sbatch", "--parsable", *(f"--{key}={value}" for key, value in options.items())]
+    command += [str(SCRIPT), str(listed)]
+    python = {"PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")}
+    try:
+        done = subprocess.run(command, env=os.environ | python, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError("--slurm: there is no sbatch here: run it where jobs are submitted") from None
+    if done.returncode:
+        raise UserError(f"sbatch: {done.stderr.strip() or done.stdout.strip()} (edit {SCRIPT.relative_to(ROOT)})")
+    return done.stdout.strip().partition(";")[0]
+
+
+def task(job: Job, stopped: Callable[[], bool]) -> int:
+    """Run one job in a task of the array; told to stop by the time limit it saves and queues itself again."""
+    print(job.name, flush=True)
+    outcome = run_job(job, stopped=stopped)
+    if outcome == "failed":
+        print(failure(job), file=sys.stderr, flush=True)
+    if outcome == "stopped":
+        task_id = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+        return subprocess.run(["scontrol", "requeue", task_id]).returncode
+    return 0 if outcome == "done" else 1
+
+
+def main(listed: str, index: str) -> int:
+    import signal
+
+    event = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: event.set())
+    return task(load_jobs(Path(listed))[int(index)], event.is_set)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,73 @@
+"""A campaign as it stands: each run with its state, step and held-out accuracy, and when all will be done."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from aipo.campaign.cells import Plan
+from aipo.campaign.estimate import Estimate, estimates, hours
+from aipo.campaign.jobs import Job, State, failure
+from aipo.record.jsonl import read_jsonl
+
+STYLES: dict[State, str] = {"done": "green", "running": "cyan", "failed": "red", "begun": "yellow", "waiting": "dim"}
+
+
+@dataclass
+class Watch:
+    """Where each run was when it was first seen, so that those that move tell their own rate."""
+
+    began: float = field(default_factory=time.monotonic)
+    steps: dict[str, int] = field(default_factory=dict)
+
+    def left(self, job: Job, estimate: Estimate, now: float) -> float:
+        """Seconds that a job will still take, by its own pace since it was first seen, else by the estimate."""
+        first = self.steps.setdefault(job.key, job.reached)
+        if not job.missing:
+            return 0.0
+        if job.reached > first and now > self.began:
+            return (job.steps - job.reached) * (now - self.began) / (job.reached - first)
+        return estimate.seconds
+
+
+def render(plan: Plan, watch: Watch, made: dict[str, Estimate]) -> Group:
+    table = Table(title=f"{plan.name}: {plan.campaign.title}", title_justify="left")
+    for column in ("run", "state", "step", plan.campaign.metric, "left"):
+        table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
+    now, counts, seconds, failures = time.monotonic(), dict.fromkeys(STYLES, 0), [], []
+    for job in plan.jobs:
+        state = job.state()
+        counts[state] += 1
+        left = watch.left(job, made[job.key], now)
+        if state != "done":
+            seconds.append(left)
+        if state == "failed":
+            failures.append(Text(f"{job.name}: {failure(job)}", style="red"))
+        values = [line.get(plan.campaign.metric) for line in read_jsonl(job.place / "metrics.jsonl")]
+        last = next((value for value in reversed(values) if value is not None), None)
+        table.add_row(
+            job.name, Text(state, style=STYLES[state]), f"{job.reached}/{job.steps}" if job.steps else "",
+            "" if last is None else f"{last:.3f}", "" if state == "done" else hours(left),
+        )  # fmt: skip
+    known = sum(each for each in seconds if not math.isnan(each)) / max(counts["running"], 1)
+    states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    eta = f"ETA {hours(known)} at {max(counts['running'], 1)} at once" if seconds else "all done"
+    return Group(table, *failures, Text(f"{states} · {eta}"))
+
+
+def show(plan: Plan, console: Console, *, every: float = 2.0) -> None:
+    """On a terminal a table that stays live until all is done or Ctrl-C; in a file once."""
+    watch, made = Watch(), estimates(plan)
+    if not console.is_terminal:
+        console.print(render(plan, watch, made))
+        return
+    with Live(render(plan, watch, made), console=console, auto_refresh=False) as live:
+        while any(job.missing for job in plan.jobs):
+            time.sleep(every)
+            live.update(render(plan, watch, made), refresh=True)

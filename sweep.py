@@ -1,0 +1,106 @@
+"""Run a campaign:  python sweep.py CAMPAIGN.yaml [--dry-run | --status | --collect | --slurm]
+
+CAMPAIGN is a path, or a name under configs/campaigns such as laptop/table1.yaml (docs/campaigns.md). Without a flag it
+is run here, and goes on where it was stopped or killed; at its end tables and plots lie in RUNS/campaigns/NAME.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aipo.errors import UserError
+
+if TYPE_CHECKING:
+    from aipo.campaign.cells import Plan
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("campaign", type=Path, help="YAML file")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="list the runs, their time and memory, and what is there")
+    what.add_argument("--status", action="store_true", help="how far it is; on a terminal a live table")
+    what.add_argument("--collect", action="store_true", help="tables and plots of what is there, without running")
+    what.add_argument("--slurm", action="store_true", help="submit what is missing as a job array")
+    parser.add_argument("--workers", type=int, help="runs at once (default: as many as GPUs allow, 1 without GPUs)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where cells and campaigns lie (default: runs)")
+    options = parser.parse_args(arguments)
+    if options.workers is not None and options.workers < 1:
+        parser.error(f"--workers must be at least 1, not {options.workers}")
+    return options
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def main() -> int:
+    options = parse()
+    try:
+        from aipo.campaign.cells import check_here, make_plan, write_configs
+
+        plan = make_plan(options.campaign, options.runs)
+        if options.dry_run or options.status:
+            from aipo.evaluation.results import make_console
+
+            console = make_console()
+            if options.status:
+                from aipo.campaign.status import show
+
+                show(plan, console)
+                return 0
+            from aipo.campaign.estimate import dry_run
+
+            return dry_run(
+                plan, options.workers or 1, lambda each: console.print(each, highlight=False, soft_wrap=True)
+            )
+        if options.collect:
+            from aipo.campaign.report import write_report
+
+            print(write_report(plan))
+            return 0
+        check_here(plan)
+        if options.slurm:
+            from aipo.campaign.slurm import submit
+
+            write_configs(plan)
+            made = submit(plan.name, plan.jobs, plan.folder, hours=plan.campaign.hours, at_once=options.workers)
+            say(f"submitted as array job {made}" if made else "all runs are there; --collect makes the tables")
+            return 0
+        return run_here(plan, options.workers)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def run_here(plan: Plan, workers: int | None) -> int:
+    """Run what is missing and report; 1 if a run failed, 130 if a signal stopped it."""
+    import torch
+
+    from aipo.campaign.cells import write_configs
+    from aipo.campaign.local import run_jobs, slots
+    from aipo.campaign.report import write_report
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    places = slots(workers, plan.campaign.gpus, gpus, sorted(os.sched_getaffinity(0)))
+    write_configs(plan)
+    done = run_jobs(plan.jobs, places, say)
+    if done is None:
+        return 130
+    print(write_report(plan))
+    say(f"report, tables, plots and data: {plan.folder}")
+    return 0 if done else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

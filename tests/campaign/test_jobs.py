@@ -1,0 +1,226 @@
+"""Jobs as processes: each once, one failure stops no other, a kill leaves what was done, and nothing runs on unseen."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aipo.campaign.jobs import Job, Work, failure, load_jobs, run_job, save_jobs
+from aipo.campaign.local import run_jobs, slots
+from aipo.campaign.slurm import submit
+from aipo.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+CORES = sorted(os.sched_getaffinity(0))
+PLACE = {"cores": CORES[:1], "gpus": []}
+
+
+def job(folder: Path, key: str, script: str, **changes: Any) -> Job:
+    """One whose training is a line of sh, and is done once it has written ``done``."""
+    place = folder / "cells" / key
+    work = Work("training", ("sh", "-c", f"cd {place}; {script}"), str(place / "done"))
+    settings: dict[str, Any] = {"environment": {}, "gpus": 1, "retries": 0, "steps": 4, "keep_model": False}
+    return Job(key, key, str(place), (work,), **(settings | changes))
+
+
+def until(holds: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+def test_one_that_fails_stops_no_other_and_is_tried_again_next_time(tmp_path: Path) -> None:
+    said: list[str] = []
+    jobs = [
+        job(tmp_path, "bad", "echo error: out of luck; test -f mended && touch done"),
+        job(tmp_path, "good", "touch done"),
+    ]
+    assert run_jobs(jobs, [PLACE], said.append) is False
+    assert [each.state() for each in jobs] == ["failed", "done"]
+    assert "training ended with 1: error: out of luck" in failure(jobs[0])
+    assert any("out of luck" in line for line in said)
+    (jobs[0].place / "mended").touch()
+    assert run_jobs(jobs, [PLACE], said.append) is True
+    assert [(each.place / "cell.log").read_text().count("$ sh") for each in jobs] == [2, 1]
+
+
+@pytest.mark.parametrize(("code", "starts"), [(1, 3), (2, 1)])
+def test_a_failure_is_tried_again_but_not_a_mistake_of_the_user(code: int, starts: int, tmp_path: Path) -> None:
+    failing = job(tmp_path, "a", f"echo x >> starts; exit {code}", retries=2)
+    assert run_job(failing) == "failed"
+    assert (failing.place / "starts").read_text() == "x\n" * starts
+
+
+def test_each_worker_has_cores_and_gpus_of_its_own(tmp_path: Path) -> None:
+    show = f"{sys.executable} -c 'import os; print(os.sched_getaffinity(0))' > cores"
+    show += "; echo $CUDA_VISIBLE_DEVICES > gpus; touch done"
+    places = slots(2, 2, ["4", "5", "6", "7"], CORES[:2] if len(CORES) > 1 else CORES * 2)
+    assert [place["gpus"] for place in places] == [["4", "5"], ["6", "7"]]
+    one = job(tmp_path, "one", show)
+    assert run_jobs([one], places[1:], print)
+    assert (one.place / "gpus").read_text() == "6,7\n"
+    assert (one.place / "cores").read_text() == f"{{{places[1]['cores'][0]}}}\n"
+
+
+def test_slots_that_are_not_there_are_refused() -> None:
+    assert len(slots(None, 1, ["0", "1", "2"], [0, 1, 2])) == 3
+    assert slots(None, 1, [], [0, 1]) == [{"cores": [0, 1], "gpus": []}]
+    for workers, each, gpus, says in ((3, 1, [], "at most 2"), (None, 8, [], "--slurm"), (1, 2, ["0"], "here are 1")):
+        with pytest.raises(UserError, match=says):
+            slots(workers, each, gpus, [0, 1])
+
+
+def test_a_cell_costs_far_less_than_a_second(tmp_path: Path) -> None:
+    jobs = [job(tmp_path, str(i), "touch done") for i in range(10)]
+    began = time.monotonic()
+    assert run_jobs(jobs, [PLACE], lambda _: None)
+    assert (time.monotonic() - began) / len(jobs) < 1
+
+
+def test_two_campaigns_do_not_compute_one_cell_twice(tmp_path: Path) -> None:
+    same = job(tmp_path, "a", "echo x >> starts; while ! test -f go; do sleep 0.05; done; touch done")
+    threads = [threading.Thread(target=run_job, args=(same,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    until(lambda: same.state() == "running")
+    (same.place / "go").touch()
+    for thread in threads:
+        thread.join(60)
+    assert same.state() == "done"
+    assert (same.place / "starts").read_text() == "x\n"
+
+
+def test_told_to_stop_it_passes_it_on_and_waits(tmp_path: Path) -> None:
+    saving = job(tmp_path, "a", "trap 'touch saved; exit 3' TERM; touch up; while :; do sleep 0.05; done", retries=5)
+    event = threading.Event()
+    outcome: list[str] = []
+    thread = threading.Thread(target=lambda: outcome.append(run_job(saving, stopped=event.is_set)))
+    thread.start()
+    until((saving.place / "up").exists)
+    event.set()
+    thread.join(60)
+    assert outcome == ["stopped"]
+    assert (saving.place / "saved").is_file()
+    assert saving.state() == "waiting"
+
+
+def test_a_killed_campaign_takes_its_runs_along(tmp_path: Path) -> None:
+    """SIGKILL: the kernel tells the run to save and end."""
+    saving = job(tmp_path, "a", "trap 'touch saved; exit 3' TERM; touch up; while :; do sleep 0.05; done")
+    save_jobs([saving], tmp_path / "jobs.json")
+    assert load_jobs(tmp_path / "jobs.json") == [saving]
+    parent = subprocess.Popen([sys.executable, "-m", "aipo.campaign.slurm", tmp_path / "jobs.json", "0"], cwd=ROOT)
+    until((saving.place / "up").exists)
+    assert saving.state() == "running"
+    parent.kill()
+    parent.wait()
+    until((saving.place / "saved").exists)
+
+
+def test_a_model_that_was_not_kept_is_trained_again_for_an_evaluation(tmp_path: Path) -> None:
+    trained = job(tmp_path, "a", "mkdir -p final; touch done; echo x >> starts")
+    assert run_job(trained) == "done"
+    assert not (trained.place / "final").exists()
+    evaluation = Work(
+        "evaluation", ("sh", "-c", f"cd {trained.place}; test -d final && touch score"), str(trained.place / "score")
+    )
+    more = Job(**{**trained.__dict__, "work": (*trained.work, evaluation)})
+    assert [work.what for work in more.missing] == ["training", "evaluation"]
+    assert run_job(more) == "done"
+    assert (trained.place / "starts").read_text() == "x\nx\n"
+    assert more.missing == []
+
+
+def test_an_evaluation_that_fails_stops_no_other(tmp_path: Path) -> None:
+    trained = job(tmp_path, "a", "mkdir final; touch done")
+    good = Work("evaluation", ("sh", "-c", f"cd {trained.place}; touch score"), str(trained.place / "score"))
+    bad = Work("evaluation", ("sh", "-c", "exit 2"), str(trained.place / "never"))
+    both = Job(**{**trained.__dict__, "work": (*trained.work, bad, good)})
+    assert run_job(both) == "failed"
+    assert [work.done for work in both.work] == [True, False, True]
+    assert (trained.place / "final").is_dir()  # kept for the one that is missing
+
+
+SBATCH = """#!/bin/bash
+# a stand-in: runs the tasks of the array one after the other, as Slurm would on a machine with one slot
+for argument; do case "$argument" in
+  --array=*) range=${argument#--array=}; range=${range%%%*};;
+  --*) ;;
+  *) rest+=("$argument");;
+esac; done
+echo "$@" >> "$LOG"
+for ((i = ${range%-*}; i <= ${range#*-}; i++)); do
+  SLURM_ARRAY_JOB_ID=77 SLURM_ARRAY_TASK_ID=$i bash "${rest[@]}" >> "$LOG" 2>&1
+done
+echo "77;cluster"
+"""
+
+
+def test_slurm_gets_an_array_of_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (("sbatch", SBATCH), ("scontrol", "#!/bin/bash\necho scontrol $@ >> $LOG\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("LOG", str(tmp_path / "log"))
+    monkeypatch.chdir(tmp_path)
+    jobs = [
+        job(tmp_path, "a", "touch done", gpus=8),
+        job(tmp_path, "b", "test -f mended && touch done", gpus=8),
+        job(tmp_path, "c", "test -f again && touch done; touch again", gpus=8, retries=1),
+        job(tmp_path, "d", "test -f more && touch done || { touch more; kill -TERM $PPID; sleep 60; }", gpus=8),
+    ]
+    assert run_job(jobs[0]) == "done"
+    assert submit("mine", jobs, tmp_path / "campaign", hours=3, at_once=2) == "77"
+    log = (tmp_path / "log").read_text()
+    assert "--array=0-2%2" in log
+    assert "--gpus-per-node=8" in log
+    assert "--time=3:00:00" in log
+    assert "training ended with 1" in log  # b
+    assert "scontrol requeue 77_2" in log  # d had reached its limit
+    assert [each.state() for each in jobs] == ["done", "failed", "done", "waiting"]
+    (jobs[1].place / "mended").touch()
+    assert submit("mine", jobs, tmp_path / "campaign", hours=3, at_once=None) == "77"
+    assert "--array=0-1 " in (tmp_path / "log").read_text()
+    assert submit("mine", jobs, tmp_path / "campaign", hours=3, at_once=None) is None
+
+
+def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="no sbatch here"):
+        submit("mine", [job(tmp_path, "a", "true")], tmp_path, hours=1, at_once=None)
+
+
+def test_the_step_that_a_run_has_come_to(tmp_path: Path) -> None:
+    one = job(tmp_path, "a", "true")
+    assert (one.reached, one.state()) == (0, "waiting")
+    one.place.mkdir(parents=True)
+    (one.place / "metrics.jsonl").write_text(json.dumps({"step": 3}) + '\n{"step": 4, "torn')
+    assert (one.reached, one.state()) == (3, "begun")
+
+
+def test_signals_end_a_campaign_in_order(tmp_path: Path) -> None:
+    jobs = [
+        job(tmp_path, key, "trap 'touch saved; exit 3' TERM; touch up; while :; do sleep 0.05; done") for key in "ab"
+    ]
+
+    def interrupt() -> None:
+        until((jobs[0].place / "up").exists)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert run_jobs(jobs, [PLACE], print) is None
+    thread.join()
+    assert (jobs[0].place / "saved").is_file()
+    assert not jobs[1].place.exists()

@@ -1,0 +1,125 @@
+"""Campaigns as YAML: what they mean, and that a mistake names key and file before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aipo.campaign.schema import FIGURES, Campaign, load_campaign, settings
+from aipo.config import CONFIG_FOLDER
+from aipo.errors import UserError
+
+MINIMAL = "base: tiny.yaml\nconditions:\n  all: {mask.rule: all}\n  random: {mask: {rule: random, fraction: 0.3}}\n"
+
+
+def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_conditions_by_seeds(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "seeds: 2\n")
+    made = list(settings(load_campaign(path), path))
+    assert [(each.condition, each.seed, each.config.seed) for each in made] == [
+        ("all", 0, 0), ("all", 1, 1), ("random", 0, 0), ("random", 1, 1),
+    ]  # fmt: skip
+    assert made[2].config.mask.fraction == 0.3
+
+
+def test_a_grid_crosses_and_the_nearest_wins(tmp_path: Path) -> None:
+    text = MINIMAL + "common: {optim.lr: 1e-6, mask.decay: 0.5}\npanels: {A: {optim.lr: 2e-6}, B: {method: grpo}}\n"
+    text += "grid:\n  optim.steps: [8, 12]\n"
+    text += "  cuts: {low: {curriculum.cuts: [5, 15]}, high: {curriculum.cuts: [10, 20]}}\n"
+    path = write(tmp_path, text + "seeds: [7]\n")
+    made = {(each.panel, each.condition): each.config for each in settings(load_campaign(path), path)}
+    assert len(made) == 2 * 2 * 2 * 2
+    first, second = made["A", "all, steps=8, low"], made["B", "random, steps=12, high"]
+    assert (first.optim.lr, first.optim.steps, first.curriculum.cuts, first.mask.decay) == (2e-6, 8, (5, 15), 0.5)
+    assert (second.optim.lr, second.optim.steps, second.curriculum.cuts) == (1e-6, 12, (10, 20))
+    assert second.loss.kl_beta == 0.04  # the method's
+    assert second.mask.rule == "random"  # over the method's
+
+
+def test_from_takes_what_it_does_not_say(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL + "seeds: 5\ncontrol: random\n", "first.yaml")
+    campaign = load_campaign(write(tmp_path, "from: first.yaml\ncolumns: [mag, otf, tes]\n"))
+    assert campaign.control == "random"
+    assert len(campaign.seeds) == 5
+    assert campaign.heading("mag") == "MAG (%)"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (MINIMAL + "sedes: 3\n", "mine.yaml: unknown key sedes; did you mean seeds?"),
+        (MINIMAL + "control: randon\n", "mine.yaml: control: randon is no condition; did you mean random?"),
+        (MINIMAL.replace("mask.rule", "mask.ruel"), "all: override mask.ruel=\"all\": unknown key mask.ruel; did you"),
+        (MINIMAL.replace("0.3", "3"), "mine.yaml: random: override mask.fraction=3: mask.fraction"),
+        (MINIMAL + "columns: [accuracy, otff]\n", "columns: otff is unknown; did you mean otf?"),
+        (MINIMAL + "seeds: [1, 1]\n", "seeds must be distinct"),
+        (MINIMAL + "read: later\n", "mine.yaml: read"),
+        (MINIMAL + "plots: [forrest]\n", "mine.yaml: plots.0.kind"),
+        (MINIMAL + "printed: {'': {all: [1, 2]}}\n", "printed: all has 2 figures for 1 columns"),
+        (MINIMAL + "seeds: 0\n", "at least one"),
+        (MINIMAL + "common: {seed: 3}\n", "seed is the campaign's to set, for each run: see seeds"),
+        (MINIMAL + "base: tiny.yaml\n", "base stands in line 1 and in line 5"),
+        ("conditions: {}\n", "mine.yaml: base is required"),
+        (MINIMAL.replace("tiny.yaml", "tinny.yaml"), "did you mean tiny.yaml?"),
+        (MINIMAL.replace("mask.rule: all", "method: grppo"), "all: --method grppo is unknown: did you mean grpo?"),
+        (MINIMAL.replace("mask.rule: all", "intervene: drop"), "conditions: all: intervene is of an evaluation"),
+        (MINIMAL + "evaluate: {benchmarks: [embedded]}\nread: 20\n", "say first, last or best"),
+        ("from: other.yaml\n", "from: other.yaml is not beside it"),
+        ("from: mine.yaml\n", "goes in a circle"),
+    ],
+)  # fmt: skip
+def test_a_mistake_names_key_and_file(text: str, says: str, tmp_path: Path) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as raised:
+        list(settings(load_campaign(path), path))
+    assert says in str(raised.value)
+    assert "mine.yaml" in str(raised.value)
+
+
+def test_an_unknown_campaign_lists_those_there_are() -> None:
+    with pytest.raises(UserError, match=r"did you mean laptop/table1\.yaml"):
+        load_campaign(Path("laptop/tabel1.yaml"))
+
+
+NAMED = ("table1", "table2", "table3", "table4", "figure2", "figure3", "figure4", "kappa_decay")
+
+
+@pytest.mark.parametrize("scale", ["laptop", "paper"])
+@pytest.mark.parametrize("name", NAMED)
+def test_the_paper_by_name(name: str, scale: str) -> None:
+    path = CONFIG_FOLDER / "campaigns" / scale / f"{name}.yaml"
+    campaign = load_campaign(path)
+    assert campaign.scale == scale
+    made = list(settings(campaign, path))
+    models = {each.config.model.path for each in made}
+    assert all(model.startswith("embedded:" if scale == "laptop" else "Qwen/Qwen3-") for model in models)
+    assert campaign.gpus == (8 if scale == "paper" else 1)
+    assert bool(campaign.printed) == (scale == "paper" and name.startswith("table"))
+
+
+def test_the_document_names_every_key_and_its_example_works(tmp_path: Path) -> None:
+    text = (CONFIG_FOLDER.parent / "docs" / "campaigns.md").read_text()
+    table = text[text.index("## Keys") : text.index("## What is run")]
+    for name in (*Campaign.model_fields, *FIGURES):
+        assert f"`{name}`" in table, name
+    example = text[text.index("```yaml\n") + 8 :]
+    example = example[: example.index("```")]
+    assert len(example.splitlines()) == 7  # a comment with its name, and six lines
+    path = write(tmp_path, example)
+    assert len(list(settings(load_campaign(path), path))) == 9
+
+
+def test_table_2_and_3_read_the_runs_of_table_1() -> None:
+    for scale in ("laptop", "paper"):
+        made = {}
+        for name in ("table1", "table2", "table3"):
+            path = CONFIG_FOLDER / "campaigns" / scale / f"{name}.yaml"
+            made[name] = {each.config.model_dump_json(exclude={"name"}) for each in settings(load_campaign(path), path)}
+        assert made["table2"] == made["table1"]
+        assert len(made["table3"] & made["table1"]) == (6 if scale == "laptop" else 9)

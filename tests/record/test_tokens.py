@@ -1,0 +1,140 @@
+"""What is recorded of tokens, against the model asked again, and its bounds."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import Qwen3ForCausalLM
+
+from aipo.policy import Policy
+from aipo.problems.problem import Problem
+from aipo.record.clock import Clock
+from aipo.record.tokens import BYTES_PER_TOKEN, answer_of, recorded_rows, token_texts
+from tests.record.test_reporting import batch
+from tests.test_trainer import LENGTHS, config_of, made
+from tests.tiny import make_tiny, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("model"), scale=0.1)
+
+
+TOKENIZER = tiny_tokenizer()
+
+
+def updated(model: Path, *overrides: str) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """A trainer after one update of which everything was recorded, its rollouts, and the rows of the table."""
+    trainer, rollouts = made(config_of(model, "tracking.rollouts_per_step=4", *overrides), model)
+    rollouts.rewards = torch.tensor([1.0, 0, 1, 0, 1, 1, 0, 1])
+    rollouts.correct = rollouts.rewards == 1
+    selection, _ = trainer.update(rollouts, 0.1, 1.0, Clock())
+    return trainer, rollouts, trainer.recorder.table(selection).to_pylist()
+
+
+def test_figures_are_those_of_the_model(model: Path) -> None:
+    _, rollouts, rows = updated(model)
+    plain = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    assert [len(row["tokens"]) for row in rows] == LENGTHS
+    for i, row in enumerate(rows):
+        prompt, ids = rollouts.prompts[i // 2], rollouts.completions[i].token_ids
+        assert row["token_ids"] == ids
+        with torch.no_grad():
+            logits = plain(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)  # (T, V)
+        for t, selected in enumerate(row["mask"]):
+            figures = {name: row[name][t] for name in ("logp", "entropy", "ratio", "mismatch", "weight")}
+            if not selected:
+                assert set(figures.values()) == {None}
+                continue
+            logp = float(logits[t, ids[t]])
+            assert figures["logp"] == pytest.approx(logp, abs=1e-3)
+            assert figures["entropy"] == pytest.approx(float(-(logits[t].exp() * logits[t]).sum()), abs=1e-3)
+            assert figures["ratio"] == pytest.approx(1.0)
+            assert figures["mismatch"] == pytest.approx(logp + 1.0, abs=1e-3)  # the engine said -1 of every token
+            assert figures["weight"] == pytest.approx(min(math.exp(logp + 1), 2.0), rel=1e-2)  # rollout.importance_cap
+            assert row["advantage_token"][t] == pytest.approx(float(rollouts.advantages[i]))
+        if row["used"]:
+            assert any(row["mask"]) or len(row["mask"]) == 1  # no threshold takes the only token
+            assert None not in row["mi"]
+    assert [row["reason"] for row in rows if not row["used"]] == ["all of its group got the same verdict"]
+    assert [row["used"] for row in rows] == rollouts.used.tolist()
+
+
+def test_recording_runs_no_forward_of_its_own(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    forward = Policy.forward
+    monkeypatch.setattr(Policy, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))  # type: ignore
+    counts = []
+    for groups in (0, 4):
+        calls.clear()
+        trainer, rollouts = made(config_of(model, f"tracking.rollouts_per_step={groups}"), model)
+        trainer.update(rollouts, 0.1, 1.0, Clock())
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0
+
+
+def test_several_updates_and_a_measure_that_was_asked_for(model: Path) -> None:
+    keys = ["optim.updates_per_batch=2", "mask.rule=top_fraction", "mask.score=entropy", "optim.lr=1e-3"]
+    _, _, rows = updated(model, *keys)
+    assert all(value is not None for row in rows if row["used"] for value in row["entropy"])  # of all tokens
+    ratios = [value for row in rows for value in row["ratio"] if value is not None]
+    assert any(abs(ratio - 1) > 1e-3 for ratio in ratios)  # the second part met changed weights
+
+
+def test_the_files_of_a_run_stay_in_their_bound(model: Path, tmp_path: Path) -> None:
+    steps, mb = 4, 0.001
+    trainer, rollouts = made(
+        config_of(model, f"tracking.tokens_mb={mb}", f"optim.steps={steps}", "tracking.rollouts_per_step=4"), model
+    )
+    assert trainer.recorder.budget == int(mb * 2**20 / steps / BYTES_PER_TOKEN)
+    rows = recorded_rows(rollouts, 4, budget=30)
+    assert sum(LENGTHS[row] for row in rows) <= 30
+    # what a token takes in a file, of random numbers that no compression helps
+    count = 50_000
+    noise = torch.randn(12, count)
+    ids = torch.randint(0, 150_000, (count,)).tolist()
+    columns: dict[str, Any] = {f"figure {i}": [values.numpy()] for i, values in enumerate(noise)}
+    table = pyarrow.table(columns | {"ids": [ids], "tokens": [[f"token{i % 1000}" for i in ids]]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", write_statistics=False)
+    assert (tmp_path / "a.parquet").stat().st_size < count * BYTES_PER_TOKEN
+
+
+def test_groups_of_the_update_come_first_and_a_quarter_is_for_the_others() -> None:
+    rollouts = batch("a", "b", "c")
+    rollouts.used = torch.tensor([False, False, True, True, True, True])
+    assert recorded_rows(rollouts, 1, 1000) == [2, 3]  # the largest advantages
+    assert recorded_rows(rollouts, 2, 1000) == [2, 3, 4, 5]
+    assert recorded_rows(rollouts, 3, 1000) == list(range(6))
+    assert recorded_rows(batch("gpqa_diamond/1", "b"), 4, 1000) == [2, 3]
+    assert recorded_rows(rollouts, 0, 1000) == []
+
+
+@given(st.text(max_size=40))
+def test_token_texts_are_the_completion_in_pieces(text: str) -> None:
+    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    pieces = token_texts(TOKENIZER, ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == TOKENIZER.decode(ids)
+
+
+def test_what_was_compared() -> None:
+    several = r"so \boxed{4} and \boxed{11}"
+    assert answer_of(several, Problem("a", "?", "4, 11")) == "4, 11"
+    assert answer_of(several, Problem("a", "?", "11")) == "11"
+    assert answer_of("nothing", Problem("a", "?", "4")) is None
+
+
+def test_ranks_but_the_first_record_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aipo.distributed.rank", lambda: 1)
+    trainer, rollouts = made(config_of(model), model)
+    assert trainer.recorder.groups == 0
+    selection, _ = trainer.update(rollouts, 0.1, 1.0, Clock())
+    trainer.recorder.write(SimpleNamespace(), 1, selection)  # type: ignore[arg-type]

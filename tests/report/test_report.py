@@ -1,0 +1,227 @@
+"""What the report says, and what it may not do."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aipo.errors import UserError
+from aipo.report import groups
+from aipo.report.advice import advise, loops_in, script
+from aipo.report.evaluation_report import evaluation_report
+from aipo.report.load import load_run, read_rollouts
+from aipo.report.page import visible
+from aipo.report.run_report import differences, report
+from aipo.report.selected import describe, places, run_lengths, words
+from aipo.report.verdict import judge
+from tests.report.folders import HOSTILE, make_evaluation, make_run, rollout
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 5_000_000  # bytes
+
+
+class Elements(HTMLParser):
+    """Tags of a page, and the text of its scripts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+
+def data_of(page: str) -> dict[str, Any]:
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1))  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "first")
+
+
+def test_the_verdict_pairs_the_questions(run: Path) -> None:
+    verdict = judge(load_run(run))
+    assert (len(verdict.gained), len(verdict.lost)) == (30, 0)  # 20 of 100 questions are right before, 50 after
+    assert verdict.difference is not None
+    assert verdict.difference.value == pytest.approx(0.3)
+    assert verdict.tone == "good"
+    assert verdict.words.startswith("It learned: +30.0 points")
+    assert verdict.otf == pytest.approx(0.3)
+    assert verdict.cost_share == pytest.approx(0.15)
+    assert verdict.tokens == 12_000
+    assert [name for name, _ in verdict.phases] == ["rollout", "forward", "backward", "optimizer"]
+
+
+def test_a_run_that_got_worse_or_has_no_validation(tmp_path: Path) -> None:
+    worse = judge(load_run(make_run(tmp_path / "worse", change=-0.15)))
+    assert (worse.tone, len(worse.gained), len(worse.lost)) == ("bad", 0, 15)
+    (worse_folder := tmp_path / "worse").joinpath("held_out.jsonl").unlink()
+    assert judge(load_run(worse_folder)).words == "No change shown: -15.0 points, the intervals overlap."
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
+    assert judge(load_run(bare)).words.startswith("Not known")
+    assert "<h2>Curves" in report([bare]).read_text()
+
+
+def test_advice_is_silent_on_a_sound_run_and_names_what_went_wrong(run: Path, tmp_path: Path) -> None:
+    sound = advise(load_run(run))
+    assert not [advice.title for advice in sound if advice.wrong]
+    assert len(sound) >= 9
+    sick = make_run(tmp_path / "sick", steps=20, change=0.0, mask__rule="top_fraction")
+    lines = [json.loads(line) for line in (sick / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[1:]:
+        done = line["step"] / 20
+        line |= {"policy/entropy": 1.0 - 0.95 * done, "rollout/length_mean": 20 - 15 * done, "reward/mean": 0.2 + done}
+        line |= {
+            "rollout/truncated": done,
+            "mismatch/gap": 0.2,
+            "rollout/used": 0.1,
+            "mask/otf": 0.6,
+            "mask/kappa": 0.3,
+        }
+        line |= {"reward/format": done, "reward/killed": 0.02, "loss/skipped_steps": float(line["step"] == 7)}
+        line |= {f"curriculum/questions_{n}": c for n, c in (("easy", 100), ("medium", 99), ("hard", 1))}
+    (sick / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = {advice.title: advice for advice in advise(load_run(sick)) if advice.wrong}
+    assert set(found) == {
+        "Entropy collapse", "Length collapse", "Collapse of a bucket", "Reward without correctness", "Truncation",
+        "Engine against trainer", "Groups without signal", "OTF far from its target", "Verifier", "Skipped steps",
+    }  # fmt: skip
+    assert found["Skipped steps"].step == 7
+    (sick / "config.yaml").write_text((sick / "config.yaml").read_text().replace("top_fraction", "threshold"))
+    assert "κ stuck" in {advice.title for advice in advise(load_run(sick)) if advice.wrong}
+
+
+def test_every_curve_that_advice_points_to_is_there(run: Path) -> None:
+    titles = {panel["title"] for panel in data_of(report([run]).read_text())["panels"]}
+    assert {advice.panel for advice in advise(load_run(run)) if advice.panel} <= titles
+
+
+def test_loops_and_languages() -> None:
+    assert loops_in(list("abcdefgh") * 4)
+    assert not loops_in(list("abcdefgh") * 3)
+    assert not loops_in(["a"] * 10)
+    assert loops_in(["a"] * 11)
+    texts = ("What is it?", "Что это такое", "这是什么东西", "1 + 1")
+    assert [script(text) for text in texts] == ["LATIN", "CYRILLIC", "CJK", None]
+
+
+def test_what_was_selected_is_counted() -> None:
+    rows = [rollout(["So", " we", " add"] * 4, 0, mask=[True, False, False, True, True, False] * 2) for _ in range(4)]
+    assert words(rows) == {"most": [("So", 16, 16), ("we", 8, 16)], "least": [("add", 0, 16)]}
+    assert places([rollout(["a"] * 20, 0, mask=[True] + [False] * 19)]) == [1.0] + [0.0] * 19
+    assert run_lengths(rows)[:3] == [0.5, 0.5, 0.0]  # T · T T · T · T T ·
+
+
+def test_statistics_of_a_recorded_run(run: Path) -> None:
+    found = describe(load_run(run))
+    assert found is not None
+    assert found["steps"] == [1, 2, 11, 12]
+    assert sum(found["density"]["counts"]) == found["density"]["pairs"] if found["density"] else True
+    assert sum(found["peaks"][0].values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_one_file_that_asks_for_nothing_and_is_small(run: Path) -> None:
+    page = report([run]).read_text()
+    assert len(page.encode()) < LIMIT
+    elements = Elements(page)
+    assert "link" not in elements.tags
+    assert "img" not in elements.tags
+    assert not [value for name, value in elements.attributes if name == "src"]
+    assert "default-src 'none'" in page
+    assert len(data_of(page)["tokens"][0]["groups"]) == 24  # 12 steps, a group in the update and one that is not
+
+
+def test_nothing_that_a_model_writes_becomes_part_of_the_page(run: Path, tmp_path: Path) -> None:
+    hostile = report([make_run(tmp_path / "hostile", texts=HOSTILE)]).read_text()
+    tags = [Elements(page).tags for page in (report([run]).read_text(), hostile)]
+    assert tags[1].count("script") == tags[0].count("script") == 2
+    assert "img" not in tags[1]
+    assert len(hostile.encode()) < LIMIT
+    packed = data_of(hostile)["tokens"][0]
+    said = {"".join(packed["vocabulary"][t] for t in r["tokens"]) for g in packed["groups"] for r in g["rollouts"]}
+    assert said >= set(HOSTILE[:-1])  # unchanged; the last, of 200,000 characters, is cut
+    assert max(map(len, said)) <= 4 * groups.LONGEST
+
+
+def test_what_is_left_out_where_it_does_not_fit(run: Path) -> None:
+    whole, part = (groups.collect(load_run(run), budget) for budget in (10**9, 6000))
+    assert whole["steps_left_out"] == 0
+    steps = {group["step"] for group in part["groups"]}
+    assert {1, 12} <= steps
+    assert part["steps_left_out"] == 12 - len(steps) > 0
+    assert groups.order(list(range(1, 10)))[:3] == [9, 1, 5]
+    assert sorted(groups.order(list(range(50)))) == list(range(50))
+    assert groups.order([4]) == [4]
+
+
+def test_an_older_run_has_lines_of_json_alone(run: Path, tmp_path: Path) -> None:
+    old = make_run(tmp_path / "old")
+    for path in (old / "rollouts").glob("*.parquet"):
+        path.unlink()
+    row = {"question": "1+1", "answer": "2", "completion": "2 !", "reward": 1.0, "correct": True, "advantage": 0.5}
+    row |= {"finish_reason": "stop", "tokens": ["2", "Ġ!"], "mi": [0.1, None], "mask": [1, 0]}
+    (old / "rollouts" / "step-000003.jsonl").write_text(json.dumps(row) + "\n")
+    (old / "held_out.jsonl").unlink()
+    packed = data_of(report([old]).read_text())["tokens"][0]
+    assert packed["vocabulary"] == ["2", " !"]
+    assert packed["groups"][0]["rollouts"][0]["figures"] == {"mi": [0.1, None], "mask": [1, 0]}
+
+
+def test_several_runs_are_compared(run: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "other", optim__lr="1e-6", mask__rule="random")
+    runs = [load_run(folder) for folder in (run, other)]
+    keys = dict(differences(runs))
+    assert set(keys) == {"optim.lr", "mask.rule"}
+    assert keys["mask.rule"] == ["threshold", "random"]
+    page = report([run, other], tmp_path / "both.html").read_text()
+    assert "Where the configs differ" in page
+    assert [each["name"] for each in data_of(page)["runs"]] == ["first", "other"]
+
+
+def test_an_evaluation_has_its_page(tmp_path: Path) -> None:
+    a, b = make_evaluation(tmp_path / "a", 0.3), make_evaluation(tmp_path / "b", 0.8, texts=HOSTILE)
+    alone = evaluation_report([a]).read_text()
+    marks = re.findall(r'<i class="(\w?)"></i>', alone.split('<table class="marks">')[1])
+    assert len(marks) == 80
+    assert set(marks) == {"r", "", "n"}
+    both = evaluation_report([a, b]).read_text()
+    assert "b is better" in both
+    assert Elements(both).tags.count("script") == 2
+    assert "img" not in Elements(both).tags
+    with pytest.raises(UserError, match="two evaluations at most"):
+        evaluation_report([a, b, a])
+
+
+def test_what_cannot_be_reported_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run folder"):
+        report([tmp_path])
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="no line yet"):
+        report([tmp_path])
+    (tmp_path / "step-000001.parquet").write_text("not parquet")
+    with pytest.raises(UserError, match=r"step-000001\.parquet is damaged"):
+        read_rollouts(tmp_path / "step-000001.parquet")
+    done = subprocess.run(
+        [sys.executable, "-m", "aipo.report", str(tmp_path / "nowhere")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "error: " in done.stderr
+
+
+def test_visible_names_what_cannot_be_seen() -> None:
+    assert visible("a\x00\u202eb\n") == "a⟨00⟩⟨202E⟩b⟨0A⟩"
+    assert visible("👩‍👧 ﷽") == "👩‍👧 ﷽"
+    assert visible("x" * 10, 4) == "xxxx …"
