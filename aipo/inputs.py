@@ -106,6 +106,13 @@ def check_inputs(config: Config, world: int) -> Inputs:
     if config.mi.gold_text == "solution":
         for problem in kept["train"]:
             prompter.encode_gold(problem, "solution")  # raises for one without
+    if config.mask.score in ("critical", "filler"):
+        for problem in kept["train"]:
+            if not problem.critical:
+                raise UserError(
+                    f"mask.score: {config.mask.score}, and the row of question {problem.id!r} has no field 'critical', "
+                    "the places of the tokens that decide its answer: add it, or take another score"
+                )
     if config.mi.gold_control == "shuffled":
         wrong_golds(kept["train"], config.seed)
     # what is not installed comes last: it must not hide what is wrong with config and data

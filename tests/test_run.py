@@ -67,6 +67,15 @@ def test_gold_texts_that_are_not_there(model: Path, tmp_path: Path) -> None:
         check_inputs(config_with(model, write(tmp_path / "c.jsonl", alike), *asks), world=1)
 
 
+def test_an_oracle_needs_to_be_told(model: Path, tmp_path: Path) -> None:
+    known = [row | {"id": f"row {i}", "critical": [0]} for i, row in enumerate(GOOD)]
+    asks = ["mask.score=critical", "rollout.engine=hf"]
+    assert check_inputs(config_with(model, write(tmp_path / "a.jsonl", known), *asks), world=1).problems[0].critical
+    del known[5]["critical"]
+    with pytest.raises(UserError, match=r"mask\.score: critical, and the row of question 'row 5' has no field"):
+        check_inputs(config_with(model, write(tmp_path / "b.jsonl", known), *asks), world=1)
+
+
 def test_what_is_dropped_is_counted(model: Path, tmp_path: Path) -> None:
     rows = [*GOOD, {"question": "long " * 300, "answer": "1"}, GOOD[0], *({"question": "?", "answer": a} for a in "12")]
     inputs = check_inputs(config_with(model, write(tmp_path / "d.jsonl", rows), "rollout.engine=hf"), world=1)

@@ -19,7 +19,7 @@ Estimator = Literal["coordinate", "pointwise", "position"]
 Features = Literal["random", "orthogonal", "quadrature"]
 Normalize = Literal["none", "layernorm", "zscore"]
 Measured = Literal[  # the names of aipo.tokens.table
-    "entropy", "certainty", "energy", "residual", "attention", "information"
+    "entropy", "certainty", "energy", "residual", "attention", "information", "critical", "filler"
 ]
 
 

@@ -32,10 +32,11 @@ class Loaded:
 def load_problems(spec: str | Source, *, split: Split, origin: str = "") -> Loaded:
     """All problems of one set: a path (see :class:`aipo.config.data.Source`) or a source.
 
-    A row is ``{"question": str, "answer": str}`` with optional ``id``, ``kind``, ``source``, ``solution`` and, for
-    ``choice``, ``options``, or has them in ``columns`` of other names; answers are strings, because an integer beyond
-    2**53 or ``1/2`` does not survive as a number in JSON (whole numbers of Parquet do). Rows that repeat a question and
-    its answer are kept once; questions with more than one answer are dropped altogether.
+    A row is ``{"question": str, "answer": str}`` with optional ``id``, ``kind``, ``source``, ``solution``, ``critical``
+    (a list of places of tokens) and, for ``choice``, ``options``, or has them in ``columns`` of other names; answers
+    are strings, because an integer beyond 2**53 or ``1/2`` does not survive as a number in JSON (whole numbers of
+    Parquet do). Rows that repeat a question and its answer are kept once; questions with more than one answer are
+    dropped altogether.
     Raises ``UserError`` naming file and row for anything else that is wrong.
 
     Args:
@@ -105,7 +106,8 @@ def fingerprint(problems: Sequence[Problem]) -> str:
     digest = hashlib.sha256()
     for problem in problems:
         # without these fields a problem hashes as before there were any: labels and checkpoints stay valid
-        used = 8 if problem.origin else 7 if problem.solution else 6 if problem.options else 5
+        last = 8 if problem.origin else 7 if problem.solution else 6 if problem.options else 5
+        used = 9 if problem.critical else last
         fields = astuple(problem)[:used]
         digest.update(json.dumps(fields).encode() + b"\n")
     return digest.hexdigest()
@@ -190,7 +192,14 @@ def _problem(row: Any, where: str, source: Source, typed: bool, origin: str) -> 
         _options(options, question, answer, kind, where) if has_options else (),
         text(columns.solution, default=""),
         origin,
+        _critical(row.get("critical", []), where),
     )
+
+
+def _critical(places: Any, where: str) -> tuple[int, ...]:
+    if not isinstance(places, list) or not all(type(place) is int and place >= 0 for place in places):
+        raise UserError(f"{where}: critical is not a list of whole numbers from 0, places of tokens; mend or remove it")
+    return tuple(places)
 
 
 def _at(row: Any, column: str) -> Any:

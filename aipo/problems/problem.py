@@ -15,7 +15,8 @@ class Problem:
     A choice question is asked as it stands: it ends with ``render_options(options)``, and the answer is a letter.
     ``options`` repeats them so that they can be put in another order; it may be left empty, as may ``solution``, a
     worked way to the answer (mi.gold_text: solution). ``origin`` names the source of the config it came by, where that
-    is more than a path: suffix and reward may be its own.
+    is more than a path: suffix and reward may be its own. ``critical`` are the places, from 0, of the tokens of a
+    completion that decide the answer, for problems made so that they are known (mask.score: critical and filler).
     """
 
     id: str
@@ -26,6 +27,7 @@ class Problem:
     options: tuple[str, ...] = ()
     solution: str = ""
     origin: str = ""
+    critical: tuple[int, ...] = ()
 
     @property
     def protected(self) -> bool:

@@ -113,6 +113,20 @@ def _information(passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollou
     return gain, sum(len(tree.tokens) for tree in trees)
 
 
+def _annotated(value: float) -> Callable[..., tuple[Tensor, int]]:
+    """``value`` at the tokens that the problem says decide its answer, ``1 - value`` at all others; no pass."""
+
+    def of(passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts) -> tuple[Tensor, int]:
+        lengths = rollouts.lengths.tolist()
+        values = torch.full((len(lengths), max([*lengths, 1])), math.nan)  # (B, T)
+        for row in (row for micro in batches for row in micro.rows.tolist()):
+            values[row, : lengths[row]] = 1 - value
+            values[row, [place for place in rollouts.question_of(row).critical if place < lengths[row]]] = value
+        return values, 0
+
+    return of
+
+
 MEASURES = {
     "entropy": Measure(by_micro_batch(_entropy), 1, "of the policy over the whole vocabulary, nats"),
     "certainty": Measure(by_micro_batch(_certainty), 1, "KL from the uniform distribution to the policy (INTUITOR)"),
@@ -120,6 +134,8 @@ MEASURES = {
     "residual": Measure(by_micro_batch(_residual), 2, "norm of what adapters change in the hidden state (ARCA)"),
     "attention": Measure(by_micro_batch(_attention), 1, "normalised entropy of the row that predicts the token"),
     "information": Measure(_information, math.nan, "how far a token lowers the entropy of an early answer (IAPO)"),
+    "critical": Measure(_annotated(1.0), 0, "1 where the problem says that a token decides its answer (an oracle)"),
+    "filler": Measure(_annotated(0.0), 0, "1 at all other tokens"),
 }
 
 

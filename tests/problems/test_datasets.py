@@ -212,3 +212,13 @@ def test_a_solution_is_read_and_must_be_text(tmp_path: Path) -> None:
     assert load_problems(write(tmp_path / "data", row), split="train").problems[0].solution == "So it is 1."
     with pytest.raises(UserError, match="row 1: solution is not a string"):
         load_problems(write(tmp_path / "bad", row | {"solution": 1}), split="train")
+
+
+def test_places_of_critical_tokens_are_read_and_must_be_whole_numbers(tmp_path: Path) -> None:
+    row = {"question": "q", "answer": "1", "critical": [0, 4]}
+    (problem,) = load_problems(write(tmp_path / "data", row), split="train").problems
+    assert problem.critical == (0, 4)
+    assert fingerprint([problem]) != fingerprint([replace(problem, critical=())])
+    for bad in (3, [-1], [True], ["0"]):
+        with pytest.raises(UserError, match="row 1: critical is not a list of whole numbers"):
+            load_problems(write(tmp_path / "bad", row | {"critical": bad}), split="train")

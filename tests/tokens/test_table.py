@@ -241,3 +241,18 @@ def test_every_rule_and_every_measure_is_an_entry_of_its_table() -> None:
     for section in (AdvantageConfig(), AdvantageConfig(signed="entropy")):
         assert set().union(*(rule.reads(section) for rule in RULES.values())) <= set(MEASURES)
     assert set(MEASURES) == set(get_args(Measured))
+
+
+def test_known_tokens_are_marked(path: Path, rollouts: Rollouts) -> None:
+    rollouts.problems = [Problem("a", "?", "1", critical=(1, 3)), Problem("b", "?", "2", critical=(0,))]
+    policy = Policy(
+        load_model(str(path), dtype=torch.float32, attention="sdpa", gradient_checkpointing=False), temperature=1
+    )
+    batches = micro_batches(
+        rollouts.each_prompt[:3], COMPLETIONS[:3], budget=64, packing=False
+    )  # the last takes no part
+    found, _ = measure({"critical", "filler"}, passes(path, policy, config()), batches, rollouts)
+    nan = float("nan")
+    wanted = torch.tensor([[0, 1, 0, 1], [0, 1, nan, nan], [1, nan, nan, nan], [nan] * 4])  # (B, T)
+    assert torch.equal(found["critical"].nan_to_num(-1), wanted.nan_to_num(-1))
+    assert torch.equal(found["filler"].nan_to_num(-1), (1 - wanted).nan_to_num(-1))

@@ -1,0 +1,121 @@
+"""How well signals find the tokens that change the value: AUROC, average precision, rank correlation, share caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from aipo.evaluation.results import markdown
+
+Numbers = NDArray[np.float64]
+
+
+def auroc(score: Numbers, label: NDArray[np.bool_]) -> float:
+    """Probability that a positive scores above a negative, ties counting half: (n,), (n,). NaN with one class."""
+    positives = int(label.sum())
+    negatives = len(label) - positives
+    if not positives or not negatives:
+        return float("nan")
+    return float((rankdata(score)[label].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def average_precision(score: Numbers, label: NDArray[np.bool_]) -> float:
+    """Area under precision over recall as a sum of steps, equal scores being one step: (n,), (n,)."""
+    if not label.any():
+        return float("nan")
+    order = np.argsort(-score, kind="stable")
+    hits = label[order].cumsum()
+    last = np.append(np.diff(score[order]) != 0, True)  # of equal scores
+    precision, recall = hits[last] / (np.flatnonzero(last) + 1), hits[last] / hits[-1]
+    return float((precision * np.diff(recall, prepend=0.0)).sum())
+
+
+def rank_correlation(score: Numbers, value: Numbers) -> float:
+    """Spearman's, with mean ranks for ties; 0 where one of them is constant."""
+    a, b = rankdata(score), rankdata(value)
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def share_caught(score: Numbers, value: Numbers, rollout: NDArray[np.int64], fraction: float) -> float:
+    """Share of the sum of ``value`` at the round(fraction n) highest scores, at least one, of every rollout (n,)."""
+    caught = 0.0
+    for each in np.unique(rollout):
+        own = np.flatnonzero(rollout == each)
+        count = max(1, round(fraction * len(own)))
+        caught += float(value[own[np.argsort(-score[own], kind="stable")[:count]]].sum())
+    return caught / max(float(value.sum()), 1e-12)
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What is known of n stretches of tokens: dV and its standard error, and whose they are, as numbers from 0."""
+
+    delta: Numbers
+    error: Numbers
+    rollout: NDArray[np.int64]
+    question: NDArray[np.int64]
+
+    @property
+    def decides(self) -> NDArray[np.bool_]:
+        return np.abs(self.delta) > 2 * self.error
+
+    def take(self, rows: NDArray[np.int64], copy: NDArray[np.int64]) -> Credit:
+        """Some rows; those drawn twice are of different rollouts, by the number of the ``copy``."""
+        rollout = self.rollout[rows] + copy * (int(self.rollout.max()) + 1)
+        return Credit(self.delta[rows], self.error[rows], rollout, self.question[rows])
+
+
+Statistic = Callable[[Numbers, Credit], float]
+
+
+def _sign(score: Numbers, credit: Credit) -> float:
+    rows = credit.decides
+    return auroc(score[rows], credit.delta[rows] > 0)
+
+
+STATISTICS: dict[str, Statistic] = {
+    "AUROC": lambda score, credit: auroc(score, credit.decides),
+    "AUPRC": lambda score, credit: average_precision(score, credit.decides),
+    "rank correlation": lambda score, credit: rank_correlation(score, np.abs(credit.delta)),
+    "top 10 %": lambda score, credit: share_caught(score, np.abs(credit.delta), credit.rollout, 0.1),
+    "top 20 %": lambda score, credit: share_caught(score, np.abs(credit.delta), credit.rollout, 0.2),
+    "AUROC of the sign": _sign,
+}
+
+
+def bootstrap(
+    score: Numbers, credit: Credit, statistic: Statistic, *, resamples: int = 200, seed: int = 0
+) -> tuple[float, float, float]:
+    """The statistic and the 2.5 and 97.5 % quantiles over questions drawn with replacement.
+
+    A resample in which it is not defined is left out.
+    """
+    draw = np.random.default_rng(seed)
+    rows_of = [np.flatnonzero(credit.question == q) for q in range(int(credit.question.max()) + 1)]
+    found = []
+    for _ in range(resamples):
+        drawn = draw.integers(len(rows_of), size=len(rows_of))
+        rows = np.concatenate([rows_of[q] for q in drawn])
+        copy = np.repeat(np.arange(len(drawn)), [len(rows_of[q]) for q in drawn])
+        found.append(statistic(score[rows], credit.take(rows, copy)))
+    kept = [value for value in found if value == value]
+    low, high = np.quantile(kept, [0.025, 0.975]) if kept else (np.nan, np.nan)
+    return statistic(score, credit), float(low), float(high)
+
+
+def table(signals: dict[str, Numbers], credit: Credit, names: Sequence[str] = tuple(STATISTICS)) -> str:
+    """A line a signal, best AUROC first. A token that a signal does not measure counts as its lowest."""
+    cells = []
+    for name, values in signals.items():
+        finite = values[np.isfinite(values)]
+        score = np.where(np.isfinite(values), values, finite.min() if len(finite) else 0.0)
+        found = [bootstrap(score, credit, STATISTICS[each]) for each in names]
+        order = found[0][0] if found[0][0] == found[0][0] else -1.0
+        cells.append((order, [name, *(f"{value:.2f} ({low:.2f}–{high:.2f})" for value, low, high in found)]))
+    return markdown(["signal", *names], [cell for _, cell in sorted(cells, key=lambda each: -each[0])])

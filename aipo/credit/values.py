@@ -1,0 +1,108 @@
+"""The value of prefixes, V, by continuations at a frozen policy, and what each stretch of tokens changes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aipo.errors import UserError
+from aipo.problems.problem import Problem
+from aipo.rollout.base import Completion, Sampling
+from aipo.rollout.collect import Collector
+from aipo.rollouts import Rollouts
+
+
+@dataclass(frozen=True)
+class Valued:
+    """The rollouts of one question with the values of their prefixes.
+
+    ``cuts[i]`` are the lengths of prefixes of completion i, from 0 to its own length; ``values[i]`` their V.
+    """
+
+    question: str
+    completions: list[Completion]
+    correct: list[bool]
+    texts: list[str]
+    cuts: list[list[int]]
+    values: list[list[float]]  # the last is the completion's own reward, 0 or 1; NaN where no answer had a verdict
+
+    def row(self) -> dict[str, Any]:
+        """As a line of a log, which :meth:`of` reads."""
+        plain = vars(self) | {"completions": [[c.token_ids, c.logprobs, c.finish_reason] for c in self.completions]}
+        return dict(plain)
+
+    @staticmethod
+    def of(row: dict[str, Any]) -> Valued:
+        completions = [Completion(*each) for each in row["completions"]]
+        values = [[float("nan") if v is None else v for v in each] for each in row["values"]]
+        return Valued(**(row | {"completions": completions, "values": values}))
+
+    def rollouts(self, problem: Problem, prompt: list[int]) -> Rollouts:
+        return Rollouts(
+            problems=[problem],
+            prompts=[prompt],
+            completions=self.completions,
+            group_size=len(self.completions),
+            ids=torch.arange(len(self.completions)),
+            rewards=torch.tensor([float(right) for right in self.correct]),
+            correct=torch.tensor(self.correct, dtype=torch.bool),
+            texts=self.texts,
+            advantages=torch.zeros(len(self.completions)),
+            used=torch.ones(len(self.completions), dtype=torch.bool),
+        )
+
+
+def cuts_of(length: int, stride: int) -> list[int]:
+    """0, stride, 2 stride, ... and the whole length."""
+    return [*range(0, length, stride), length]
+
+
+def value_prefixes(
+    collector: Collector, rollouts: Rollouts, sampling: Sampling, *, continuations: int, stride: int
+) -> Valued:
+    """V of the prefixes of one question's judged rollouts: the share of right answers among continuations.
+
+    All prefixes are asked for at once, so that an engine with a prefix cache reads each token once.
+    """
+    cuts = [cuts_of(len(c.token_ids), stride) for c in rollouts.completions]
+    pairs = [(row, cut) for row, own in enumerate(cuts) for cut in own[:-1]]
+    # a rollout of the question for each prefix: every one then has random streams of its own
+    expanded = Rollouts(
+        problems=rollouts.problems,
+        prompts=rollouts.prompts,
+        completions=[rollouts.completions[row] for row, _ in pairs],
+        group_size=len(pairs),
+        ids=torch.arange(len(pairs)),
+    )
+    places = torch.tensor([cut for _, cut in pairs])  # (n,)
+    right, _ = collector.continue_from(expanded, places, sampling, samples=continuations, stream="credit")  # (n,)
+    found = iter((right / continuations).tolist())
+    own = rollouts.judged_correct.tolist()  # B
+    values = [[*(next(found) for _ in each[:-1]), last] for each, last in zip(cuts, own)]
+    correct = rollouts.correct.tolist()
+    return Valued(rollouts.problems[0].id, rollouts.completions, correct, rollouts.texts, cuts, values)
+
+
+def changes(values: Tensor, continuations: int) -> tuple[Tensor, Tensor]:
+    """dV and its standard error from the values (n + 1,) of consecutive prefixes, the last being exact: (n,), (n,).
+
+    The variance of a share v of K is p (1 - p) / K with p = (K v + 1/2) / (K + 1), so that K equal outcomes are not
+    taken for certainty.
+    """
+    p = (continuations * values.double() + 0.5) / (continuations + 1)  # (n + 1,)
+    variance = p * (1 - p) / continuations  # (n + 1,)
+    variance[-1] = 0.0
+    return values.double().diff(), (variance[1:] + variance[:-1]).sqrt()
+
+
+def enough_continuations(continuations: int) -> None:
+    """UserError where not even a change from 0 to 1 would exceed twice its standard error."""
+    largest, error = changes(torch.tensor([0.0, 1.0, 1.0]), continuations)
+    if not largest[0] > 2 * error[0]:
+        raise UserError(
+            f"--continuations: with {continuations} of them a token that takes the accuracy from 0 to 1 lies within "
+            f"twice its noise ({2 * float(error[0]):.2f}): take 16 or more"
+        )

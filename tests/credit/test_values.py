@@ -1,0 +1,52 @@
+"""Values of prefixes and their changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from aipo.credit.values import Valued, changes, cuts_of, enough_continuations
+from aipo.errors import UserError
+from aipo.record.jsonl import plain
+from aipo.rollout.base import Completion
+
+
+def test_cuts_end_with_the_whole_completion() -> None:
+    assert cuts_of(5, 1) == [0, 1, 2, 3, 4, 5]
+    assert cuts_of(5, 2) == [0, 2, 4, 5]
+    assert cuts_of(4, 2) == [0, 2, 4]
+
+
+def test_the_standard_error_is_that_of_simulated_values() -> None:
+    draw, count = np.random.default_rng(0), 64
+    before, after = draw.binomial(count, 0.5, 4000) / count, draw.binomial(count, 0.8, 4000) / count
+    found = [changes(torch.tensor([a, b, 1.0]), count) for a, b in zip(before, after)]
+    spread = np.std([float(delta[0]) for delta, _ in found])
+    assert np.mean([float(error[0]) for _, error in found]) == pytest.approx(spread, rel=0.05)
+    delta, error = found[0]
+    assert float(delta[1]) == pytest.approx(1 - after[0])
+    assert float(error[1]) < float(error[0])  # the reward itself is exact
+
+
+def test_equal_outcomes_are_not_certainty() -> None:
+    _, error = changes(torch.tensor([0.0, 0.0, 0.0]), 8)
+    assert (error > 0).all()
+
+
+def test_too_few_continuations_are_refused() -> None:
+    enough_continuations(8)
+    with pytest.raises(UserError, match="--continuations: with 1 of them"):
+        enough_continuations(1)
+
+
+def test_a_row_comes_back() -> None:
+    import json
+
+    valued = Valued(
+        "q", [Completion([1, 2], [-0.5, -1.0], "stop")], [True], ["a b"], [[0, 1, 2]], [[0.5, float("nan"), 1]]
+    )
+    again = Valued.of(json.loads(json.dumps(plain(valued.row()))))
+    assert again.completions == valued.completions
+    assert again.cuts == valued.cuts
+    assert np.isnan(again.values[0][1])

@@ -1,0 +1,55 @@
+"""What bench/beds.py concludes from its rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from aipo.config import CONFIG_FOLDER, load_config
+from bench.beds import CONDITIONS, CONTROLS, area, counts, holm, paired, table
+
+BEDS = sorted(path.stem for path in (CONFIG_FOLDER / "beds").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("bed", BEDS)
+def test_every_condition_is_a_config_of_every_bed(bed: str) -> None:
+    conditions = [path.stem for path in CONDITIONS.glob("*.yaml")]
+    assert set(CONTROLS) <= set(conditions)
+    for condition in conditions:
+        config = load_config(f"beds/{bed}.yaml", method=str(CONDITIONS / f"{condition}.yaml"))
+        assert config.name == f"{bed}-{condition}"
+        assert config.rollout.engine == "hf"
+
+
+def test_holm() -> None:
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert holm({"a": 0.9, "b": 0.8}) == pytest.approx({"a": 1.0, "b": 1.0})
+
+
+def rows(finals: dict[str, list[float]]) -> list[dict[str, Any]]:
+    return [
+        {"condition": name, "seed": seed, "curve": [[0, 0.25], [10, final]], "selected": 0.25, "seconds": 60.0}
+        for name, values in finals.items()
+        for seed, final in enumerate(values)
+    ]
+
+
+def test_area_is_a_mean_over_steps() -> None:
+    assert area([(0, 0.2), (10, 0.4), (40, 0.4)]) == pytest.approx((10 * 0.3 + 30 * 0.4) / 40)
+
+
+def test_pairs_are_of_one_seed() -> None:
+    made = rows({"oracle": [0.9, 0.8, 0.7], "random": [0.5, 0.5]})
+    difference, p, seeds = paired(made, "oracle", "random")
+    assert (round(difference, 6), seeds) == (35.0, 2)
+    assert 0.05 < p < 0.2
+
+
+def test_a_bed_counts_only_if_both_controls_are_apart() -> None:
+    apart = {"oracle": [0.9, 0.92, 0.91, 0.9], "random": [0.6, 0.63, 0.6, 0.61], "inverse": [0.2, 0.21, 0.2, 0.22]}
+    assert counts(rows(apart)).startswith("The bed counts (")
+    assert counts(rows(apart | {"inverse": [0.6, 0.62, 0.61, 0.6]})).startswith("The bed does not count (")
+    assert counts(rows({"oracle": [0.9], "random": [0.1], "inverse": [0.0]})).startswith("The bed does not count (")
+    lines = table(rows(apart)).splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == ["oracle", "random", "inverse"]
