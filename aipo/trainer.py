@@ -260,9 +260,9 @@ class Trainer:
         write_batch(self.tracker.folder / BAD, self.step + 1, rollouts, selection)
         if self.bad_steps >= self.config.guards.max_bad_steps:
             raise TrainingError(
-                f"loss or gradient was not finite in {self.bad_steps} steps in a row, each skipped. See what "
-                f"stays of it with: python -m aipo.replay {self.tracker.folder} --step {self.step + 1} --dtype float32; or "
-                "try a lower optim.lr, model.dtype=float32, rollout.importance_correction=token_truncated"
+                f"loss or gradient was not finite in {self.bad_steps} steps in a row, each skipped. See what stays "
+                f"of it with: python -m aipo.replay {self.tracker.folder} --step {self.step + 1} --dtype float32; "
+                "or try a lower optim.lr, model.dtype=float32, rollout.importance_correction=token_truncated"
             )
 
     # -- around the loop -----------------------------------------------------------------------------------------

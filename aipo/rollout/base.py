@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from aipo.config.sections import RolloutConfig
 from aipo.rollout.interventions import Intervention
 
-
 FinishReason = Literal["stop", "length"]
 
 
