@@ -145,7 +145,7 @@ def test_one_process_with_zero_3(make: Run) -> None:
 
 def test_two_processes_with_zero_3(make: Run) -> None:
     """Their shards are put together; the same batch on one process gives the same numbers up to rounding."""
-    run = make("two", "optim.updates_per_batch=2", ranks=2)
+    run = make("two", ranks=2)
     found = replay(run, 3, CPU)
     assert found.world_size == 2
     assert found.mask_iou == 1
