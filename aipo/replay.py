@@ -115,6 +115,11 @@ def replay(run: Path, step: int, device: torch.device, settings: Settings = Sett
     start = _start(run, step, steps, whole=whole)
     if start is None:
         raise UserError(f"step {step} of {run} cannot be replayed on these settings: {_can_be(run, steps, whole)}")
+    if start and not whole and config.optim.updates_per_batch > 1:
+        raise UserError(
+            f"step {step} of {run} cannot be replayed on these settings: the second of optim.updates_per_batch needs "
+            "AdamW's moments, which are not put together from DeepSpeed's shards"
+        )
     inputs = check_inputs(config, world)
     checkpoint = run / "checkpoints" / f"step-{start:06d}" if start else None
     if checkpoint:
