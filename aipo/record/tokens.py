@@ -165,7 +165,7 @@ def _table(
         return pa.ListArray.from_arrays(offsets, pa.array(numbers, from_pandas=True))  # NaN becomes null
 
     columns: dict[str, Any] = {
-        "group": pa.array([i // n for i in rows], pa.int32()),
+        "group": pa.array([first + i // n for i in rows], pa.int32()),
         "sample": pa.array([i % n for i in rows], pa.int32()),
         "group_size": pa.array([n] * len(rows), pa.int32()),
         "question_id": [problem.id for problem in problems],
