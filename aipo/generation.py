@@ -56,6 +56,7 @@ class Generation:
         self.collector, self.config, self.passes, self.latents = collector, config, passes, latents
         self.sampling = Sampling.of(config.rollout)
         self.ahead: tuple[int, Future[Judged]] | None = None  # step, its batch
+        self.dropped: Rollouts | None = None  # what the step's first draw of dynamic sampling left out, to be looked at
         self.thread = ThreadPoolExecutor(1, "generation", initializer=partial(_same_device, torch.get_num_threads()))
         if config.rollout.async_depth and config.dynamic.enabled:
             distributed.open_beside()
@@ -225,7 +226,10 @@ class Generation:
             everywhere = sorted(place for places in gathered for place in places)
             kept = set(everywhere[: target - have])
             have += len(kept)
-            parts.append(batch.keep(batch.rows_of([place // world for place in mine if place in kept])))
+            taken = [place // world for place in mine if place in kept]
+            if attempt == 1:
+                self.dropped = batch.take(batch.rows_of(sorted(set(range(len(batch.problems))).difference(taken))))
+            parts.append(batch.keep(batch.rows_of(taken)))
             if have == target:
                 break
         if have < target and dynamic.on_exhausted == "error":

@@ -165,7 +165,7 @@ class Trainer:
             every = [micro for part in parts for micro in part]
             signals, measured = measure(needed(config), passes, every, rollouts)  # (B, T) each
             ranking, rollouts.token_advantages = shape(rollouts, signals, config)  # (B, T) or None
-            self.recorder.start(rollouts, signals)
+            self.recorder.start(rollouts, signals, self.generation.dropped)
             selection = self.selector.begin(rollouts, gold, kappa=kappa, prefix=prefix, step=self.step, ranking=ranking)
             selection.probe(every, passes.states)
             old = passes.selected_log_probs(every, rollouts, selection) if len(parts) > 1 else None  # (B, T)

@@ -8,6 +8,7 @@ docs/run-folder.md explains the columns; :mod:`aipo.report` shows them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 BYTES_PER_TOKEN = 80  # uncompressed: an id, a text, and up to fifteen figures of 4 bytes
+SAME = "all of its group got the same verdict"
 UNKNOWN = "�"
 
 
@@ -51,10 +53,21 @@ class TokenRecorder:
         self.rows: list[int] = []  # of the batch, as recorded
         self.figures: dict[str, Tensor] = {}  # (R, T) each, NaN where there is none
 
-    def start(self, rollouts: Rollouts, signals: Mapping[str, Tensor]) -> None:
-        """A new batch: choose what is recorded of it. ``signals`` are the measures that a rule asked for, (B, T)."""
-        self.rollouts = rollouts
-        self.rows = recorded_rows(rollouts, self.groups, self.budget)
+    def start(self, rollouts: Rollouts, signals: Mapping[str, Tensor], dropped: Rollouts | None = None) -> None:
+        """A new batch: choose what is recorded of it.
+
+        Args:
+            signals: the measures that a rule asked for, (B, T) each.
+            dropped: what dynamic sampling left out; a quarter of the places is for it, without figures.
+        """
+        aside = min(len(dropped.problems), self.groups // 4) if dropped else 0
+        if dropped is not None:  # it never came as far as these
+            count = len(dropped.completions)
+            dropped = replace(dropped, used=torch.zeros(count, dtype=torch.bool), advantages=torch.zeros(count))
+        self.rollouts, self.dropped = rollouts, dropped
+        self.rows = recorded_rows(rollouts, self.groups - aside, self.budget)
+        left = self.budget - int(rollouts.lengths[self.rows].sum())
+        self.aside = recorded_rows(dropped, aside, left) if dropped else []
         self.place = torch.full((len(rollouts.completions),), -1)  # (B,) -> position among the recorded, or -1
         self.place[self.rows] = torch.arange(len(self.rows))
         self.figures = {name: values[self.rows] for name, values in signals.items()}
@@ -100,40 +113,20 @@ class TokenRecorder:
         """A row a rollout; columns of lists hold a value a token."""
         import pyarrow as pa
 
-        rollouts, rows, n = self.rollouts, self.rows, self.rollouts.group_size
-        lengths = rollouts.lengths[rows]  # (R,)
-        problems = [rollouts.question_of(i) for i in rows]
-        ids = [rollouts.completions[i].token_ids for i in rows]
-        texts = [rollouts.texts[i] for i in rows]
-        flat: dict[str, Tensor] = {"mi": selection.scores[rows], "mask": selection.mask[rows], **self.figures}
-        inside = torch.arange(selection.mask.shape[1]) < lengths[:, None]  # (R, T)
-        offsets = pa.array([0, *lengths.cumsum(0).tolist()], pa.int32())
-
-        def ragged(values: Tensor) -> pa.Array:
-            numbers = values[:, : inside.shape[1]][inside].numpy()
-            return pa.ListArray.from_arrays(offsets, pa.array(numbers, from_pandas=True))  # NaN becomes null
-
-        columns: dict[str, Any] = {
-            "group": pa.array([i // n for i in rows], pa.int32()),
-            "sample": pa.array([i % n for i in rows], pa.int32()),
-            "group_size": pa.array([n] * len(rows), pa.int32()),
-            "question_id": [problem.id for problem in problems],
-            "question": [problem.question for problem in problems],
-            "prompt": [self.prompter.tokenizer.decode(rollouts.prompts[i // n]) for i in rows],
-            "answer": [problem.answer for problem in problems],
-            "extracted": pa.array([answer_of(text, p) for text, p in zip(texts, problems)], pa.string()),
-            "completion": texts,
-            "reward": pa.array(rollouts.rewards[rows].float().numpy(), from_pandas=True),
-            "correct": rollouts.correct[rows].numpy(),
-            "advantage": rollouts.advantages[rows].float().numpy(),
-            "used": rollouts.used[rows].numpy(),
-            "reason": [self.reason(i) for i in rows],
-            "finish_reason": [rollouts.completions[i].finish_reason for i in rows],
-            "token_ids": pa.array(ids, pa.list_(pa.int32())),
-            "tokens": pa.array([token_texts(self.prompter.tokenizer, each) for each in ids], pa.list_(pa.string())),
-            **{name: ragged(values) for name, values in flat.items()},
-        }
-        return pa.table(columns)
+        flat = {"mi": selection.scores[self.rows], "mask": selection.mask[self.rows], **self.figures}  # (R, T) each
+        tables = [_table(self.prompter, self.rollouts, self.rows, flat, [self.reason(i) for i in self.rows])]
+        if self.dropped is not None and self.aside:
+            width = int(self.dropped.lengths[self.aside].max())
+            none = torch.full((len(self.aside), width), torch.nan)  # (R, T)
+            varies = ~constant_groups(self.dropped.judged_correct.reshape(-1, self.dropped.group_size))  # (Q,)
+            reasons = [
+                "dynamic sampling: " + ("other groups came first" if varies[i // self.dropped.group_size] else SAME)
+                for i in self.aside
+            ]
+            plain = {"mi": none, "mask": none > 0}
+            more = _table(self.prompter, self.dropped, self.aside, plain, reasons, first=len(self.rollouts.problems))
+            tables.append(more)
+        return pa.concat_tables(tables, promote_options="permissive")
 
     def reason(self, row: int) -> str:
         """Why a rollout is not in the update; empty where it is."""
@@ -144,8 +137,55 @@ class TokenRecorder:
             return "the check of its answer gave no verdict"
         group = slice(row // n * n, row // n * n + n)
         if bool(constant_groups((rollouts.rewards if self.drops_by_reward else rollouts.judged_correct)[group][None])):
-            return "all of its group got the same " + ("reward" if self.drops_by_reward else "verdict")
+            return "all of its group got the same reward" if self.drops_by_reward else SAME
         return "cut off at the length limit"
+
+
+def _table(
+    prompter: Prompter,
+    rollouts: Rollouts,
+    rows: Sequence[int],
+    figures: Mapping[str, Tensor],
+    reasons: Sequence[str],
+    *,
+    first: int = 0,
+) -> pyarrow.Table:
+    """Some rollouts, R of them, with figures (R, T) each; groups are counted from ``first``."""
+    import pyarrow as pa
+
+    n = rollouts.group_size
+    lengths = rollouts.lengths[rows]  # (R,)
+    problems = [rollouts.question_of(i) for i in rows]
+    ids = [rollouts.completions[i].token_ids for i in rows]
+    texts = [rollouts.texts[i] for i in rows]
+    inside = torch.arange(figures["mask"].shape[1]) < lengths[:, None]  # (R, T)
+    offsets = pa.array([0, *lengths.cumsum(0).tolist()], pa.int32())
+
+    def ragged(values: Tensor) -> pa.Array:
+        numbers = values[:, : inside.shape[1]][inside].numpy()
+        return pa.ListArray.from_arrays(offsets, pa.array(numbers, from_pandas=True))  # NaN becomes null
+
+    columns: dict[str, Any] = {
+        "group": pa.array([first + i // n for i in rows], pa.int32()),
+        "sample": pa.array([i % n for i in rows], pa.int32()),
+        "group_size": pa.array([n] * len(rows), pa.int32()),
+        "question_id": [problem.id for problem in problems],
+        "question": [problem.question for problem in problems],
+        "prompt": [prompter.tokenizer.decode(rollouts.prompts[i // n]) for i in rows],
+        "answer": [problem.answer for problem in problems],
+        "extracted": pa.array([answer_of(text, p) for text, p in zip(texts, problems)], pa.string()),
+        "completion": texts,
+        "reward": pa.array(rollouts.rewards[rows].float().numpy(), from_pandas=True),
+        "correct": rollouts.correct[rows].numpy(),
+        "advantage": rollouts.advantages[rows].float().numpy(),
+        "used": rollouts.used[rows].numpy(),
+        "reason": list(reasons),
+        "finish_reason": [rollouts.completions[i].finish_reason for i in rows],
+        "token_ids": pa.array(ids, pa.list_(pa.int32())),
+        "tokens": pa.array([token_texts(prompter.tokenizer, each) for each in ids], pa.list_(pa.string())),
+        **{name: ragged(values) for name, values in figures.items()},
+    }
+    return pa.table(columns)
 
 
 def recorded_rows(rollouts: Rollouts, groups: int, budget: int) -> list[int]:

@@ -132,6 +132,23 @@ def test_what_was_compared() -> None:
     assert answer_of("nothing", Problem("a", "?", "4")) is None
 
 
+def test_what_dynamic_sampling_left_out_is_there_without_figures(model: Path) -> None:
+    trainer, rollouts = made(config_of(model, "tracking.rollouts_per_step=4"), model)
+    rollouts.rewards, rollouts.correct = torch.ones(8), torch.ones(8, dtype=torch.bool)
+    left_out = batch("a", "b")
+    left_out.rewards, left_out.correct = torch.tensor([1.0, 0, 0, 0]), torch.tensor([True, False, False, False])
+    left_out.used = left_out.advantages = torch.empty(0)  # as they are before advantages are assigned
+    trainer.recorder.start(rollouts, {}, left_out)
+    selection = trainer.selector.begin(rollouts, None, kappa=0.1, step=0)
+    rows = trainer.recorder.table(selection).to_pylist()
+    assert len({row["group"] for row in rows}) == 4  # three of the batch's, and the first that was left out
+    assert [row["group"] for row in rows[-2:]] == [4, 4]
+    assert rows[-1]["reason"] == "dynamic sampling: other groups came first"
+    assert not rows[-1]["used"]
+    assert rows[-1]["mi"] == [None] * 2
+    assert rows[-1]["mask"] == [False] * 2
+
+
 def test_ranks_but_the_first_record_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aipo.distributed.rank", lambda: 1)
     trainer, rollouts = made(config_of(model), model)
