@@ -14,7 +14,8 @@ import aipo
 from aipo.config import Config
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"aipo.branching.latent"}  # run by python -m, as train.py is: they may build what train.py builds
+# run by python -m, as train.py is: they may build what train.py builds
+COMMANDS = {"aipo.branching.latent", "aipo.replay"}
 TOP = {"aipo.trainer", "aipo.run"}
 
 

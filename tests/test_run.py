@@ -290,7 +290,7 @@ def test_a_run_on_a_mix_of_sources(model: Path, tmp_path: Path, monkeypatch: pyt
         ["easy", "hard"],
     ]
     assert all(line["watch/hard/accuracy"] == 0 for line in lines if "watch/hard/accuracy" in line)  # by the verifier
-    rollouts = [row for file in sorted(config.folder.glob("rollouts/*")) for row in read_jsonl(file)]
+    rollouts = [row for file in sorted(config.folder.glob("rollouts/*.jsonl")) for row in read_jsonl(file)]
     by_source = {name: [row for row in rollouts if row["question"].startswith(name)] for name in ("easy", "hard")}
     assert len(by_source["easy"]) == 3 * len(by_source["hard"]) == 3 * 16
     assert {row["reward"] for row in by_source["hard"]} == {2.0}

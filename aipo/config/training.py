@@ -106,5 +106,4 @@ class TrackingConfig(Section):
     report: bool = True
     """write report.html when the run ends"""
     replay: bool = True
-    """keep the batches of the steps since the oldest of the newest checkpoints, about 8 bytes a completion token, from
-    which python -m aipo.replay runs an update again"""
+    """keep the batches since the oldest kept checkpoint, 8 bytes a completion token, for python -m aipo.replay"""

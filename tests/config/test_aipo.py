@@ -153,6 +153,7 @@ SCALE: Graded = {
         "tracking.rollouts_per_step": 4,
         "tracking.tokens_mb": 1024.0,
         "tracking.report": True,
+        "tracking.replay": True,
     },
 }
 """of ``configs/qwen3_8b.yaml`` and of the schema's defaults: model, data, sampling, AdamW, and how the run is kept"""
