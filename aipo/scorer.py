@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from math import isqrt
 
 import torch
 from torch import Tensor
 
-from aipo.config.base import POSITION_ELEMENTS, Features, Normalize
+from aipo.config.base import Features, Normalize
 from aipo.config.sections import MIConfig
 from aipo.mi import (
     FourierFeatures,
@@ -23,7 +22,6 @@ from aipo.mi import (
     median_bandwidth,
     positive,
     token_bandwidths,
-    tokens_that_fit,
 )
 from aipo.mi_normalized import normalized_scores
 
@@ -112,6 +110,47 @@ class Moments:
         return iter((self.count, self.x, self.y, self.xy))
 
 
+BLOCK_ELEMENTS = 2**23  # float64 moments of a block of positions, 64 MiB
+
+
+class PositionSums:
+    """Sums of phi_x by position over the rollouts that share a gold state, in fp64.
+
+    The gold states of a rank are few, so that these T D numbers for each are less than the T D^2 of all moments, which
+    are made of them for a few positions at a time.
+    """
+
+    def __init__(self, num_features: int, device: torch.device) -> None:
+        self.num_features, self.device = num_features, device
+        self.parts: dict[bytes, tuple[Tensor, Tensor, Tensor]] = {}  # of each gold state: (D,), (T,), (T, D)
+
+    def add(self, key: bytes, measured: Tensor, phi_x: Tensor, phi_y: Tensor) -> None:
+        """A rollout: measured (t,), phi_x (t, D), phi_y (D,); ``key`` is that of its gold state."""
+        if key not in self.parts:
+            self.parts[key] = phi_y, measured.clone(), phi_x.clone()
+            return
+        _, count, x = self.parts[key]
+        if len(measured) > len(count):
+            count, measured, x, phi_x = measured.clone(), count, phi_x.clone(), x
+        count[: len(measured)] += measured
+        x[: len(phi_x)] += phi_x
+        self.parts[key] = phi_y, count, x
+
+    def count(self, positions: int) -> Tensor:
+        """Rollouts at each of the first positions. (T,)"""
+        total = torch.zeros(positions, dtype=torch.float64, device=self.device)
+        for _, count, _ in self.parts.values():
+            total[: len(count)] += count
+        return total
+
+    def moments(self, start: int, stop: int) -> Moments:
+        """Of the positions from ``start`` to ``stop``."""
+        moments = Moments.zeros(stop - start, self.num_features, self.device)
+        for phi_y, count, x in self.parts.values():
+            moments.add(0, count[start:stop], x[start:stop], phi_y)
+        return moments
+
+
 class TokenScorer:
     """Scores the completion tokens of a run, holding what must outlive a step: the draws and the running covariance.
 
@@ -127,9 +166,10 @@ class TokenScorer:
             the mean over ranks of the first micro-batch's, for both variables.
         ema_decay, warmup_steps: pointwise averages the moments behind C over steps, plainly during ``warmup_steps``
             and then by a moving average. With 0 and 0 every step's C is its own.
-        max_positions: the longest completion; only position needs it. It takes 8 T D^2 bytes, 1 GiB at most.
+        max_positions: the longest completion; only position needs it. It takes 8 T D bytes for each different gold
+            state of a rank, whatever the number of rollouts.
         all_reduce: sums a tensor over ranks, in place, and returns it.
-    Raises ValueError for quadrature features of vectors, and position moments over the limit.
+    Raises ValueError for quadrature features of vectors.
     """
 
     def __init__(
@@ -143,26 +183,21 @@ class TokenScorer:
         estimator, features, num_features, sigma = config.estimator, config.features, config.num_features, config.sigma
         if estimator != "coordinate" and features == "quadrature":
             raise ValueError(f"quadrature features exist for scalars only: the {estimator} estimator has vectors")
-        if estimator == "position":
-            if max_positions is None:
-                raise ValueError("the position estimator needs max_positions, the longest completion")
-            if max_positions * num_features**2 > POSITION_ELEMENTS:
-                raise ValueError(
-                    f"{max_positions} positions with {num_features} features need over 1 GiB; "
-                    f"take at most {isqrt(POSITION_ELEMENTS // max_positions)} features"
-                )
+        if estimator == "position" and max_positions is None:
+            raise ValueError("the position estimator needs max_positions, the longest completion")
         self.estimator, self.features, self.num_features, self.sigma = estimator, features, num_features, sigma
         self.center, self.normalize, self.seed = config.center, config.normalize, seed
         self.epsilon = config.epsilon if config.normalized == "cca" else None
         self.ema_decay, self.warmup_steps, self.all_reduce = config.ema_decay, config.warmup_steps, all_reduce
-        self.sets = max_positions if estimator == "position" and max_positions else 1
+        self.max_positions = max_positions
         self.bandwidth = None if sigma == "median" else torch.tensor(positive(sigma), dtype=torch.float64)
         # Vectors get their draw when their size is known.
         self.phi_of = FourierFeatures.draw(features, 1, num_features, seed) if self.local else None
         self.factors: Tensor | None = None  # (Q, d, r) of the gold states last seen
         self.places: dict[bytes, int] = {}  # a gold state's place among them
-        self.batch: Moments | None = None  # sums over this step's micro-batches so far
+        self.batch: Moments | PositionSums | None = None  # sums over this step's micro-batches so far
         self.running: Moments | None = None  # what scores are made from
+        self.by_position: Tensor | None = None  # (T,) the scores themselves
         self.steps = 0
 
     @property
@@ -177,17 +212,17 @@ class TokenScorer:
         scores = [hidden.new_zeros(0, dtype=torch.float32)]
         if not len(lengths):
             return scores[0]
-        if self.running is None:
+        if self.running is None and self.by_position is None:
             raise RuntimeError(f"the {self.estimator} estimator scores after observe() and reduce()")
-        covariance = self.running.covariance(self.center)  # (P, D, D)
-        hsic = covariance.square().sum((-1, -2))  # (P,)
-        mean_x, mean_y = self.running.means(self.center)  # (P, D) each
+        if self.running is not None:
+            covariance = self.running.covariance(self.center)[0]  # (D, D)
+            mean_x, mean_y = self.running.means(self.center)  # (1, D) each
         for states, answer in self._rollouts(hidden, gold, lengths):
             phi_x, phi_y, measured = self._phi(states, answer)
-            if self.estimator == "position":
-                score = hsic[: len(states)]
+            if self.by_position is not None:
+                score = self.by_position[: len(states)]
             else:
-                score = (phi_x - mean_x) @ (covariance[0] @ (phi_y - mean_y[0]))
+                score = (phi_x - mean_x) @ (covariance @ (phi_y - mean_y[0]))
             scores.append((score * measured).float())
         return torch.cat(scores)
 
@@ -216,34 +251,53 @@ class TokenScorer:
                 found[0], found[1] = median_bandwidth(torch.cat([states for states, _ in rollouts])), 1
             total, ranks = self.all_reduce(found).tolist()
             self.bandwidth = torch.tensor(total / ranks, dtype=torch.float64) if ranks else None
-        if self.batch is None:
-            self.batch = Moments.zeros(self.sets, self.num_features, hidden.device)
+        if self.batch is None and self.estimator == "pointwise":
+            self.batch = Moments.zeros(1, self.num_features, hidden.device)
+        elif self.batch is None:
+            self.batch = PositionSums(self.num_features, hidden.device)
         for states, answer in rollouts:
             phi_x, phi_y, measured = self._phi(states, answer)
-            if self.estimator == "pointwise":
+            if isinstance(self.batch, Moments):
                 self.batch.add(0, measured.sum(0, keepdim=True), phi_x.sum(0, keepdim=True), phi_y)
                 continue
-            if len(states) > self.sets:
-                raise ValueError(f"a completion of {len(states)} tokens is longer than max_positions = {self.sets}")
-            step = tokens_that_fit(self.num_features**2)
-            for t in range(0, len(states), step):
-                self.batch.add(t, measured[t : t + step], phi_x[t : t + step], phi_y)
+            if len(states) > (self.max_positions or 0):
+                longest = f"max_positions = {self.max_positions}"
+                raise ValueError(f"a completion of {len(states)} tokens is longer than {longest}")
+            self.batch.add(answer.float().cpu().numpy().tobytes(), measured, phi_x, phi_y)
 
     @torch.no_grad()
     def reduce(self) -> None:
         """Sum the observed moments over ranks and make them what ``score`` uses. Once a step, on every rank."""
         if self.batch is None:
             raise RuntimeError("reduce() needs an observe() on every rank first, be it of an empty micro-batch")
-        new, self.batch = Moments(*(self.all_reduce(tensor) for tensor in self.batch)), None
+        batch, self.batch = self.batch, None
+        if isinstance(batch, PositionSums):
+            self._reduce_positions(batch)
+            return
+        new = Moments(*(self.all_reduce(tensor) for tensor in batch))
         if not new.count.any():  # no token anywhere: nothing was learnt about anything
             return
-        if self.estimator == "pointwise" and self.running is not None:
+        if self.running is not None:
             self.running = Moments(
                 *(tensor.to(new.count.device) for tensor in self.running)
             )  # a checkpoint's is on CPU
             decay = self.steps / (self.steps + 1) if self.steps < self.warmup_steps else self.ema_decay
             new = self.running.averaged(new, decay)
         self.running, self.steps = new, self.steps + 1
+
+    def _reduce_positions(self, sums: PositionSums) -> None:
+        """HSIC at each position that two rollouts reach on whatever rank, some positions at a time."""
+        count = self.all_reduce(sums.count(self.max_positions or 0))  # (T,)
+        if not count.any():
+            return
+        hsic = torch.zeros_like(count)  # (T,)
+        end = int((count > 1).nonzero().max()) + 1 if (count > 1).any() else 0
+        step = max(1, BLOCK_ELEMENTS // self.num_features**2)
+        for start in range(0, end, step):
+            stop = min(start + step, end)
+            block = Moments(*(self.all_reduce(tensor) for tensor in sums.moments(start, stop)))
+            hsic[start:stop] = block.covariance(self.center).square().sum((-1, -2))
+        self.by_position, self.steps = hsic, self.steps + 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """Plain tensors; taken between steps, when no micro-batch is half observed."""
@@ -267,7 +321,7 @@ class TokenScorer:
         self.phi_of = FourierFeatures(**phi) if phi else None
         self.running = Moments(**running) if running else None
         self.bandwidth = state.get("bandwidth")
-        self.steps, self.batch, self.factors = int(state["steps"]), None, None
+        self.steps, self.batch, self.factors, self.by_position = int(state["steps"]), None, None, None
 
     def _fit_score(self, hidden: Tensor, gold: Tensor, lengths: Tensor) -> Tensor:
         self.observe(hidden, gold, lengths)

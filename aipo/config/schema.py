@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError, model_validator
 
-from aipo.config.base import POSITION_ELEMENTS, NonNegative, Section
+from aipo.config.base import NonNegative, Section
 from aipo.config.data import Source
 from aipo.config.sections import (
     AdvantageConfig,
@@ -71,12 +71,6 @@ class Config(Section):
         if self.mi.normalized == "cca" and self.mi.estimator != "coordinate":
             raise ValueError(
                 "mi.normalized: cca is of the samples of one state: use mi.estimator: coordinate, or normalized: none"
-            )
-        moments = self.rollout.max_tokens * self.mi.num_features**2
-        if self.mi.estimator == "position" and moments > POSITION_ELEMENTS:
-            raise ValueError(
-                f"mi.estimator: position with {self.mi.num_features} features and {self.rollout.max_tokens} tokens "
-                "needs over 1 GiB: lower mi.num_features"
             )
         longest, mask = self.rollout.max_tokens, self.mask
         above_none = mask.rule == "peaks_only" or (mask.rule == "threshold" and mask.scope == "sequence")

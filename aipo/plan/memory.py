@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from aipo.config import Config
 from aipo.mi import CACHE_ELEMENTS, CHUNK_ELEMENTS, tokens_that_fit
 from aipo.rollout.check import NOISE_ELEMENTS
+from aipo.scorer import BLOCK_ELEMENTS
 
 MIB, GIB = 2**20, 2**30
 
@@ -237,6 +238,11 @@ def forward_backward(config: Config, model: Model, layout: Layout, *, gradient: 
         # of a chunk of tokens, and beside it the factors of gold states, or the states that mi.normalize makes
         "MI features": 8 * (CACHE_ELEMENTS if cached else CHUNK_ELEMENTS) + 12 * layout.longest * model.width,
     }
+    if config.mi.estimator == "position":
+        # sums of a position and a gold state, of which zscore makes one of each rollout; and two blocks of moments
+        golds = layout.rollouts // (1 if config.mi.normalize == "zscore" else config.rollout.samples_per_question)
+        sums = golds * config.rollout.max_tokens * config.mi.num_features
+        passing["MI by position"] = 8 * (sums + 2 * max(BLOCK_ELEMENTS, config.mi.num_features**2))
     if stage == 1 and compute == 2 and gradient:
         passing["bfloat16 gradients"] = 2 * trained  # before they are added to the float32 ones
     if stage == 0 and compute == 2:

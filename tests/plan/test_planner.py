@@ -151,6 +151,16 @@ def test_lora_trains_only_the_adapters(tmp_path: Path) -> None:
         assert update["weights"] == pytest.approx(2 * made.model.parameters / 2, abs=2)
 
 
+def test_positions_take_what_their_gold_states_do() -> None:
+    """128 questions over eight ranks, 10,240 positions, 256 features; zscore makes a gold state of each rollout."""
+    overrides = ["mi.estimator=position", "mi.sigma=median"]
+    made = plan(qwen("1.7b", *overrides), 8, gpu_memory_gb=80)
+    assert not made.problems
+    assert made.phases["update"]["MI by position"] == 8 * (16 * 10_240 * 256 + 2 * 2**23)
+    more = plan(qwen("1.7b", *overrides, "mi.normalize=zscore"), 8, gpu_memory_gb=80).phases["update"]
+    assert more["MI by position"] == 8 * (128 * 10_240 * 256 + 2 * 2**23)
+
+
 def test_a_frozen_head_needs_no_gradient() -> None:
     model = read_model("Qwen/Qwen3-4B")
     matrix, logits = model.vocabulary * model.width, 4096 * model.vocabulary
