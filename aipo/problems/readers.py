@@ -86,7 +86,7 @@ def _jsonl(file: str, place: str) -> Iterator[Found]:
 def _decoded(line: str, where: str) -> Any:
     try:
         content = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of brackets in brackets without end
         raise UserError(f"{where}: not JSON ({error}); write one JSON object a line") from error
     try:
         json.dumps(content, ensure_ascii=False).encode()

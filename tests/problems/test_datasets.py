@@ -42,6 +42,7 @@ def test_made_ids_depend_on_the_question_only(tmp_path: Path) -> None:
     ("row", "says"),
     [
         ('{"question": ', "not JSON"),
+        ('{"question": ' + "[" * 200_000 + "]" * 200_000 + "}", "not JSON"),
         ("[1]", "not a JSON object but list"),
         ({"question": "x \ud83d", "answer": "1"}, "surrogate"),
         ({"question": "x", "answer": "1", "source": "\udc00"}, "surrogate"),
