@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -28,6 +29,8 @@ from aipo.errors import TrainingError, UserError
 from aipo.threads import cpu_threads
 
 T = TypeVar("T")
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""of an OSError: full disk, spent quota, limit of a file's size, disk that became read-only"""
 
 
 def launch(work: Callable[[torch.device], int | None]) -> int:
@@ -38,6 +41,18 @@ def launch(work: Callable[[torch.device], int | None]) -> int:
         return code or 0
     except (UserError, TrainingError) as error:
         return fail(error)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            if world_size() > 1:
+                fail(error)
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        return fail(
+            TrainingError(
+                f"nothing could be written ({error.strerror}{where}): make room, then start the same command again, "
+                "train.py with --resume auto; checkpoints that are complete stay so"
+            )
+        )
     except Exception as error:
         if world_size() > 1:
             fail(error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,21 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(
     shown.write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
     distributed.start()
     assert launched == [{"backend": "gloo"}] * 3
+
+
+def test_a_full_disk_is_one_line(
+    launched: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distributed, "start", lambda: torch.device("cpu"))
+
+    def write(number: int) -> None:
+        raise OSError(number, os.strerror(number), "metrics.jsonl")
+
+    assert distributed.launch(lambda device: write(errno.ENOSPC)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: nothing could be written (No space left on device: metrics.jsonl): make room, then")
+    with pytest.raises(ConnectionError):  # of which nothing is known
+        distributed.launch(lambda device: write(errno.ECONNRESET))
 
 
 @given(st.lists(st.integers(0, 9)), st.integers(1, 12))
