@@ -47,7 +47,7 @@ def test_killed_resumed_and_shown_again(tmp_path: Path) -> None:
         "--out",
         str(out),
     ]
-    arguments += ["--temperature", "1.0", "--intervene", "both", "--tokens", "The,is"]
+    arguments += ["--temperature", "1.0", "--intervene", "both", "--tokens", "The,is", "--case", "any"]
 
     killed = subprocess.Popen(evaluation(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     part = out / "rank-0" / "embedded.jsonl"

@@ -14,6 +14,7 @@ import torch
 
 from aipo.errors import UserError
 from aipo.record.batches import recorded_steps
+from aipo.record.checkpoints import seal
 from aipo.replay import Settings, replay
 from tests import processes
 from tests.e2e.launch import ROOT, train
@@ -87,6 +88,7 @@ def test_other_weights_show(plain: Path, tmp_path: Path) -> None:
     for weight in state["policy"].values():
         weight += 0.03 * torch.randn(weight.shape, generator=draw)
     torch.save(state, path)
+    seal(path.parent, 2, None)  # or its checksum would say that it is damaged
     found = replay(run, 3, CPU)
     assert not found.same
     assert found.mask_iou < 1
@@ -99,6 +101,7 @@ def test_a_step_gone_bad_is_seen(plain: Path, tmp_path: Path) -> None:
     state = torch.load(path, weights_only=True)
     state["policy"]["model.model.norm.weight"].fill_(float("nan"))  # behind the states: the masks stay
     torch.save(state, path)
+    seal(path.parent, 2, None)
     (run / "replay").rename(run / "bad_steps")
     found = replay(run, 3, CPU)
     assert found.replayed["loss/skipped_steps"] == 2  # both updates of the batch
@@ -119,7 +122,8 @@ def test_what_cannot_be_replayed_is_said(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"those that can be are 1$"):
         replay(run, 4, CPU)
     identity = run / "checkpoints" / "step-000004" / "identity.json"
-    identity.write_text(identity.read_text().replace('"world_size": 1', '"world_size": 3'))  # of the same size
+    identity.write_text(identity.read_text().replace('"world_size": 1', '"world_size": 3'))
+    seal(identity.parent, 4, None)
     (run / "replay" / "step-000001-rank-0.pt").rename(run / "replay" / "step-000005-rank-0.pt")
     with pytest.raises(UserError, match="world_size is 3 in the checkpoint"):
         replay(run, 5, CPU)

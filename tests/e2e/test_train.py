@@ -116,7 +116,8 @@ def test_two_ranks_do_what_one_does(undisturbed: tuple[Path, str], model: Path, 
     for one, two in zip(metrics(undisturbed[0])[:3], metrics(tmp_path / "two")[:3], strict=True):
         assert one.keys() == two.keys()
         for key, value in one.items():
-            assert two[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+            if key != "mask/wrong_gold_iou":  # the wrong gold is that of another question of the rank
+                assert two[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
     assert metrics(tmp_path / "two")[1]["rollout/questions"] == 4
     assert_exported(tmp_path / "two")
 
