@@ -207,8 +207,9 @@ def fill(place: Path, *, keep: int) -> None:
 
 
 def one_line_error(text: str) -> bool:
-    """Whether a run that failed said so in a line of its own and showed no traceback."""
-    return "error: " in text and "Traceback" not in text
+    """Whether the last thing that a run said is its error, in a line of its own. (That wandb is off comes before it,
+    with a traceback of wandb.)"""
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "").startswith("error: ")
 
 
 def readonly(bed: Bed, draw: random.Random, count: int) -> Row:
