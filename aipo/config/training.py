@@ -89,7 +89,7 @@ class GuardsConfig(Section):
     max_bad_steps: Positive = 5
     """stop after so many steps in a row with a non-finite loss or gradient (each is skipped and its batch dumped)"""
     max_gap: Annotated[float, Field(gt=0)] = 0.5
-    """nats a token (mismatch/gap) between engine and policy: a step beyond says so, max_bad_steps in a row stop"""
+    """nats a token (mismatch/gap) from engine to policy: a step beyond says so, max_bad_steps in a row stop"""
 
 
 class TrackingConfig(Section):

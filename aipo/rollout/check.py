@@ -3,6 +3,7 @@ the engine computes with a stale packed copy (vLLM on CPU does so with tied head
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -135,10 +136,14 @@ def lost_weights(gap: float, step: int, every: int, saved: Path) -> str:
 
 
 class GapGuard:
-    """Says of a step that the engine drew from another policy than was trained, and when to stop of it."""
+    """Says of a step that the engine drew from another policy than was trained, and when to stop of it.
 
-    def __init__(self, guards: GuardsConfig) -> None:
-        self.most, self.patience = guards.max_gap, guards.max_bad_steps
+    Args:
+        apart: whether it is meant to, as with ``branch.latent``; then nothing is said.
+    """
+
+    def __init__(self, guards: GuardsConfig, *, apart: bool = False) -> None:
+        self.most, self.patience = math.inf if apart else guards.max_gap, guards.max_bad_steps
         self.beyond = 0  # steps in a row
 
     def ends(self, step: int, gap: float, say: Callable[[str], None]) -> bool:

@@ -77,3 +77,8 @@ def test_a_gap_is_told_and_ends_the_run_when_it_stays() -> None:
     assert [guard.ends(step, gap, said.append) for step, gap in enumerate(gaps)] == [False] * 4 + [True]
     assert [line.split(" engine")[0] for line in said] == [f"advice: in step {step}" for step in (1, 3, 4)]
     assert "guards.max_gap (0.3 nats a token) in 2 steps in a row. The policy is saved in x" in guard.why(Path("x"))
+
+
+def test_an_engine_that_is_meant_to_differ_is_let_be() -> None:
+    guard = GapGuard(GuardsConfig(max_bad_steps=1), apart=True)
+    assert not guard.ends(1, 3.0, lambda line: pytest.fail(line))
