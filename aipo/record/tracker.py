@@ -261,7 +261,9 @@ class _Wandb:
             import wandb
 
             rows = [list(row.values()) for row in groups.to_pylist()]
-            run.log({"step": step, "rollouts": wandb.Table(columns=groups.column_names, data=rows)})
+            # or wandb takes a list that begins with None for another type than one of numbers
+            table = wandb.Table(columns=groups.column_names, data=rows, allow_mixed_types=True)
+            run.log({"step": step, "rollouts": table})
 
         self._put(job)
 

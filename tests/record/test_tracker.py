@@ -202,7 +202,8 @@ def test_wandb_offline_without_a_login(tmp_path, monkeypatch, caplog):
     run = tmp_path / "run"
     t = tracker(run, wandb_mode="auto", config={"seed": 0})
     t.log(1, {"reward/mean": 0.5})
-    t.log_rollouts(1, [], pa.table({"question": ["1+1"], "completion": ["2"], "mi": [[0.1]]}))
+    scores = [[0.1], [None], [0.2, None]]  # nothing is scored outside the update
+    t.log_rollouts(1, [], pa.table({"question": ["1+1"] * 3, "completion": ["2"] * 3, "mi": scores}))
     t.log(1, {"reward/mean": 0.5})  # after a resume a step comes again
     (run / "report.html").write_text("<html>")
     t.log_report(run / "report.html")
@@ -217,7 +218,10 @@ def test_wandb_offline_without_a_login(tmp_path, monkeypatch, caplog):
     assert b"reward/mean" in file.read_bytes()
     (table,) = (run / "wandb").glob("offline-run-*/files/media/table/*.json")
     content = json.loads(table.read_text())
-    assert (content["columns"], content["data"]) == (["question", "completion", "mi"], [["1+1", "2", [0.1]]])
+    assert (content["columns"], content["data"]) == (
+        ["question", "completion", "mi"],
+        [["1+1", "2", each] for each in scores],
+    )
     assert b"rollouts/step-000001.parquet" in file.read_bytes()
     assert f"report-{run_id}".encode() in file.read_bytes()
 
