@@ -87,6 +87,7 @@ class Ours:
             progress=unused,
             device=device,
             identity={},
+            engine_gap=lambda: 0.0,
         )
         self.selected = self.norm = 0.0
 
