@@ -9,9 +9,11 @@ settings they are the same; with one changed, the difference is what that one ma
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,8 +105,13 @@ def replay(run: Path, step: int, device: torch.device, settings: Settings = Sett
     if distributed.world_size() > 1:
         raise UserError("aipo.replay runs on one process: start it with python")
     steps = recorded_steps(run)
+
+    @functools.cache  # all of a checkpoint is read to see whether it is as it was written
+    def intact(number: int) -> bool:
+        return damage(run / "checkpoints" / f"step-{number:06d}") is None
+
     if step not in steps:
-        raise UserError(f"step {step} of {run} was not kept: {_can_be(run, steps, whole=True)}")
+        raise UserError(f"step {step} of {run} was not kept: {_can_be(run, steps, intact, whole=True)}")
     shares = read_batch(run, step)
     world = shares[0]["world_size"]
     config = load_config(str(run / "config.yaml"))
@@ -112,9 +119,11 @@ def replay(run: Path, step: int, device: torch.device, settings: Settings = Sett
     # another number of shards, or another dtype, than DeepSpeed wrote is not what it reads
     plain = not sharded_run or settings.zero == 0 or world > 1 or settings.dtype not in (None, config.model.dtype)
     whole = not (plain and sharded_run)  # else weights alone can be put together, without the moments of AdamW
-    start = _start(run, step, steps, whole=whole)
+    start = _start(run, step, steps, intact, whole=whole)
     if start is None:
-        raise UserError(f"step {step} of {run} cannot be replayed on these settings: {_can_be(run, steps, whole)}")
+        raise UserError(
+            f"step {step} of {run} cannot be replayed on these settings: {_can_be(run, steps, intact, whole=whole)}"
+        )
     if start and not whole and config.optim.updates_per_batch > 1:
         raise UserError(
             f"step {step} of {run} cannot be replayed on these settings: the second of optim.updates_per_batch needs "
@@ -185,22 +194,23 @@ def _load(sharded: Sharded, checkpoint: Path) -> None:
         sharded.load(checkpoint)
 
 
-def _start(run: Path, step: int, steps: set[int], *, whole: bool) -> int | None:
+def _start(run: Path, step: int, steps: set[int], intact: Callable[[int], bool], *, whole: bool) -> int | None:
     """The step whose weights a replay of ``step`` begins with, or None where a batch between the two is not there.
 
     Args:
         steps: whose batches are there.
+        intact: whether the checkpoint of a step can be read.
         whole: whether an optimizer step can be made from a checkpoint, so that steps may lie between.
     """
-    saved = [path for path in (run / "checkpoints").glob("step-*") if damage(path) is None]
-    before = max([number for path in saved if (number := int(path.name[5:])) < step], default=0)
+    saved = sorted((int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")), reverse=True)
+    before = next((number for number in saved if number < step and intact(number)), 0)
     between = range(before + 1, step)
     return before if steps.issuperset(between) and (whole or not before or not between) else None
 
 
-def _can_be(run: Path, steps: set[int], whole: bool) -> str:
+def _can_be(run: Path, steps: set[int], intact: Callable[[int], bool], *, whole: bool) -> str:
     """For an error: which steps can be."""
-    found = sorted(step for step in steps if _start(run, step, steps, whole=whole) is not None)
+    found = sorted(step for step in steps if _start(run, step, steps, intact, whole=whole) is not None)
     if not found:
         return "none can be (tracking.replay=false, or no checkpoint before what is kept)"
     spans: list[list[int]] = []

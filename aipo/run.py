@@ -38,7 +38,7 @@ from aipo.record.slowness import Slowness
 from aipo.record.tracker import Tracker, peak_memory_bytes, prepare_run_folder
 from aipo.report.run_report import report
 from aipo.reward import Rewarder
-from aipo.rollout import make_engine
+from aipo.rollout import make_engine, memory_options
 from aipo.rollout.check import check_weight_sync, engine_gap
 from aipo.rollout.collect import Collector
 from aipo.selection import TokenSelector
@@ -168,12 +168,7 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
         urls = [rollout.server_url] if isinstance(rollout.server_url, str) else rollout.server_url
         options |= {"urls": urls, "name": config.model.path, "timeout": rollout.server_timeout_s}
     else:
-        options |= {"seed": config.seed + rank, "load_weights": False}
-        if rollout.engine == "vllm":
-            options |= {
-                "gpu_memory_utilization": rollout.gpu_memory_utilization,
-                "kv_cache_gb": None if device.type == "cuda" else rollout.kv_cache_gb,
-            }
+        options |= {"seed": config.seed + rank, "load_weights": False, **memory_options(rollout, device)}
     progress.say(f"building the rollout engine ({rollout.engine}, {rollout.mode}) and the policy")
     engine = make_engine(
         "server" if rollout.mode == "server" else rollout.engine,

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import ttest_rel
 
+from aipo.campaign.statistics import holm, paired_p
 from aipo.config import CONFIG_FOLDER, load_config
 from aipo.evaluation.results import markdown
 from aipo.record.jsonl import JsonlLog, read_jsonl
@@ -67,33 +67,22 @@ def area(curve: Sequence[tuple[int, float]]) -> float:
 def paired(rows: Sequence[Row], first: str, second: str) -> tuple[float, float, int]:
     """Mean difference in final accuracy, points, its two-sided p (t-test paired by seed), and the number of pairs.
 
-    NaN with fewer than two pairs.
+    NaN with fewer than two pairs; p also where all pairs differ alike.
     """
     final = {(row["condition"], row["seed"]): 100 * row["curve"][-1][1] for row in rows}
     seeds = sorted({seed for name, seed in final if name == first} & {seed for name, seed in final if name == second})
     a, b = ([final[name, seed] for seed in seeds] for name in (first, second))
     if len(seeds) < 2:
         return float("nan"), float("nan"), len(seeds)
-    difference = float(np.mean(np.subtract(a, b)))
-    p = float(ttest_rel(a, b).pvalue) if np.ptp(np.subtract(a, b)) > 0 else float(difference == 0)
-    return difference, p, len(seeds)
-
-
-def holm(p: dict[str, float]) -> dict[str, float]:
-    """Holm's adjusted p values (Holm, 1979); NaN stays out."""
-    order = sorted((name for name in p if p[name] == p[name]), key=lambda name: p[name])
-    adjusted, largest = dict.fromkeys(p, float("nan")), 0.0
-    for rank, name in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p[name]))
-        adjusted[name] = largest
-    return adjusted
+    differences = np.subtract(a, b).tolist()
+    return float(np.mean(differences)), paired_p(differences), len(seeds)
 
 
 def table(rows: Sequence[Row]) -> str:
     """A line a condition, by final accuracy; differences from random and their corrected p."""
     names = sorted({row["condition"] for row in rows})
     tests = {name: paired(rows, name, "random") for name in names if name != "random"}
-    adjusted = holm({name: p for name, (_, p, _) in tests.items()})
+    adjusted = dict(zip(tests, holm([p for _, p, _ in tests.values()])))
     cells = []
     for name in names:
         own = [row for row in rows if row["condition"] == name]
@@ -122,7 +111,7 @@ def counts(rows: Sequence[Row]) -> str:
     """Whether the bed counts: oracle beats random and random beats inverse, both with a corrected p below 1 %."""
     pairs = [("oracle", "random"), ("random", "inverse")]
     found = {f"{a} - {b}": paired(rows, a, b) for a, b in pairs}
-    adjusted = holm({name: p for name, (_, p, _) in found.items()})
+    adjusted = dict(zip(found, holm([p for _, p, _ in found.values()])))
     passed = all(found[name][0] > 0 and adjusted[name] < 0.01 for name in found)
     told = "; ".join(
         f"{name}: {difference:+.1f} points, p {adjusted[name]:.2g}, {seeds} seeds"

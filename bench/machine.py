@@ -1,23 +1,13 @@
-"""What a result was measured on, in words that name no host."""
+"""The machine of a measurement, as text and as part of a file name."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from aipo.record.machine import machine
 
-import torch
-
-
-def machine() -> str:
-    """``2 cores of AMD EPYC``, or ``1 x NVIDIA H200``."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-    return f"{len(os.sched_getaffinity(0))} cores of {models[0] if models else 'an unknown CPU'}"
+__all__ = ["machine", "slug"]
 
 
 def slug() -> str:
-    """The same as part of a file name."""
+    """:func:`machine` as part of a file name."""
     words = machine().replace("(R)", "").replace("(TM)", "").lower().split()
     return "-".join("".join(c for c in word if c.isalnum()) for word in words)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from aipo.config import CONFIG_FOLDER, load_config
-from bench.beds import CONDITIONS, CONTROLS, area, counts, holm, paired, table
+from bench.beds import CONDITIONS, CONTROLS, area, counts, paired, table
 
 BEDS = sorted(path.stem for path in (CONFIG_FOLDER / "beds").glob("*.yaml"))
 
@@ -20,11 +20,6 @@ def test_every_condition_is_a_config_of_every_bed(bed: str) -> None:
         config = load_config(f"beds/{bed}.yaml", method=str(CONDITIONS / f"{condition}.yaml"))
         assert config.name == f"{bed}-{condition}"
         assert config.rollout.engine == "hf"
-
-
-def test_holm() -> None:
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
-    assert holm({"a": 0.9, "b": 0.8}) == pytest.approx({"a": 1.0, "b": 1.0})
 
 
 def rows(finals: dict[str, list[float]]) -> list[dict[str, Any]]:

@@ -95,6 +95,7 @@ def test_every_formula_has_its_key_and_its_test() -> None:
     """The table of docs/methods.md."""
     table = (ROOT / "docs" / "methods.md").read_text().split("## Every formula")[1]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    assert len(rows) > 50
     keys = set(flatten(Config.model_fields))
     for formula, named, tests, source in rows[1:]:
         assert re.search("paper|code|notes|ours", source), formula

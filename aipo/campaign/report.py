@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
-import torch
-
 from aipo.campaign.cells import Plan
 from aipo.campaign.collect import collect, save
 from aipo.campaign.jobs import failure
@@ -21,6 +16,7 @@ from aipo.campaign.tables import (
     table_csv,
 )
 from aipo.record.checkpoints import write_atomically
+from aipo.record.machine import machine
 
 
 def write_report(plan: Plan) -> str:
@@ -50,12 +46,3 @@ def write_report(plan: Plan) -> str:
     write_atomically(plan.folder / "table.tex", latex(campaign, rows, scale))
     write_atomically(plan.folder / "table.csv", table_csv(campaign, rows))
     return text
-
-
-def machine() -> str:
-    """``2 cores of AMD EPYC``, or ``1 x NVIDIA H200``."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-    return f"{len(os.sched_getaffinity(0))} cores of {models[0] if models else 'an unknown CPU'}"

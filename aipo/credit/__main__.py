@@ -8,7 +8,6 @@ are done are kept in the folder, and the same command goes on with the others.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -19,8 +18,8 @@ import numpy as np
 import torch
 
 from aipo import distributed
-from aipo.config import Config, load_config
-from aipo.credit.frozen import FIXED, build
+from aipo.config import Config
+from aipo.credit.frozen import build, command, configured, prepare
 from aipo.credit.plot import plot
 from aipo.credit.signals import all_signals
 from aipo.credit.table import Credit, table
@@ -28,7 +27,6 @@ from aipo.credit.values import Valued, changes, enough_continuations, value_pref
 from aipo.errors import UserError
 from aipo.evaluation.benchmarks import load_benchmarks
 from aipo.inputs import Inputs, check_inputs
-from aipo.model.export import find_model
 from aipo.model.precision import choose
 from aipo.problems.problem import Problem
 from aipo.problems.prompts import Prompter
@@ -40,18 +38,12 @@ from aipo.rollouts import Rollouts
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m aipo.credit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="of a run: model, prompts, sampling, and the keys of mi")
-    parser.add_argument("--model", help="another model than the config's: hub id, folder, or a run of ours")
+    parser = command("aipo.credit", __doc__, "of a run: model, prompts, sampling, and the keys of mi")
     parser.add_argument("--benchmarks", help="by comma, as for evaluate.py (default: the held-out set of the config)")
     parser.add_argument("--questions", type=int, default=16, help="the first so many (16)")
     parser.add_argument("--samples", type=int, default=4, help="rollouts a question (4)")
     parser.add_argument("--continuations", type=int, default=32, help="of each prefix (32)")
     parser.add_argument("--stride", type=int, default=1, help="tokens between prefixes (1)")
-    parser.add_argument("--out", help="folder (default: runs/credit/CONFIG)")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -62,8 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
             if getattr(options, name) < 1:
                 raise UserError(f"--{name}: {getattr(options, name)} is below 1")
         enough_continuations(options.continuations)
-        model = [f"model.path={find_model(options.model).path}"] if options.model else []
-        config = load_config(options.config, [*FIXED, *model, *options.overrides])
+        config = configured(options)
         folder = Path(options.out or Path("runs/credit") / config.name)
         return distributed.launch(lambda device: run(config, options, folder, device))
     except UserError as error:
@@ -72,13 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(config: Config, options: argparse.Namespace, folder: Path, device: torch.device) -> int:
-    if distributed.world_size() > 1:
-        raise UserError("python -m aipo.credit is one process: start it without a launcher")
     precision = choose(config.model.dtype, device.type)
     config = precision.settle(config)
     inputs = check_inputs(config, world=1)
     problems = questions(inputs, options)
-    prepare(folder, config, options, problems)
+    asked = {name: getattr(options, name) for name in ("samples", "continuations", "stride")}
+    prepare(folder, config, questions=[problem.id for problem in problems], **asked)
     with Progress() as progress:
         for line in precision.lines:
             progress.say(line)
@@ -107,17 +97,6 @@ def questions(inputs: Inputs, options: argparse.Namespace) -> list[Problem]:
     benchmarks = load_benchmarks(options.benchmarks.split(","), limit=options.questions)
     kept, _ = inputs.prompter.filter([problem for each in benchmarks for problem in each.problems])
     return kept
-
-
-def prepare(folder: Path, config: Config, options: argparse.Namespace, problems: Sequence[Problem]) -> None:
-    """The folder, or UserError if it holds what other settings made."""
-    asked = {name: getattr(options, name) for name in ("samples", "continuations", "stride")}
-    facts = {"config": config.model_dump(mode="json"), "questions": [p.id for p in problems], **asked}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "settings.json"
-    if path.is_file() and json.loads(path.read_text()) != json.loads(json.dumps(facts)):
-        raise UserError(f"{folder} holds values that other settings made: give another --out, or remove it")
-    path.write_text(json.dumps(facts, indent=1))
 
 
 def values(

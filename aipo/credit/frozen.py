@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from aipo.config import Config
+from aipo import distributed
+from aipo.config import Config, load_config
+from aipo.errors import UserError
 from aipo.inputs import Inputs
+from aipo.model.export import find_model
 from aipo.policy import make_policy
 from aipo.reward import Rewarder
-from aipo.rollout import make_engine
+from aipo.rollout import make_engine, memory_options
 from aipo.rollout.collect import Collector
 from aipo.sharding import Sharded, shard
 
@@ -18,17 +24,45 @@ FIXED = ["sharding.zero_stage=0", "optim.share_prompts=false", "curriculum.enabl
 """Keys of a config that measuring settles: nothing is sharded, and every sequence has a row of its own."""
 
 
+def command(name: str, text: str | None, config: str) -> argparse.ArgumentParser:
+    """A parser of the arguments that every such measurement has."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help=config)
+    parser.add_argument("--model", help="another model than the config's: hub id, folder, or a run of ours")
+    parser.add_argument("--out", help="folder (default: in runs/credit, named after the config)")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    return parser
+
+
+def configured(options: argparse.Namespace) -> Config:
+    """The config that such arguments ask for."""
+    model = [f"model.path={find_model(options.model).path}"] if options.model else []
+    return load_config(options.config, [*FIXED, *model, *options.overrides])
+
+
+def prepare(folder: Path, config: Config, **facts: Any) -> None:
+    """Make the folder, whose values are gone on from. UserError if other settings made them, or under a launcher."""
+    if distributed.world_size() > 1:
+        raise UserError("measurements of a frozen model are one process: start them without a launcher")
+    asked = json.loads(json.dumps({"config": config.model_dump(mode="json"), **facts}))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.json"
+    if path.is_file() and json.loads(path.read_text()) != asked:
+        raise UserError(f"{folder} holds values that other settings made: give another --out, or remove it")
+    path.write_text(json.dumps(asked, indent=1))
+
+
 def build(config: Config, inputs: Inputs, device: torch.device) -> tuple[Collector, Sharded]:
-    options: dict[str, Any] = {"dtype": config.model.dtype, "seed": config.seed}
-    if config.rollout.engine == "vllm":
-        options["gpu_memory_utilization"] = config.rollout.gpu_memory_utilization
-        options["kv_cache_gb"] = None if device.type == "cuda" else config.rollout.kv_cache_gb
     engine = make_engine(
         config.rollout.engine,
         inputs.model_path,
         max_model_len=config.data.max_prompt_tokens + config.rollout.max_tokens,
         end_token_ids=sorted(inputs.prompter.end_ids),
-        **options,
+        dtype=config.model.dtype,
+        seed=config.seed,
+        **memory_options(config.rollout, device),
     )
     rewarder = Rewarder(config.rewards(), max_tokens=config.rollout.max_tokens, thinking=config.data.thinking)
     sharded = shard(make_policy(config, inputs.model_path), config, device)

@@ -17,15 +17,14 @@ from torch import Tensor
 
 from aipo import distributed
 from aipo.advantage import group_advantages
-from aipo.config import Config, load_config
-from aipo.credit.frozen import FIXED, build
+from aipo.config import Config
+from aipo.credit.frozen import build, command, configured, prepare
 from aipo.credit.signals import all_signals
 from aipo.errors import UserError
 from aipo.evaluation.results import markdown
 from aipo.inputs import Inputs, check_inputs
 from aipo.layout import token_grid
 from aipo.mask import lowest
-from aipo.model.export import find_model
 from aipo.model.precision import choose
 from aipo.passes import Passes
 from aipo.problems.problem import Problem
@@ -109,20 +108,13 @@ def table(rows: Sequence[dict[str, float | str]], budgets: Sequence[float]) -> s
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m aipo.credit.gradients",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", required=True, help="of a run: model, training questions, sampling, keys of mi")
-    parser.add_argument("--model", help="another model than the config's: hub id, folder, or a run of ours")
+    asked = "of a run: model, training questions, sampling, keys of mi"
+    parser = command("aipo.credit.gradients", __doc__, asked)
     parser.add_argument("--questions", type=int, default=8, help="of a small batch (8)")
     parser.add_argument("--times", type=int, default=TIMES, help=f"the large batch, in small ones ({TIMES})")
     parser.add_argument("--batches", type=int, default=8, help="small batches that are averaged (8)")
     parser.add_argument("--budgets", default="0.05,0.1,0.2,0.5", help="shares of a completion's tokens, by comma")
     parser.add_argument("--signals", default="", help="by comma (default: all)")
-    parser.add_argument("--out", help="folder (default: runs/credit/CONFIG-gradients)")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -133,8 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(
                 f"--times: {options.times} is below {TIMES}: the large batch would be as noisy as a small one"
             )
-        model = [f"model.path={find_model(options.model).path}"] if options.model else []
-        config = load_config(options.config, [*FIXED, *model, *options.overrides])
+        config = configured(options)
         folder = Path(options.out or Path("runs/credit") / f"{config.name}-gradients")
         return distributed.launch(lambda device: run(config, options, folder, device))
     except UserError as error:
@@ -152,7 +143,8 @@ def run(config: Config, options: argparse.Namespace, folder: Path, device: torch
             f"data.train has {len(inputs.problems)} questions, and {needed} are needed (--questions x (--times + "
             "--batches)): lower one of them"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    asked = {name: getattr(options, name) for name in ("questions", "times", "budgets", "signals")}
+    prepare(folder, config, **asked)
     sampling, samples = Sampling.of(config.rollout), config.rollout.samples_per_question
 
     with Progress() as progress:

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Literal
 
+import torch
+
+from aipo.config.sections import RolloutConfig
 from aipo.errors import UserError
 from aipo.rollout.base import Completion, Request, RolloutEngine, Sampling
 from aipo.rollout.hf import HfEngine
 from aipo.rollout.vllm import INSTALL, VllmEngine
 
-__all__ = ["Completion", "Request", "RolloutEngine", "Sampling", "make_engine", "require_engine"]
+__all__ = ["Completion", "Request", "RolloutEngine", "Sampling", "make_engine", "memory_options", "require_engine"]
 
 EngineKind = Literal["vllm", "hf", "server"]
 
@@ -34,3 +37,11 @@ def make_engine(kind: EngineKind, model_path: str, **options: Any) -> RolloutEng
         return ServerEngine(model_path, **options)
     engines: dict[str, Callable[..., RolloutEngine]] = {"vllm": VllmEngine, "hf": HfEngine}
     return engines[kind](model_path, **options)
+
+
+def memory_options(rollout: RolloutConfig, device: torch.device) -> dict[str, Any]:
+    """What the engine of a config may take on a device, as options of :func:`make_engine`."""
+    if rollout.engine != "vllm":
+        return {}
+    cache = None if device.type == "cuda" else rollout.kv_cache_gb
+    return {"gpu_memory_utilization": rollout.gpu_memory_utilization, "kv_cache_gb": cache}

@@ -81,12 +81,12 @@ def test_gradients(bed: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> N
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert {line.split(" | ")[0].strip("| ") for line in lines[1:]} >= {"all tokens", "critical", "random, lowest"}
     assert gradients.main([*arguments, "--times=2"]) == 2
+    assert gradients.main([*arguments, "--budgets=0.5"]) == 2  # not mixed with what other settings made
+    assert "that other settings made" in capsys.readouterr().err
     with pytest.raises(UserError, match="nonsense unknown"):
         gradients.run(*gradient_arguments([*arguments[:-2], "--signals=nonsense", "--out=other"]))
 
 
 def gradient_arguments(arguments: list[str]) -> tuple[Any, ...]:
-    from aipo.config import load_config
-
     options = gradients.parse(arguments)
-    return load_config(options.config, gradients.FIXED), options, Path(options.out), torch.device("cpu")
+    return gradients.configured(options), options, Path(options.out), torch.device("cpu")
