@@ -64,7 +64,7 @@ class Policy(nn.Module):
 
         Returns:
             Without ``select``: ``states`` (N, d), detached, and with ``full`` what the whole vocabulary says at all N
-            tokens, without gradient: ``entropy``, ``certainty`` and ``energy``, (N,) each, of
+            tokens, without gradient: ``entropy``, ``certainty``, ``energy`` and ``gap``, (N,) each, of
             :func:`vocabulary_statistics`.
             With ``select``: ``mask`` (N,) bool as selected and, for its K true positions, ``logp`` (K,) with gradient
             and ``entropy`` (K,), with gradient if ``entropy_gradient``. All float32, in nats and after temperature.
@@ -132,10 +132,11 @@ def vocabulary_statistics(
 
     ``entropy``; ``certainty`` (INTUITOR), KL(uniform || p) = -1/V sum_j log(V p_j) = logsumexp(z) - mean(z) - log V;
     ``energy`` (the optimal token baseline, arXiv 2602.07078), the squared norm of d log p_target / dz, without its
-    temperature: |e_target - p|^2 = 1 - 2 p_target + sum_j p_j^2.
+    temperature: |e_target - p|^2 = 1 - 2 p_target + sum_j p_j^2; ``gap``, log p of the most probable token less that of
+    the next, 0 where two are equally probable.
     """
     entropy = hidden.new_empty(len(hidden), dtype=torch.float32)  # (N,)
-    certainty, energy = torch.empty_like(entropy), torch.empty_like(entropy)  # (N,)
+    certainty, energy, gap = (torch.empty_like(entropy) for _ in range(3))  # (N,)
     weight = _as_computed(weight)
     for part in _parts(len(hidden), chunk):
         product = F.linear(hidden[part], weight, bias)  # (chunk, V)
@@ -146,7 +147,9 @@ def vocabulary_statistics(
             drawn = p.gather(-1, targets[here, None])[:, 0]  # (rows,)
             energy[here] = (1 - 2 * drawn + torch.linalg.vector_norm(p, dim=-1).square()).clamp(min=0)
             entropy[here] = -p.mul_(log_p).sum(-1)
-    return {"entropy": entropy, "certainty": certainty, "energy": energy}
+            first, where = log_p.max(-1, keepdim=True)  # (rows, 1); twice the largest is cheaper than the two at once
+            gap[here] = first[:, 0] - log_p.scatter_(-1, where, -torch.inf).amax(-1)
+    return {"entropy": entropy, "certainty": certainty, "energy": energy, "gap": gap}
 
 
 class SelectedLogProbs(torch.autograd.Function):

@@ -44,12 +44,11 @@ def rank_correlation(score: Numbers, value: Numbers) -> float:
 
 def share_caught(score: Numbers, value: Numbers, rollout: NDArray[np.int64], fraction: float) -> float:
     """Share of the sum of ``value`` at the round(fraction n) highest scores, at least one, of every rollout (n,)."""
-    caught = 0.0
-    for each in np.unique(rollout):
-        own = np.flatnonzero(rollout == each)
-        count = max(1, round(fraction * len(own)))
-        caught += float(value[own[np.argsort(-score[own], kind="stable")[:count]]].sum())
-    return caught / max(float(value.sum()), 1e-12)
+    order = np.lexsort((-score, rollout))  # rollout by rollout, the best first, equal ones as they stand
+    _, start, length = np.unique(rollout[order], return_index=True, return_counts=True)
+    place = np.arange(len(order)) - np.repeat(start, length)
+    taken = place < np.repeat(np.maximum(1, np.round(fraction * length)), length)
+    return float(value[order[taken]].sum()) / max(float(value.sum()), 1e-12)
 
 
 @dataclass(frozen=True)
