@@ -20,10 +20,10 @@ import torch
 
 from aipo import distributed
 from aipo.config import Config
-from aipo.credit.frozen import build, command, configured, prepare
+from aipo.credit.frozen import asked_signals, build, command, configured, prepare
 from aipo.credit.plot import plot
-from aipo.credit.signals import all_signals
-from aipo.credit.table import Credit, table
+from aipo.credit.signals import all_signals, named
+from aipo.credit.table import WRONG, Credit, table, twins
 from aipo.credit.values import Valued, changes, enough_continuations, value_prefixes
 from aipo.errors import UserError
 from aipo.evaluation.benchmarks import load_benchmarks
@@ -67,24 +67,25 @@ def run(config: Config, options: argparse.Namespace, folder: Path, device: torch
     precision = choose(config.model.dtype, device.type)
     config = precision.settle(config)
     inputs = check_inputs(config, world=1)
-    pool = candidates(inputs, options)
-    asked = {name: getattr(options, name) for name in ("questions", "samples", "continuations", "stride")}
-    prepare(folder, config, pool=[problem.id for problem in pool], **asked)
+    pool, only = candidates(inputs, options), asked_signals(options)
+    named(config, pool, only)
+    asked = {name: getattr(options, name) for name in ("benchmarks", "samples", "continuations", "stride")}
+    prepare(folder, config, **asked)  # without the number of questions: more, or fewer, may be asked for later
     with Progress() as progress:
         for line in precision.lines:
             progress.say(line)
         collector, sharded = build(config, inputs, device)
         with closing(collector.engine), closing(collector.rewarder):
             drawn = draw(config, collector, pool, options, folder, progress)
-            chosen = {key: each for key, each in drawn.items() if each.mixed}
-            problems = [problem for problem in pool if problem.id in chosen][: options.questions]
-            valued = values(config, collector, problems, chosen, options, folder, progress)
+            mixed = [problem for problem in pool if problem.id in drawn and drawn[problem.id].mixed]
+            problems = mixed[: options.questions]
+            valued = values(config, collector, problems, drawn, options, folder, progress)
         encode = inputs.prompter.encode
         rollouts = Rollouts.joined([valued[p.id].rollouts(p, encode(p.question, p.origin)) for p in problems])
         frame, credit = rows(problems, valued, options.continuations, inputs.prompter)
         check(credit, options.continuations)
         signals: dict[str, np.ndarray[Any, Any]] = {}
-        makers = all_signals(config, sharded, inputs.prompter, problems, rollouts, device)
+        makers = all_signals(config, sharded, inputs.prompter, problems, rollouts, device, only)
         with progress.task("signals", len(makers)) as task:
             for name, make in makers.items():
                 signals[name] = stretches(make(), frame)
@@ -92,6 +93,8 @@ def run(config: Config, options: argparse.Namespace, folder: Path, device: torch
         progress.say("tables: intervals over questions")
     write_parquet(folder / "tokens.parquet", frame | signals)
     text = summary(config, options, drawn, credit, problems) + table(signals, credit)
+    if any(name.endswith(WRONG) for name in signals):
+        text += f"\nBeside another question's gold, the wrong gold: AUROC.\n\n{twins(signals, credit)}"
     (folder / "credit.md").write_text(text)
     plot(signals, credit, folder / "credit.png")
     print(f"{text}\nwritten to {folder}: tokens.parquet, credit.md, credit.png")
@@ -169,7 +172,7 @@ def values(
     sampling = Sampling.of(config.rollout)
     done = {row["question"]: Valued.of(row) for row in read_jsonl(folder / "values.jsonl")}
     with progress.task("values", len(problems)) as task, closing(JsonlLog(folder / "values.jsonl")) as log:
-        task.advance(len(done))
+        task.advance(sum(problem.id in done for problem in problems))
         for problem in problems:
             if problem.id in done:
                 continue

@@ -21,8 +21,8 @@ from torch.nn.functional import cosine_similarity
 from aipo import distributed
 from aipo.advantage import group_advantages
 from aipo.config import Config
-from aipo.credit.frozen import build, command, configured, prepare
-from aipo.credit.signals import all_signals
+from aipo.credit.frozen import asked_signals, build, command, configured, prepare
+from aipo.credit.signals import all_signals, named
 from aipo.errors import UserError
 from aipo.evaluation.results import markdown
 from aipo.inputs import Inputs, check_inputs
@@ -159,7 +159,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--times", type=int, default=TIMES, help=f"the large batch, in small ones ({TIMES})")
     parser.add_argument("--batches", type=int, default=8, help="small batches that are averaged (8)")
     parser.add_argument("--budgets", default="0.05,0.1,0.2,0.5", help="shares of a completion's tokens, by comma")
-    parser.add_argument("--signals", default="", help="by comma (default: all)")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -182,6 +181,7 @@ def run(config: Config, options: argparse.Namespace, folder: Path, device: torch
     config = choose(config.model.dtype, device.type).settle(config)
     inputs = check_inputs(config, world=1)
     small, budgets = options.questions, shares(options.budgets)
+    named(config, inputs.problems, asked_signals(options))
     needed = small * (options.times + options.batches)
     if len(inputs.problems) < needed:
         raise UserError(
@@ -191,7 +191,6 @@ def run(config: Config, options: argparse.Namespace, folder: Path, device: torch
     asked = {name: getattr(options, name) for name in ("questions", "times", "budgets", "signals")}
     prepare(folder, config, **asked)
     sampling, samples = Sampling.of(config.rollout), config.rollout.samples_per_question
-    wanted = [name for name in options.signals.split(",") if name]
     done = {row["batch"]: row["rows"] for row in read_jsonl(folder / "cosines.jsonl")}
     with Progress() as progress:
         collector, sharded = build(config, inputs, device)
@@ -228,7 +227,16 @@ def run(config: Config, options: argparse.Namespace, folder: Path, device: torch
                 rollouts = draw(f"rollouts of batch {batch + 1}", small * (options.times + batch), small)
                 label = f"batch {batch + 1} of {options.batches}"
                 done[batch] = measure_batch(
-                    config, sharded, inputs, rollouts, truth, budgets, device, progress, wanted=wanted, name=label
+                    config,
+                    sharded,
+                    inputs,
+                    rollouts,
+                    truth,
+                    budgets,
+                    device,
+                    progress,
+                    wanted=asked_signals(options),
+                    name=label,
                 )
                 log.append({"batch": batch, "rows": done[batch]})
     measured = [rows for rows in done.values() if rows]

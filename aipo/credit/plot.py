@@ -7,15 +7,14 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from aipo.credit.table import STATISTICS, Credit, Numbers, bootstrap
+from aipo.credit.table import STATISTICS, Credit, Numbers, bootstrap, filled, resamples
 
 
 def plot(signals: dict[str, Numbers], credit: Credit, path: Path) -> None:
     """AUROC of each signal with its interval, sorted; the dotted line is chance."""
-    found = []
+    found, drawn = [], resamples(credit)
     for name, values in signals.items():
-        lowest = np.nanmin(values) if np.isfinite(values).any() else 0.0
-        found.append((*bootstrap(np.nan_to_num(values, nan=lowest), credit, STATISTICS["AUROC"]), name))
+        found.append((*bootstrap(filled(values), credit, STATISTICS["AUROC"], drawn), name))
     found.sort(key=lambda each: each[0])
     sheet = Figure(figsize=(7, 0.22 * len(found) + 1))
     ax = sheet.subplots()

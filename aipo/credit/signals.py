@@ -12,6 +12,7 @@ from torch import Tensor
 from aipo.config import Config
 from aipo.config.base import Features
 from aipo.config.sections import MIConfig
+from aipo.credit.table import WRONG
 from aipo.errors import UserError
 from aipo.layout import MicroBatch, token_grid
 from aipo.passes import Passes
@@ -22,7 +23,6 @@ from aipo.selection import TokenSelector
 from aipo.sharding import Sharded
 from aipo.tokens.table import MEASURES, measure
 
-WRONG = " (wrong gold)"
 VOCABULARY = ("entropy", "certainty", "energy", "gap")  # what one forward pass says of all tokens, beside the states
 
 
@@ -40,6 +40,20 @@ def readings(config: MIConfig, *, solutions: bool) -> Iterator[tuple[str, MIConf
 
 
 NORMALIZED: dict[str, list[str]] = {"none": [], "cca": ["cca"]}
+
+
+def named(config: Config, problems: Sequence[Problem], only: Sequence[str] = ()) -> list[str]:
+    """Signals that there are of a model and problems; UserError if one of ``only`` is not among them."""
+    found = ["surprisal", "position (early)", "random"]
+    for name in MEASURES:
+        annotated = name not in ("critical", "filler") or all(problem.critical for problem in problems)
+        if annotated and (name != "residual" or config.lora.rank):
+            found.append(name)
+    for name, _ in readings(config.mi, solutions=all(problem.solution for problem in problems)):
+        found += [name, name + WRONG]
+    if unknown := set(only) - set(found):
+        raise UserError(f"--signals: {', '.join(sorted(unknown))} unknown: there are {', '.join(found)}")
+    return [name for name in found if not only or name in only]
 
 
 def all_signals(
@@ -91,17 +105,11 @@ def all_signals(
         "position (early)": lambda: -place,
         "random": lambda: noise,
     }
-    asked = rollouts.problems
-    for name in MEASURES:
-        annotated = name not in ("critical", "filler") or all(problem.critical for problem in asked)
-        if annotated and (name != "residual" or config.lora.rank):
-            makers[name] = partial(measured, name)
-    for name, mi in readings(config.mi, solutions=all(problem.solution for problem in asked)):
+    makers |= {name: partial(measured, name) for name in MEASURES}
+    for name, mi in readings(config.mi, solutions=True):
         makers[name] = partial(scores, mi)
         makers[name + WRONG] = partial(scores, mi.model_copy(update={"gold_control": "shuffled"}))
-    if unknown := set(only) - makers.keys():
-        raise UserError(f"--signals: {', '.join(sorted(unknown))} unknown: there are {', '.join(makers)}")
-    return {name: partial(_within, make, inside) for name, make in makers.items() if not only or name in only}
+    return {name: partial(_within, makers[name], inside) for name in named(config, rollouts.problems, only)}
 
 
 def _within(make: Callable[[], Tensor], inside: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from aipo.config import load_config
 from aipo.credit import gradients
 from aipo.credit.__main__ import check, main
 from aipo.credit.frozen import FIXED, build
-from aipo.credit.signals import VOCABULARY, WRONG, all_signals
-from aipo.credit.table import Credit
+from aipo.credit.signals import VOCABULARY, all_signals
+from aipo.credit.table import WRONG, Credit
 from aipo.errors import UserError
 from aipo.inputs import check_inputs
 from aipo.layout import token_grid
@@ -48,7 +48,9 @@ def test_values_signals_and_tables(bed: Path, monkeypatch: pytest.MonkeyPatch, c
     assert main(["--config", str(CONFIG), *SMALL]) == 0
     text = capsys.readouterr().out
     tokens = pd.read_parquet("out/tokens.parquet")
-    assert text.count("\n| ") == tokens.shape[1] - 13 + 2
+    first, second = text.split("wrong gold: AUROC")
+    assert first.count("\n| ") == tokens.shape[1] - 13 + 2
+    assert second.count("\n| ") == sum(name.endswith(WRONG) for name in tokens) + 2
     for _, own in tokens.groupby(["question", "sample"]):
         # the changes add up to the reward less the value of the question
         assert own.delta.sum() == pytest.approx(float(own.correct.iloc[0]) - own.value_before.iloc[0])
@@ -66,6 +68,8 @@ def test_values_signals_and_tables(bed: Path, monkeypatch: pytest.MonkeyPatch, c
     kept = ("question", "cuts", "values")
     for before, after in zip(map(json.loads, lines), map(json.loads, again), strict=True):
         assert [before[key] for key in kept] == [after[key] for key in kept]
+    assert main(["--config", str(CONFIG), "--questions", "6", *SMALL[2:]]) == 0  # one more
+    assert Path("out/values.jsonl").read_text().splitlines(keepends=True)[:5] == again
     assert main(["--config", str(CONFIG), *SMALL[:-3], "8", "--out", "out"]) == 2
     assert "other settings made" in capsys.readouterr().err
 
