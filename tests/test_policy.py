@@ -85,8 +85,9 @@ def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(params=["llama tied", "llama untied", "qwen3"])
+@pytest.fixture(scope="module", params=["llama tied", "llama untied", "qwen3"])
 def model(request: pytest.FixtureRequest, qwen_folder: Path) -> nn.Module:
+    """To look at; a policy takes a copy."""
     if request.param == "qwen3":
         return Qwen3ForCausalLM.from_pretrained(qwen_folder, dtype=torch.float32).train()
     return llama(tied=request.param == "llama tied")
@@ -112,6 +113,11 @@ def reference(model: nn.Module, chosen: Tensor) -> tuple[Tensor, Tensor, dict[st
     gradients = torch.autograd.grad((logp * WEIGHTS * chosen).sum(), list(model.parameters()))
     names = [name for name, _ in model.named_parameters()]
     return logp.detach(), pad(torch.cat(entropies).detach(), LENGTHS), dict(zip(names, gradients))
+
+
+@pytest.fixture(scope="module")
+def expected(model: nn.Module) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    return reference(model, CHOSEN)
 
 
 def ours(
@@ -172,8 +178,7 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logp_entropy_and_every_gradient(model: nn.Module, layout: str, chunk: int) -> None:
-    expected = reference(model, CHOSEN)
+def test_logp_entropy_and_every_gradient(model: nn.Module, expected: Any, layout: str, chunk: int) -> None:
     policy = Policy(copy.deepcopy(model), temperature=TEMPERATURE, head_chunk=chunk)
     assert_same(ours(policy, CHOSEN, **LAYOUTS[layout]), expected, CHOSEN)
 

@@ -44,12 +44,11 @@ def rank_correlation(score: Numbers, value: Numbers) -> float:
 
 def share_caught(score: Numbers, value: Numbers, rollout: NDArray[np.int64], fraction: float) -> float:
     """Share of the sum of ``value`` at the round(fraction n) highest scores, at least one, of every rollout (n,)."""
-    caught = 0.0
-    for each in np.unique(rollout):
-        own = np.flatnonzero(rollout == each)
-        count = max(1, round(fraction * len(own)))
-        caught += float(value[own[np.argsort(-score[own], kind="stable")[:count]]].sum())
-    return caught / max(float(value.sum()), 1e-12)
+    order = np.lexsort((-score, rollout))  # of each rollout from its highest score down, equal ones as they stand
+    _, first, sizes = np.unique(rollout[order], return_index=True, return_counts=True)
+    place = np.arange(len(order)) - np.repeat(first, sizes)  # (n,)
+    count = np.repeat(np.maximum(1, np.round(fraction * sizes)), sizes)  # (n,)
+    return float(value[order[place < count]].sum()) / max(float(value.sum()), 1e-12)
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,10 @@ STATISTICS: dict[str, Statistic] = {
 }
 
 
-def bootstrap(
-    score: Numbers, credit: Credit, statistic: Statistic, *, resamples: int = 200, seed: int = 0
-) -> tuple[float, float, float]:
+RESAMPLES = 200
+
+
+def bootstrap(score: Numbers, credit: Credit, statistic: Statistic, *, seed: int = 0) -> tuple[float, float, float]:
     """The statistic and the 2.5 and 97.5 % quantiles over questions drawn with replacement.
 
     A resample in which it is not defined is left out.
@@ -99,7 +99,7 @@ def bootstrap(
     draw = np.random.default_rng(seed)
     rows_of = [np.flatnonzero(credit.question == q) for q in range(int(credit.question.max()) + 1)]
     found = []
-    for _ in range(resamples):
+    for _ in range(RESAMPLES):
         drawn = draw.integers(len(rows_of), size=len(rows_of))
         rows = np.concatenate([rows_of[q] for q in drawn])
         copy = np.repeat(np.arange(len(drawn)), [len(rows_of[q]) for q in drawn])

@@ -129,7 +129,6 @@ def test_a_run_at_the_scale_of_the_paper_stays_small(page: Page, tmp_path: Path)
     assert path.stat().st_size < 5_000_000
     page.open(path)
     assert page.run("data.runs[0].series['reward/mean'][0].length") == 500
-    assert page.run("performance.timing.loadEventEnd - performance.timing.navigationStart") < 10_000  # ms
     page.click("#panels .panel .u-over", x=0.98)
     assert page.run("group().step") == 500
     page.run("show(1)")

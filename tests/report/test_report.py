@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -26,7 +26,6 @@ from aipo.report.selected import describe, peaks, places, run_lengths, words
 from aipo.report.verdict import judge
 from tests.report.folders import HOSTILE, make_evaluation, make_run, rollout
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 5_000_000  # bytes
 
 
@@ -261,7 +260,9 @@ def test_an_evaluation_has_its_page(tmp_path: Path) -> None:
         evaluation_report([a, b, a])
 
 
-def test_what_cannot_be_reported_is_said(tmp_path: Path) -> None:
+def test_what_cannot_be_reported_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match="is no run folder"):
         report([tmp_path])
     (tmp_path / "metrics.jsonl").write_text("")
@@ -270,11 +271,13 @@ def test_what_cannot_be_reported_is_said(tmp_path: Path) -> None:
     (tmp_path / "step-000001.parquet").write_text("not parquet")
     with pytest.raises(UserError, match=r"step-000001\.parquet is damaged"):
         read_rollouts(tmp_path / "step-000001.parquet")
-    done = subprocess.run(
-        [sys.executable, "-m", "aipo.report", str(tmp_path / "nowhere")], cwd=ROOT, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "error: " in done.stderr
+    monkeypatch.setattr(sys, "argv", ["aipo.report", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("aipo.report", run_name="__main__")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
 
 
 def test_visible_names_what_cannot_be_seen() -> None:
