@@ -55,10 +55,8 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
     sources = sorted(key.removeprefix("rollouts of ") for key in total if key.startswith("rollouts of "))
     seconds = {phase: max(part.get(phase, 0.0) for _, part, *_ in parts) for phase in phases}
     world = len(parts)
-    varied = [
-        values
-        for _, values in sorted(chain(*(sample for *_, sample in parts)), key=lambda each: each[0])[:DIVERSITY_SAMPLE]
-    ]
+    sample = sorted(chain(*(measured for *_, measured in parts)), key=lambda each: each[0])[:DIVERSITY_SAMPLE]
+    varied = [values for _, values in sample if values]
     twin = total["wrong_gold_either"] > 0  # else nothing was compared
     return {
         **{k: v / world for k, v in total.items() if k.startswith("reward/")},
@@ -103,8 +101,7 @@ def diverse(rollouts: Rollouts) -> list[tuple[int, dict[str, float]]]:
     the number of ranks: (a number to sort all by, measures)."""
     n, drawn = rollouts.group_size, rollouts.each_completion
     first = sorted((number, q) for q, number in enumerate(rollouts.ids[::n].tolist()))[:DIVERSITY_SAMPLE]
-    measured = [(number, diversity(drawn[q * n : (q + 1) * n])) for number, q in first]
-    return [(number, values) for number, values in measured if values]
+    return [(number, diversity(drawn[q * n : (q + 1) * n])) for number, q in first]
 
 
 def by_source(rollouts: Rollouts) -> dict[str, float]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aipo.problems.datasets import Problem
-from aipo.record.reporting import reduce_metrics, rollout_rows
+from aipo.record.reporting import diverse, reduce_metrics, rollout_rows
 from aipo.rollout.base import Completion
 from aipo.rollouts import Rollouts
 from tests.tiny import tiny_tokenizer
@@ -86,4 +86,7 @@ def test_diversity_is_a_mean_over_questions_with_long_completions() -> None:
     assert logged["diversity/distinct_4"] == pytest.approx(2 / 5)
     assert logged["diversity/repetition_4"] == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert logged["diversity/self_bleu"] == 0
+    many = batch("a", "b", "c")
+    many.ids = torch.tensor([5, 0, 1, 0, 4, 0])  # the same four questions whatever the number of ranks
+    assert [number for number, _ in diverse(many)] == [1, 4, 5]
     assert not [key for key in reduce_metrics(batch("a"), {}, {"rollout": 1.0}) if key.startswith("diversity/")]
