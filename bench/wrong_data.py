@@ -125,8 +125,6 @@ def broken_columns() -> dict[str, tuple[dict[str, Any], int]]:
         "null": (second(None), 2), "blank": (second(" \t"), 2), "all null": (pa.nulls(ROWS), 1),
         "float": ([1.0] * ROWS, 1), "bool": ([True] * ROWS, 1), "list": ([["1"]] * ROWS, 1),
         "struct": ([{"x": 1}] * ROWS, 1), "bytes": ([b"1"] * ROWS, 1), "date": ([datetime.date(2020, 1, 1)] * ROWS, 1),
-        "far date": (pa.array([0, *[10**9] * (ROWS - 1)], pa.date32()), 2),
-        "far time": (pa.array([0, *[2**61] * (ROWS - 1)], pa.timestamp("ms")), 2),
         "duration": (pa.array([1] * ROWS, pa.duration("ns")), 1),
         "time zone of nowhere": (pa.array([0] * ROWS, pa.timestamp("us", tz="Mars/Base")), 1),
         "map": (pa.array([[("a", 1)]] * ROWS, pa.map_(pa.string(), pa.int64())), 0),
@@ -136,6 +134,8 @@ def broken_columns() -> dict[str, tuple[dict[str, Any], int]]:
     return {
         **{f"answer: {kind}": ({"answer": column}, row) for kind, (column, row) in many.items()},
         "another column is no UTF-8": ({"note": text(b"\xff")}, 2),
+        "another column has a far date": ({"day": pa.array([0, *[10**9] * (ROWS - 1)], pa.date32())}, 2),
+        "another column has a far time": ({"time": pa.array([0, *[2**61] * (ROWS - 1)], pa.timestamp("ms"))}, 2),
         "question: null": ({"question": [QUESTIONS[0], None, *QUESTIONS[2:]]}, 2),
         "kind unknown": ({"kind": ["math", "poem", *["math"] * (ROWS - 2)]}, 2),
         "id a float": ({"id": [1.5] * ROWS}, 1),
