@@ -385,7 +385,7 @@ def test_selected_logprobs_against_float64(bias: bool, entropy_gradient: bool, c
 
 
 def test_what_the_whole_vocabulary_says(model: nn.Module, chunk: int) -> None:
-    """Entropy, and KL(uniform || p) as INTUITOR's eq. has it, at every token and without a gradient."""
+    """Entropy, KL(uniform || p) as INTUITOR's eq. has it, and so on, at every token and without a gradient."""
     policy = Policy(copy.deepcopy(model), temperature=TEMPERATURE, head_chunk=chunk)
     for micro in laid_out(packing=False, budget=60):
         out = policy(micro, full=True)
@@ -405,6 +405,9 @@ def test_what_the_whole_vocabulary_says(model: nn.Module, chunk: int) -> None:
         slow_largest = torch.tensor([math.log(max(row)) for row in p.tolist()], dtype=torch.float64)
         torch.testing.assert_close(out["logp"].double(), slow_logp, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(out["largest"].double(), slow_largest, rtol=1e-4, atol=1e-5)
+        two = [sorted(row.tolist(), reverse=True)[:2] for row in p]
+        gaps = torch.tensor([math.log(first / second) for first, second in two], dtype=torch.float64)
+        torch.testing.assert_close(out["gap"].double(), gaps, rtol=1e-4, atol=1e-5)
         assert not out["entropy"].requires_grad
         assert torch.equal(out["states"], policy(micro)["states"])
         chosen = torch.arange(len(micro.targets)) % 3 == 0  # (N,)
