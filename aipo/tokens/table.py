@@ -113,6 +113,16 @@ def _information(passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollou
     return gain, sum(len(tree.tokens) for tree in trees)
 
 
+def _surprisal(passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts) -> tuple[Tensor, int]:
+    drawn = rollouts.logp_engine  # (B, T)
+    return passes.per_token(batches, rollouts.lengths, lambda micro: -micro.ragged_of(drawn)), 0
+
+
+def _stake(passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts) -> tuple[Tensor, int]:
+    entropy, read = MEASURES["entropy"].of(passes, batches, rollouts)  # (B, T)
+    return entropy * rollouts.advantages.abs()[:, None], read
+
+
 def _annotated(value: float) -> Callable[..., tuple[Tensor, int]]:
     """``value`` at the tokens that the problem says decide its answer, ``1 - value`` at all others; no pass."""
 
@@ -134,6 +144,8 @@ MEASURES = {
     "residual": Measure(by_micro_batch(_residual), 2, "norm of what adapters change in the hidden state (ARCA)"),
     "attention": Measure(by_micro_batch(_attention), 1, "normalised entropy of the row that predicts the token"),
     "information": Measure(_information, math.nan, "how far a token lowers the entropy of an early answer (IAPO)"),
+    "surprisal": Measure(_surprisal, 0, "minus its log-probability where it was drawn, nats"),
+    "stake": Measure(_stake, 1, "entropy times the size of the completion's advantage: for mask.scope batch"),
     "critical": Measure(_annotated(1.0), 0, "1 where the problem says that a token decides its answer (an oracle)"),
     "filler": Measure(_annotated(0.0), 0, "1 at all other tokens"),
 }
