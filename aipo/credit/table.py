@@ -44,11 +44,11 @@ def rank_correlation(score: Numbers, value: Numbers) -> float:
 
 def share_caught(score: Numbers, value: Numbers, rollout: NDArray[np.int64], fraction: float) -> float:
     """Share of the sum of ``value`` at the round(fraction n) highest scores, at least one, of every rollout (n,)."""
-    order = np.lexsort((-score, rollout))  # rollout by rollout, the best first, equal ones as they stand
-    _, start, length = np.unique(rollout[order], return_index=True, return_counts=True)
-    place = np.arange(len(order)) - np.repeat(start, length)
-    taken = place < np.repeat(np.maximum(1, np.round(fraction * length)), length)
-    return float(value[order[taken]].sum()) / max(float(value.sum()), 1e-12)
+    order = np.lexsort((-score, rollout))  # of each rollout from its highest score down, equal ones as they stand
+    _, first, sizes = np.unique(rollout[order], return_index=True, return_counts=True)
+    place = np.arange(len(order)) - np.repeat(first, sizes)  # (n,)
+    count = np.repeat(np.maximum(1, np.round(fraction * sizes)), sizes)  # (n,)
+    return float(value[order[place < count]].sum()) / max(float(value.sum()), 1e-12)
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,16 @@ STATISTICS: dict[str, Statistic] = {
 }
 
 
+RESAMPLES = 200
 Resample = tuple[NDArray[np.int64], Credit]  # rows of the questions drawn, and what is known of them
 
 
-def resamples(credit: Credit, *, count: int = 200, seed: int = 0) -> list[Resample]:
+def resamples(credit: Credit, *, seed: int = 0) -> list[Resample]:
     """Questions drawn with replacement, as many as there are."""
     draw = np.random.default_rng(seed)
     rows_of = [np.flatnonzero(credit.question == q) for q in range(int(credit.question.max()) + 1)]
     found = []
-    for _ in range(count):
+    for _ in range(RESAMPLES):
         drawn = draw.integers(len(rows_of), size=len(rows_of))
         rows = np.concatenate([rows_of[q] for q in drawn])
         copy = np.repeat(np.arange(len(drawn)), [len(rows_of[q]) for q in drawn])
