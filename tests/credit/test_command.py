@@ -34,7 +34,7 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_values_signals_and_tables(bed: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(bed)
     monkeypatch.setattr("aipo.distributed.launch", lambda work: work(torch.device("cpu")))
-    monkeypatch.setattr("aipo.credit.table.RESAMPLES", 20)  # test_table.py has the intervals
+    monkeypatch.setattr("aipo.credit.table.RESAMPLES", 2)  # test_table.py has the intervals
     assert main(["--config", str(CONFIG), *SMALL]) == 0
     text = capsys.readouterr().out
     tokens = pd.read_parquet("out/tokens.parquet")
