@@ -208,3 +208,65 @@ def error_bounds(answer_entropy: float, information: float, answers: int) -> tup
         )
     left = answer_entropy - information
     return min(max((left - 1) / math.log2(answers - 1), 0.0), 1.0), min(left / 2, 1.0)
+
+
+# -- how different the completions of a question are -------------------------------------------------------------------
+
+
+def ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+
+def distinct(completions: Sequence[Sequence[int]], n: int) -> float:
+    """Different n-grams of all completions together / their number (Li et al. 2016); NaN where there is none."""
+    every = [gram for tokens in completions for gram in ngrams(tokens, n)]
+    return len(set(every)) / len(every) if every else math.nan
+
+
+def repetition(completions: Sequence[Sequence[int]], n: int) -> float:
+    """Share of a completion's n-grams that it has said before, mean over those that have any; NaN where none has."""
+    shares = [1 - distinct([tokens], n) for tokens in completions if len(tokens) >= n]
+    return sum(shares) / len(shares) if shares else math.nan
+
+
+def self_bleu(completions: Sequence[Sequence[int]], order: int = 4) -> float:
+    """BLEU of each completion against all others, mean (Zhu et al. 2018); 1 is all alike, 0 nothing in common.
+
+    BLEU of Papineni et al. 2002 without smoothing: geometric mean of the clipped precisions of 1- to ``order``-grams,
+    of those a short completion has, times the brevity penalty by the closest length, the shorter of two. NaN for fewer
+    than two completions with tokens.
+    """
+    said = [tokens for tokens in completions if len(tokens)]
+    if len(said) < 2:
+        return math.nan
+    log_precisions: list[list[float]] = [[] for _ in said]
+    for n in range(1, order + 1):
+        counts = [Counter(ngrams(tokens, n)) for tokens in said]
+        most: dict[tuple[int, ...], tuple[int, int, int]] = {}  # n-gram -> who has it most often, how often, next most
+        for who, count in enumerate(counts):
+            for gram, times in count.items():
+                first, best, second = most.get(gram, (-1, 0, 0))
+                most[gram] = (who, times, best) if times > best else (first, best, max(second, times))
+        for who, count in enumerate(counts):
+            if total := sum(count.values()):
+                others = ((times, most[gram]) for gram, times in count.items())
+                shared = sum(min(times, second if first == who else best) for times, (first, best, second) in others)
+                log_precisions[who].append(math.log(shared / total) if shared else -math.inf)
+    scores = []
+    for who, (tokens, logs) in enumerate(zip(said, log_precisions)):
+        lengths = [len(other) for i, other in enumerate(said) if i != who]
+        closest = min(lengths, key=lambda length: (abs(length - len(tokens)), length))
+        scores.append(math.exp(min(0.0, 1 - closest / len(tokens)) + sum(logs) / len(logs)))
+    return sum(scores) / len(scores)
+
+
+def diversity(completions: Sequence[Sequence[int]]) -> dict[str, float]:
+    """The measures above of one question's completions, token ids; none where no two are long enough for all."""
+    if sum(len(tokens) >= 4 for tokens in completions) < 2:
+        return {}
+    return {
+        "distinct_1": distinct(completions, 1),
+        "distinct_4": distinct(completions, 4),
+        "repetition_4": repetition(completions, 4),
+        "self_bleu": self_bleu(completions),
+    }

@@ -145,6 +145,19 @@ def test_information_as_published(path: Path, rollouts: Rollouts) -> None:
             assert found[row, len(ids) :].isnan().all()
 
 
+def test_the_policys_entropy_is_measured_once(path: Path, rollouts: Rollouts) -> None:
+    """Where both information and confidence are made of it: one forward pass a micro-batch, and the same values."""
+    here = passes(path, policy_of(path), config("advantage.tokens=information", "advantage.information=next_token"))
+    every, read = batches(), []
+    forward = here.sharded.forward
+    here.sharded.forward = lambda *a, **k: read.append(a) or forward(*a, **k)  # type: ignore[func-returns-value, method-assign]
+    both, _ = measure({"information", "entropy"}, here, every, rollouts)
+    assert len(read) == len(every)
+    for name in ("information", "entropy"):
+        alone, _ = measure({name}, here, every, rollouts)
+        torch.testing.assert_close(both[name], alone[name], equal_nan=True, rtol=0, atol=0)
+
+
 def test_residual_and_attention(path: Path, rollouts: Rollouts) -> None:
     policy = policy_of(path)
     add_adapters(policy.model, rank=2, alpha=4.0, targets=("all-linear",), seed=0)
