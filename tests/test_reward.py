@@ -236,7 +236,7 @@ def test_a_function_that_hangs_or_crashes_gives_no_verdict() -> None:
 
 
 @contextmanager
-def load(each: int = 2) -> Iterator[None]:
+def load(each: int = 3) -> Iterator[None]:
     """``each`` busy processes a core, every one in a session of its own, as a scheduler may share by sessions."""
     spin = [sys.executable, "-c", "while True: pass"]
     busy = [subprocess.Popen(spin, start_new_session=True) for _ in range(each * len(os.sched_getaffinity(0)))]
@@ -252,27 +252,28 @@ def load(each: int = 2) -> Iterator[None]:
 @pytest.mark.skipif(sys.platform != "linux", reason="sched_getaffinity")
 @pytest.mark.usefixtures("functions")
 def test_a_busy_machine_changes_no_reward() -> None:
-    """The limit is CPU time: what takes two thirds of it is judged although it takes longer than it by the clock."""
+    """The limit is CPU time: what takes half of it is judged although it takes longer than it by the clock."""
     limit = 0.3
-    plain = RewardConfig(overlong_buffer=20, workers=2, timeout_s=limit)
-    configs = {"": plain, "burns": plain.model_copy(update={"function": "graders:burns"})}
-    problems = [Problem("1", "q", r"\sqrt{8}")] * 4 + [Problem("2", "q", "5", origin="burns")] * 4
-    texts = [r"\boxed{2\sqrt{2}}", r"\boxed{2\sqrt{3}}", r"\boxed{\sum_{n=1}^{10^9} n!}", "nothing"]
-    texts += ["0.2", "0.19", "0.18", "1000"]
+    usual = RewardConfig(overlong_buffer=20, workers=2, timeout_s=limit)
+    configs = {"": usual, "burns": usual.model_copy(update={"function": "graders:burns"})}
+    plain, burns = Problem("1", "q", r"\sqrt{8}"), Problem("2", "q", "5", origin="burns")
+    problems = [*[plain] * 3, *[burns] * 3, plain, burns]  # what ends a worker comes last: none has to start under load
+    texts = [r"\boxed{2\sqrt{2}}", r"\boxed{2\sqrt{3}}", "nothing", "0.15", "0.14", "0.13"]
+    texts += [r"\boxed{\sum_{n=1}^{10^9} n!}", "1000"]
 
     def scored(around: AbstractContextManager[None]) -> tuple[list[float], list[bool], dict[str, float], float]:
         rewarder = Rewarder(configs, max_tokens=100)
-        rewarder.score(problems[4:6], ["0", "0.01"], [9] * 2)  # workers have started
+        rewarder.score(problems[3:5], ["0", "0.01"], [9] * 2)  # workers have started
         with around:
             start = time.monotonic()
-            assert rewarder.score(problems[4:6], texts[4:6], [9] * 2)[0].tolist() == [1.0, 1.0]
+            assert rewarder.score(problems[3:5], texts[3:5], [9] * 2)[0].tolist() == [1.0, 1.0]
             took = time.monotonic() - start
             rewards, correct, metrics = rewarder.score(problems, texts, [9] * 8)
         rewarder.close()
         return rewards.nan_to_num(-1.0).tolist(), correct.tolist(), metrics, took
 
     rewards, correct, metrics, _ = scored(nullcontext())
-    assert rewards == [1.0, 0.0, -1.0, 0.0, 1.0, 1.0, 1.0, -1.0]
+    assert rewards == [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, -1.0, -1.0]
     assert metrics["reward/timed_out"] == 0.25
     again = scored(load())
     assert again[:3] == (rewards, correct, metrics)
