@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 # One row per problem, one entry per sample, 1 or True where the sample is right. Rows may differ in length.
 Correct = Sequence[Sequence[float]] | torch.Tensor
@@ -111,9 +112,16 @@ def bootstrap_interval(
     if values.ndim != 1 or not values.size:
         raise ValueError("scores must be a non-empty list with one number per problem")
     rng = np.random.default_rng(seed)
-    means = [values[rng.integers(values.size, size=values.size)].mean() for _ in range(resamples)]
+    means = _resampled_means(values, rng, resamples)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _resampled_means(values: NDArray[np.float64], rng: np.random.Generator, resamples: int) -> NDArray[np.float64]:
+    """Mean of each of the draws of all (n,) values with replacement, some at a time to hold little. (resamples,)"""
+    at_once = max(1, 1_000_000 // values.size)
+    sizes = [(min(at_once, resamples - done), values.size) for done in range(0, resamples, at_once)]
+    return np.concatenate([values[rng.integers(values.size, size=size)].mean(axis=1) for size in sizes])
 
 
 @dataclass(frozen=True)
@@ -151,12 +159,11 @@ def paired_bootstrap(
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)  # (problems,) each
     differences = right - left  # (problems,)
     rng = np.random.default_rng(seed)
-    size = differences.size
-    means = np.array([differences[rng.integers(size, size=size)].mean() for _ in range(resamples)])  # (resamples,)
+    means = _resampled_means(differences, rng, resamples)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     smaller = min(int((means <= 0).sum()), int((means >= 0).sum()))
     p = min(1.0, 2 * (smaller + 1) / (resamples + 1))
-    return Difference(float(left.mean()), float(right.mean()), float(low), float(high), p, size)
+    return Difference(float(left.mean()), float(right.mean()), float(low), float(high), p, differences.size)
 
 
 @dataclass(frozen=True)

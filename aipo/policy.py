@@ -136,22 +136,26 @@ def vocabulary_statistics(
     ``entropy``; ``certainty`` (INTUITOR), KL(uniform || p) = -1/V sum_j log(V p_j) = logsumexp(z) - mean(z) - log V;
     ``energy`` (the optimal token baseline, arXiv 2602.07078), the squared norm of d log p_target / dz, without its
     temperature: |e_target - p|^2 = 1 - 2 p_target + sum_j p_j^2; ``logp`` and ``largest``, log p of the target and of
-    the likeliest token.
+    the likeliest token; ``gap``, log p of the likeliest token less that of the next, 0 where two are equally likely.
     """
     entropy = hidden.new_empty(len(hidden), dtype=torch.float32)  # (N,)
-    certainty, energy, logp, largest = (torch.empty_like(entropy) for _ in range(4))  # (N,) each
+    certainty, energy, logp, largest, gap = (torch.empty_like(entropy) for _ in range(5))  # (N,) each
     weight = _as_computed(weight)
     for part in _parts(len(hidden), chunk):
         product = F.linear(hidden[part], weight, bias)  # (chunk, V)
         for rows, here in _blocks(product, part.start):
             log_p = product[rows].float().div_(temperature).log_softmax(-1)  # (rows, V)
-            logp[here], largest[here] = log_p.gather(-1, targets[here, None])[:, 0], log_p.amax(-1)
+            logp[here] = log_p.gather(-1, targets[here, None])[:, 0]
             certainty[here] = -log_p.mean(-1) - math.log(log_p.shape[-1])
             p = log_p.exp()  # (rows, V)
             drawn = p.gather(-1, targets[here, None])[:, 0]  # (rows,)
             energy[here] = (1 - 2 * drawn + torch.linalg.vector_norm(p, dim=-1).square()).clamp(min=0)
             entropy[here] = -p.mul_(log_p).sum(-1)
-    return {"entropy": entropy, "certainty": certainty, "energy": energy, "logp": logp, "largest": largest}
+            first, where = log_p.max(-1, keepdim=True)  # (rows, 1); twice the largest is cheaper than the two at once
+            largest[here] = first[:, 0]
+            gap[here] = first[:, 0] - log_p.scatter_(-1, where, -torch.inf).amax(-1)
+    numbers = {"entropy": entropy, "certainty": certainty, "energy": energy, "logp": logp}
+    return numbers | {"largest": largest, "gap": gap}
 
 
 class SelectedLogProbs(torch.autograd.Function):

@@ -88,7 +88,7 @@ class Trainer:
         self.collector, self.sharded, self.reference = collector, sharded, reference
         self.selector, self.curriculum = selector, curriculum
         self.store, self.tracker, self.progress = store, tracker, progress
-        self.recorder = TokenRecorder(config, collector.prompter)
+        self.recorder = TokenRecorder(config, collector.prompter, curriculum)
         self.gap_guard = GapGuard(config.guards, apart=config.branch.latent != "none")
         self.identity, self.engine_gap, self.stop_requested = identity, engine_gap, stop_requested
         self.passes = Passes(config, sharded, collector.prompter, device, problems)

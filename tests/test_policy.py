@@ -86,8 +86,9 @@ def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(params=["llama tied", "llama untied", "qwen3"])
+@pytest.fixture(scope="module", params=["llama tied", "llama untied", "qwen3"])
 def model(request: pytest.FixtureRequest, qwen_folder: Path) -> nn.Module:
+    """To look at; a policy takes a copy."""
     if request.param == "qwen3":
         return Qwen3ForCausalLM.from_pretrained(qwen_folder, dtype=torch.float32).train()
     return llama(tied=request.param == "llama tied")
@@ -113,6 +114,11 @@ def reference(model: nn.Module, chosen: Tensor) -> tuple[Tensor, Tensor, dict[st
     gradients = torch.autograd.grad((logp * WEIGHTS * chosen).sum(), list(model.parameters()))
     names = [name for name, _ in model.named_parameters()]
     return logp.detach(), pad(torch.cat(entropies).detach(), LENGTHS), dict(zip(names, gradients))
+
+
+@pytest.fixture(scope="module")
+def expected(model: nn.Module) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    return reference(model, CHOSEN)
 
 
 def ours(
@@ -173,8 +179,7 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logp_entropy_and_every_gradient(model: nn.Module, layout: str, chunk: int) -> None:
-    expected = reference(model, CHOSEN)
+def test_logp_entropy_and_every_gradient(model: nn.Module, expected: Any, layout: str, chunk: int) -> None:
     policy = Policy(copy.deepcopy(model), temperature=TEMPERATURE, head_chunk=chunk)
     assert_same(ours(policy, CHOSEN, **LAYOUTS[layout]), expected, CHOSEN)
 
@@ -380,7 +385,7 @@ def test_selected_logprobs_against_float64(bias: bool, entropy_gradient: bool, c
 
 
 def test_what_the_whole_vocabulary_says(model: nn.Module, chunk: int) -> None:
-    """Entropy, and KL(uniform || p) as INTUITOR's eq. has it, at every token and without a gradient."""
+    """Entropy, KL(uniform || p) as INTUITOR's eq. has it, and so on, at every token and without a gradient."""
     policy = Policy(copy.deepcopy(model), temperature=TEMPERATURE, head_chunk=chunk)
     for micro in laid_out(packing=False, budget=60):
         out = policy(micro, full=True)
@@ -400,6 +405,9 @@ def test_what_the_whole_vocabulary_says(model: nn.Module, chunk: int) -> None:
         slow_largest = torch.tensor([math.log(max(row)) for row in p.tolist()], dtype=torch.float64)
         torch.testing.assert_close(out["logp"].double(), slow_logp, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(out["largest"].double(), slow_largest, rtol=1e-4, atol=1e-5)
+        two = [sorted(row.tolist(), reverse=True)[:2] for row in p]
+        gaps = torch.tensor([math.log(first / second) for first, second in two], dtype=torch.float64)
+        torch.testing.assert_close(out["gap"].double(), gaps, rtol=1e-4, atol=1e-5)
         assert not out["entropy"].requires_grad
         assert torch.equal(out["states"], policy(micro)["states"])
         chosen = torch.arange(len(micro.targets)) % 3 == 0  # (N,)

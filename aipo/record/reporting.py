@@ -116,15 +116,19 @@ def by_source(rollouts: Rollouts) -> dict[str, float]:
 
 
 def rollout_rows(
-    rollouts: Rollouts, selection: Selection, tokenizer: PreTrainedTokenizerBase, count: int
+    rollouts: Rollouts, selection: Selection, tokenizer: PreTrainedTokenizerBase, count: int, budget: int
 ) -> list[dict[str, Any]]:
-    """A sample of this rank's rollouts with the MI and mask of each token; those of the update first."""
+    """At most ``count`` of this rank's rollouts and ``budget`` tokens, with MI and mask of each; those of the update
+    first."""
     shown = [i for i in range(len(rollouts.texts)) if not rollouts.question_of(i).protected]
     order = sorted(shown, key=lambda i: (not rollouts.used[i], -abs(rollouts.advantages[i])))
     rows = []
     for i in order[:count]:
         problem, completion = rollouts.question_of(i), rollouts.completions[i]
         length = len(completion.token_ids)
+        budget -= length
+        if budget < 0:
+            break
         rows.append(
             {
                 "question": problem.question,

@@ -78,6 +78,10 @@ def _energy(passes: Passes, micro: MicroBatch) -> Tensor:
     return passes.sharded.forward(micro, full=True)["energy"]
 
 
+def _gap(passes: Passes, micro: MicroBatch) -> Tensor:
+    return passes.sharded.forward(micro, full=True)["gap"]
+
+
 def _residual(passes: Passes, micro: MicroBatch) -> Tensor:
     states = passes.states(micro)  # (N, d)
     with adapters_off(passes.sharded.policy.model):
@@ -91,15 +95,20 @@ def _attention(passes: Passes, micro: MicroBatch) -> Tensor:
     return attention.entropy
 
 
+def _entropy(
+    passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts, known: Mapping[str, Tensor]
+) -> tuple[Tensor, int]:
+    """Once, for all that need it."""
+    return (known["entropy"], 0) if "entropy" in known else MEASURES["entropy"].of(passes, batches, rollouts, known)
+
+
 @torch.no_grad()
 def _information(
     passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts, known: Mapping[str, Tensor]
 ) -> tuple[Tensor, int]:
     reading = passes.config.advantage.information
     if reading == "next_token":
-        entropy = known.get("entropy")  # (B, T)
-        if entropy is None:
-            entropy, _ = MEASURES["entropy"].of(passes, batches, rollouts, known)
+        entropy, _ = _entropy(passes, batches, rollouts, known)  # (B, T)
         ends = torch.arange(entropy.shape[1] + 1) == rollouts.lengths[:, None]  # (B, T + 1)
         behind = torch.nn.functional.pad(entropy, (0, 1), value=math.nan)  # (B, T + 1)
         return smoothed_gain(behind.masked_fill(ends, 0.0)), 0
@@ -123,6 +132,20 @@ def _information(
     return gain, sum(len(tree.tokens) for tree in trees)
 
 
+def _surprisal(
+    passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts, known: Mapping[str, Tensor]
+) -> tuple[Tensor, int]:
+    drawn = rollouts.logp_engine  # (B, T)
+    return passes.per_token(batches, rollouts.lengths, lambda micro: -micro.ragged_of(drawn)), 0
+
+
+def _stake(
+    passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts, known: Mapping[str, Tensor]
+) -> tuple[Tensor, int]:
+    entropy, read = _entropy(passes, batches, rollouts, known)  # (B, T)
+    return entropy * rollouts.advantages.abs()[:, None], read
+
+
 def _annotated(value: float) -> Of:
     """``value`` at the tokens that the problem says decide its answer, ``1 - value`` at all others; no pass."""
 
@@ -143,9 +166,12 @@ MEASURES = {
     "entropy": Measure(by_micro_batch(_entropy), 1, "of the policy over the whole vocabulary, nats"),
     "certainty": Measure(by_micro_batch(_certainty), 1, "KL from the uniform distribution to the policy (INTUITOR)"),
     "energy": Measure(by_micro_batch(_energy), 1, "squared norm of its log-probability's gradient by the logits (OTB)"),
+    "gap": Measure(by_micro_batch(_gap), 1, "log-probability of the most probable token less that of the next, nats"),
     "residual": Measure(by_micro_batch(_residual), 2, "norm of what adapters change in the hidden state (ARCA)"),
     "attention": Measure(by_micro_batch(_attention), 1, "normalised entropy of the row that predicts the token"),
     "information": Measure(_information, math.nan, "how far a token lowers the entropy of an early answer (IAPO)"),
+    "surprisal": Measure(_surprisal, 0, "minus its log-probability where it was drawn, nats"),
+    "stake": Measure(_stake, 1, "entropy times the size of the completion's advantage: for mask.scope batch"),
     "critical": Measure(_annotated(1.0), 0, "1 where the problem says that a token decides its answer (an oracle)"),
     "filler": Measure(_annotated(0.0), 0, "1 at all other tokens"),
 }

@@ -37,7 +37,7 @@ def selector(rollouts: Rollouts) -> Any:
 
 def test_the_sample_has_rollouts_of_the_update_with_large_advantages_first() -> None:
     rollouts = batch("a", "b")
-    rows = rollout_rows(rollouts, selector(rollouts), tiny_tokenizer(), 3)
+    rows = rollout_rows(rollouts, selector(rollouts), tiny_tokenizer(), 3, budget=100)
     assert [row["completion"] for row in rows] == ["completion 1", "completion 2", "completion 0"]
     assert len(rows[0]["tokens"]) == len(rows[0]["mi"]) == len(rows[0]["mask"]) == 2
     assert rows[0]["question"] == "question of a"
@@ -47,13 +47,13 @@ def test_a_model_with_more_rows_than_tokens() -> None:
     tokenizer = tiny_tokenizer()
     rollouts = batch("a")
     rollouts.completions[1] = Completion([10, len(tokenizer) + 7], [-0.5] * 2, "stop")
-    tokens = rollout_rows(rollouts, selector(rollouts), tokenizer, 1)[0]["tokens"]
+    tokens = rollout_rows(rollouts, selector(rollouts), tokenizer, 1, budget=100)[0]["tokens"]
     assert tokens == [tokenizer.convert_ids_to_tokens(10), f"<no token {len(tokenizer) + 7}>"]
 
 
 def test_text_that_must_not_get_out_does_not() -> None:
     rollouts = batch("gpqa_diamond/1", "b")
-    rows = rollout_rows(rollouts, selector(rollouts), tiny_tokenizer(), 10)
+    rows = rollout_rows(rollouts, selector(rollouts), tiny_tokenizer(), 10, budget=100)
     assert {row["question"] for row in rows} == {"question of b"}
 
 

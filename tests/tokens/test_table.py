@@ -106,6 +106,21 @@ def test_entropy_and_certainty(path: Path, rollouts: Rollouts) -> None:
         assert found["entropy"][row, len(ids) :].isnan().all()
 
 
+def test_surprisal_and_stake(path: Path, rollouts: Rollouts) -> None:
+    """-log p as the engine drew the token; H |A|, so that no token counts where a completion has no advantage."""
+    rollouts.advantages[2] = 0.0
+    here = passes(path, policy_of(path), config())
+    found = {name: measured(name, here, rollouts) for name in ("surprisal", "stake")}
+    for row, ids in enumerate(COMPLETIONS):
+        prompt = PROMPTS[row // 2]
+        logits = plain_logits(path, prompt + ids)
+        for t in range(len(ids)):
+            assert found["surprisal"][row, t] == 0.5 * (t + 1)
+            expected = entropy(logits[len(prompt) - 1 + t]) * abs(float(rollouts.advantages[row]))
+            assert found["stake"][row, t] == pytest.approx(expected, abs=1e-4)
+        assert found["stake"][row, len(ids) :].isnan().all()
+
+
 def test_information(path: Path, rollouts: Rollouts) -> None:
     """s_t = H(y | q, o_<t) - H(y | q, o_<=t), the answer's first token behind the postfix."""
     policy = policy_of(path)
