@@ -63,7 +63,7 @@ class Bed:
 
     def __init__(self, work: Path, minutes: float = float("inf")) -> None:
         self.work, self.deadline = work, time.monotonic() + 60 * minutes
-        self.inputs = faults.in_child(lambda: make_inputs(work / "inputs"))  # it starts a thread, for its progress bar
+        self.inputs = faults.in_child(lambda: make_inputs(work / "inputs"))  # it draws a bar: faults.start
         self.expected: dict[int, dict[str, bytes]] = {}
         self.seconds: dict[int, float] = {}
         self.spans: dict[str, list[float]] = {}
