@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from matplotlib.figure import Figure
 
-from aipo.campaign.statistics import holm, paired_p
+from aipo.campaign.statistics import compare, holm, paired_p
 from aipo.config import CONFIG_FOLDER, load_config
 from aipo.evaluation.results import markdown
 from aipo.record.jsonl import JsonlLog, read_jsonl
@@ -64,60 +64,75 @@ def area(curve: Sequence[tuple[int, float]]) -> float:
     return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
 
 
-def paired(rows: Sequence[Row], first: str, second: str) -> tuple[float, float, int]:
-    """Mean difference in final accuracy, points, its two-sided p (t-test paired by seed), and the number of pairs.
+def finals(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
+    """condition -> seed -> final accuracy, %."""
+    found: dict[str, dict[int, float]] = {name: {} for name in sorted({row["condition"] for row in rows})}
+    for row in rows:
+        found[row["condition"]][row["seed"]] = 100 * row["curve"][-1][1]
+    return found
 
-    NaN with fewer than two pairs; p also where all pairs differ alike.
+
+def contrasts(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[tuple[float, float, int]]:
+    """Of each pair of conditions the mean difference in final accuracy, points, its two-sided p (t-test paired by
+    seed, Holm's correction for these pairs), and the number of seeds.
+
+    NaN with fewer than two seeds; p also where all differ alike.
     """
-    final = {(row["condition"], row["seed"]): 100 * row["curve"][-1][1] for row in rows}
-    seeds = sorted({seed for name, seed in final if name == first} & {seed for name, seed in final if name == second})
-    a, b = ([final[name, seed] for seed in seeds] for name in (first, second))
-    if len(seeds) < 2:
-        return float("nan"), float("nan"), len(seeds)
-    differences = np.subtract(a, b).tolist()
-    return float(np.mean(differences)), paired_p(differences), len(seeds)
+    final = finals(rows)
+    seeds = [sorted(final.get(a, {}).keys() & final.get(b, {}).keys()) for a, b in pairs]
+    found = [[final[a][seed] - final[b][seed] for seed in own] for (a, b), own in zip(pairs, seeds)]
+    means = [float(np.mean(each)) if len(each) > 1 else float("nan") for each in found]
+    return list(zip(means, holm([paired_p(each) for each in found]), map(len, found)))
+
+
+def told(pairs: Sequence[tuple[str, str]], made: Sequence[tuple[float, float, int]]) -> str:
+    return "; ".join(
+        f"{a} - {b}: {difference:+.1f} points, p {p:.2g}, {seeds} seeds"
+        for (a, b), (difference, p, seeds) in zip(pairs, made)
+        if seeds > 1
+    )
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line a condition, by final accuracy; differences from random and their corrected p."""
-    names = sorted({row["condition"] for row in rows})
-    tests = {name: paired(rows, name, "random") for name in names if name != "random"}
-    adjusted = dict(zip(tests, holm([p for _, p, _ in tests.values()])))
+    """A line a condition, by final accuracy; differences from random with a 95 % interval and their corrected p."""
+    final = finals(rows)
+    against = compare(final, "random")
     cells = []
-    for name in names:
-        own = [row for row in rows if row["condition"] == name]
-        final = [100 * row["curve"][-1][1] for row in own]
-        areas = [100 * area(row["curve"]) for row in own]
-        difference, p, _ = tests.get(name, (0.0, float("nan"), 0))
+    for name, by_seed in final.items():
+        own, after = [row for row in rows if row["condition"] == name], list(by_seed.values())
+        several = against.get(name) if len(after) > 1 else None
         cells.append(
             [
                 name,
                 str(len(own)),
                 f"{100 * np.mean([row['curve'][0][1] for row in own]):.1f}",
-                f"{np.mean(final):.1f}",
-                f"{np.std(final, ddof=1):.1f}" if len(own) > 1 else "",
-                f"{np.mean(areas):.1f}",
-                "" if name == "random" or difference != difference else f"{difference:+.1f}",
-                "" if p != p else f"{adjusted[name]:.2g}",
+                f"{np.mean(after):.1f}",
+                f"{np.std(after, ddof=1):.1f}" if len(after) > 1 else "",
+                f"{np.mean([100 * area(row['curve']) for row in own]):.1f}",
+                f"{several.difference:+.1f} ({several.low:+.1f} to {several.high:+.1f})" if several else "",
+                f"{several.adjusted:.2g}" if several and several.adjusted == several.adjusted else "",
                 f"{100 * np.mean([row['selected'] for row in own]):.0f}",
                 f"{np.median([row['seconds'] for row in own]):.0f}",
             ]
         )
-    columns = ["condition", "seeds", "before, %", "after, %", "sd over seeds", "area, %", "against random", "p (Holm)"]
-    return markdown([*columns, "tokens, %", "s/run"], sorted(cells, key=lambda cell: -float(cell[3])))
+    columns = ["condition", "seeds", "before, %", "after, %", "sd over seeds", "area, %", "against random (95 %)"]
+    return markdown([*columns, "p (Holm)", "tokens, %", "s/run"], sorted(cells, key=lambda cell: -float(cell[3])))
 
 
 def counts(rows: Sequence[Row]) -> str:
     """Whether the bed counts: oracle beats random and random beats inverse, both with a corrected p below 1 %."""
     pairs = [("oracle", "random"), ("random", "inverse")]
-    found = {f"{a} - {b}": paired(rows, a, b) for a, b in pairs}
-    adjusted = dict(zip(found, holm([p for _, p, _ in found.values()])))
-    passed = all(found[name][0] > 0 and adjusted[name] < 0.01 for name in found)
-    told = "; ".join(
-        f"{name}: {difference:+.1f} points, p {adjusted[name]:.2g}, {seeds} seeds"
-        for name, (difference, _, seeds) in found.items()
-    )
-    return f"The bed {'counts' if passed else 'does not count'} ({told})."
+    made = contrasts(rows, pairs)
+    passed = all(difference > 0 and p < 0.01 for difference, p, _ in made)
+    return f"The bed {'counts' if passed else 'does not count'} ({told(pairs, made)})."
+
+
+def twins(rows: Sequence[Row]) -> str:
+    """Each reading of the mutual information against the same with the gold answer of another question."""
+    names = {row["condition"] for row in rows}
+    pairs = [(name, f"{name}_wrong_gold") for name in sorted(names) if f"{name}_wrong_gold" in names]
+    text = told(pairs, contrasts(rows, pairs))
+    return f"Right against wrong gold: {text}." if text else ""
 
 
 def curves(rows: Sequence[Row], path: Path) -> None:
@@ -141,7 +156,7 @@ def curves(rows: Sequence[Row], path: Path) -> None:
 
 def write(name: str, target: Path) -> str:
     rows = read_jsonl(target.with_suffix(".jsonl"))
-    text = f"# Bed {name}\n\n{table(rows)}\n{counts(rows)}\n"
+    text = f"# Bed {name}\n\n{table(rows)}\n{counts(rows)}\n\n{twins(rows)}".rstrip() + "\n"
     target.with_suffix(".md").write_text(text)
     curves(rows, target.with_suffix(".png"))
     return text

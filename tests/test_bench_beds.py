@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from aipo.config import CONFIG_FOLDER, load_config
-from bench.beds import CONDITIONS, CONTROLS, area, counts, paired, table
+from bench.beds import CONDITIONS, CONTROLS, area, contrasts, counts, table, twins
 
 BEDS = sorted(path.stem for path in (CONFIG_FOLDER / "beds").glob("*.yaml"))
 
@@ -36,7 +36,7 @@ def test_area_is_a_mean_over_steps() -> None:
 
 def test_pairs_are_of_one_seed() -> None:
     made = rows({"oracle": [0.9, 0.8, 0.7], "random": [0.5, 0.5]})
-    difference, p, seeds = paired(made, "oracle", "random")
+    ((difference, p, seeds),) = contrasts(made, [("oracle", "random")])
     assert (round(difference, 6), seeds) == (35.0, 2)
     assert 0.05 < p < 0.2
 
@@ -48,3 +48,10 @@ def test_a_bed_counts_only_if_both_controls_are_apart() -> None:
     assert counts(rows({"oracle": [0.9], "random": [0.1], "inverse": [0.0]})).startswith("The bed does not count (")
     lines = table(rows(apart)).splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == ["oracle", "random", "inverse"]
+
+
+def test_a_right_gold_is_told_beside_its_wrong_one() -> None:
+    made = rows({"mi": [0.9, 0.8, 0.9], "mi_wrong_gold": [0.6, 0.6, 0.5], "mi_low": [0.1, 0.2, 0.3], "random": [0.5]})
+    assert twins(made).startswith("Right against wrong gold: mi - mi_wrong_gold: +30.0 points, p ")
+    assert "mi_low" not in twins(made)
+    assert twins(rows({"mi": [0.9]})) == ""

@@ -275,7 +275,13 @@ def test_a_run_on_a_mix_of_sources(model: Path, tmp_path: Path, monkeypatch: pyt
     pyarrow.parquet.write_table(pyarrow.table(hard), tmp_path / "hard.parquet")
     (tmp_path / "mixed.yaml").write_text("base: tiny.yaml\n" + MIXED.replace("PLACE", str(tmp_path)))
     more = [f"model.path={model}", f"runs={tmp_path}", "rollout.engine=hf", "model.dtype=float32"]
-    more += ["sharding.zero_stage=0", "loss.kl_beta=0", "validation.watch_every=2", "tracking.rollouts_per_step=16"]
+    more += [
+        "sharding.zero_stage=0",
+        "loss.kl_beta=0",
+        "validation.watch_every=2",
+        "tracking.rollouts_per_step=16",
+        "reward.workers=1",
+    ]
     config = load_config(str(tmp_path / "mixed.yaml"), [*more, "curriculum.buckets=within", "mask.rule=all"])
     inputs = check_inputs(config, world=1)
     assert len(inputs.problems) + len(inputs.held_out) == 40

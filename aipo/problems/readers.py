@@ -115,6 +115,7 @@ def _stream(form: str, place: str, **options: Any) -> Any:
 def _library() -> Any:
     import datasets  # imported here: half a second that the embedded problems do not need
 
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else it asks the hub, and waits for it, at every file from here
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, by us
     return datasets

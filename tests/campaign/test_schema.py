@@ -103,6 +103,16 @@ def test_the_paper_by_name(name: str, scale: str) -> None:
     assert bool(campaign.printed) == (scale == "paper" and name.startswith("table"))
 
 
+def test_the_beds_campaign_sets_selections_of_one_size_beside_the_controls() -> None:
+    path = CONFIG_FOLDER / "campaigns" / "laptop" / "beds.yaml"
+    campaign = load_campaign(path)
+    assert {"oracle", "all", "random", "inverse", "fillers", "MI, wrong gold"} <= campaign.conditions.keys()
+    made = list(settings(campaign, path))
+    assert len({each.config.model_dump_json(exclude={"name"}) for each in made}) == len(made)  # no two are one run
+    for panel, share in (("chain", 0.235), ("fork", 0.0667)):
+        assert {each.config.mask.fraction for each in made if each.panel == panel} == {share}
+
+
 def test_the_document_names_every_key_and_its_example_works(tmp_path: Path) -> None:
     text = (CONFIG_FOLDER.parent / "docs" / "campaigns.md").read_text()
     table = text[text.index("## Keys") : text.index("## What is run")]
