@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import get_args
 
 import torch
 from torch import Tensor
 
+from aipo.advantage import group_advantages
 from aipo.config import Config
 from aipo.config.base import Features
 from aipo.config.sections import MIConfig
@@ -44,7 +46,7 @@ NORMALIZED: dict[str, list[str]] = {"none": [], "cca": ["cca"]}
 
 def named(config: Config, problems: Sequence[Problem], only: Sequence[str] = ()) -> list[str]:
     """Signals that there are of a model and problems; UserError if one of ``only`` is not among them."""
-    found = ["surprisal", "position (early)", "random"]
+    found = ["position (early)", "random"]
     for name in MEASURES:
         annotated = name not in ("critical", "filler") or all(problem.critical for problem in problems)
         if annotated and (name != "residual" or config.lora.rank):
@@ -72,6 +74,7 @@ def all_signals(
     Args:
         problems: among which the wrong golds are found; those of the rollouts may be others.
     """
+    rollouts = replace(rollouts, advantages=group_advantages(rollouts.rewards, rollouts.group_size))
     passes = Passes(config, sharded, prompter, device)
     batches = passes.batches_of(rollouts)
     inside = token_grid(rollouts.lengths, int(rollouts.lengths.max()))  # (B, T)
@@ -101,7 +104,6 @@ def all_signals(
         return measure({name}, passes, batches, rollouts)[0][name]  # (B, T)
 
     makers: dict[str, Callable[[], Tensor]] = {
-        "surprisal": lambda: -rollouts.logp_engine,
         "position (early)": lambda: -place,
         "random": lambda: noise,
     }

@@ -95,7 +95,7 @@ def _attention(passes: Passes, micro: MicroBatch) -> Tensor:
     return attention.entropy
 
 
-def _entropy(
+def _known_entropy(
     passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts, known: Mapping[str, Tensor]
 ) -> tuple[Tensor, int]:
     """Once, for all that need it."""
@@ -108,7 +108,7 @@ def _information(
 ) -> tuple[Tensor, int]:
     reading = passes.config.advantage.information
     if reading == "next_token":
-        entropy, _ = _entropy(passes, batches, rollouts, known)  # (B, T)
+        entropy, _ = _known_entropy(passes, batches, rollouts, known)  # (B, T)
         ends = torch.arange(entropy.shape[1] + 1) == rollouts.lengths[:, None]  # (B, T + 1)
         behind = torch.nn.functional.pad(entropy, (0, 1), value=math.nan)  # (B, T + 1)
         return smoothed_gain(behind.masked_fill(ends, 0.0)), 0
@@ -142,7 +142,7 @@ def _surprisal(
 def _stake(
     passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts, known: Mapping[str, Tensor]
 ) -> tuple[Tensor, int]:
-    entropy, read = _entropy(passes, batches, rollouts, known)  # (B, T)
+    entropy, read = _known_entropy(passes, batches, rollouts, known)  # (B, T)
     return entropy * rollouts.advantages.abs()[:, None], read
 
 

@@ -15,7 +15,7 @@ import torch
 from aipo.beds.__main__ import main as make_bed
 from aipo.config import load_config
 from aipo.credit import gradients
-from aipo.credit.__main__ import check, main
+from aipo.credit.command import check, main
 from aipo.credit.frozen import FIXED, build
 from aipo.credit.signals import VOCABULARY, all_signals
 from aipo.credit.table import WRONG, Credit
