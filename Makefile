@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup train data reproduce bench test test-fast lint clean
+.PHONY: help setup train data reproduce credit bench test test-fast lint clean
 
 # a shim can exist without the version behind it, so each candidate is run
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
@@ -47,6 +47,11 @@ SCALE ?= laptop
 reproduce: setup  ## a table or figure of the paper: NAME=table1 SCALE=laptop (hours); ARGS=--dry-run says what it takes
 	python -m aipo.problems.embedded
 	python sweep.py $(SCALE)/$(NAME).yaml $(ARGS)
+
+CONFIG ?= smollm2_135m.yaml
+credit: setup  ## which tokens decide an answer, and which signals find them: CONFIG=... (15 minutes); ARGS="--samples 4"
+	python -m aipo.problems.embedded
+	python -m aipo.credit --config $(CONFIG) $(ARGS)
 
 bench: setup  ## time and memory of a step, the head, MI, rollouts and the planner, in small: under 15 minutes on two cores
 	python -m aipo.problems.embedded

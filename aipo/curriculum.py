@@ -186,6 +186,10 @@ class Curriculum:
             chosen += self._draw(cell, count)
         return [self.question_ids[i] for i in rng.permutation(chosen)]
 
+    def bucket(self, question: str) -> str | None:
+        """Name of the bucket that a question is in now; None where there are none."""
+        return NAMES[self.buckets[self._index[question]]] if self.enabled else None
+
     @property
     def cells(self) -> np.ndarray:
         """Which bucket of which source each question is in. (N,)"""

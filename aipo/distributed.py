@@ -89,6 +89,8 @@ def start() -> torch.device:
         device = torch.device("cpu")
         dist.init_process_group("gloo")
     if world_size() > 1:
+        global _TELLS
+        _TELLS = _store()
         threading.Thread(target=_end_with_others, args=[_store()], daemon=True).start()
     return device
 
@@ -233,6 +235,7 @@ def stop() -> None:
 
 
 _CLAIMED, _FAILED = "aipo/claimed", "aipo/failed"  # keys in the store of the process group
+_TELLS: Any = None  # that store, for :func:`fail`: a connection begun then would wait half an hour for a killed rank 0
 
 
 def _store() -> Any:
@@ -251,18 +254,21 @@ def fail(error: BaseException) -> int:
     text = f"error: {error}" if known else "".join(traceback.format_exception(error)).rstrip()
     several = world_size() > 1
     if several:
-        store = _store()
-        if store.add(_CLAIMED, 1) > 1:
-            time.sleep(60)  # the thread that follows the other's failure is faster
-            os._exit(code)
         text = f"rank {rank()}: {text}"
+        try:
+            if _TELLS.add(_CLAIMED, 1) > 1:
+                time.sleep(60)  # the thread that follows the other's failure is faster
+                os._exit(code)
+        except dist.DistError:  # launched without torchrun, the store is in rank 0
+            text = f"{text}\nrank {rank()}: rank 0 ended without a word: was it killed, for its memory?"
         if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends its summary with what it finds there
             when = {"py_callstack": text, "timestamp": str(int(time.time()))}
             Path(report).write_text(json.dumps({"message": {"message": text, "extraInfo": when}}))
     sys.stdout.flush()
     print(text, file=sys.stderr, flush=True)
     if several:
-        store.set(_FAILED, text)
+        with suppress(dist.DistError):
+            _TELLS.set(_FAILED, text)
         time.sleep(0.5)  # the others are silent before their connections break
         os._exit(code)  # no destructor that waits for them
     return code

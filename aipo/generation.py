@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,13 +20,7 @@ from torch import Tensor
 
 from aipo import distributed
 from aipo.advantage import constant_groups
-from aipo.branching.branches import (
-    bottleneck_scores,
-    join_branches,
-    keep_best,
-    mean_log_prob,
-    plan_branches,
-)
+from aipo.branching.branches import Paths, bottleneck_scores, branches_by_round, keep_best, mean_log_prob
 from aipo.branching.cvae import Latents
 from aipo.config import Config
 from aipo.errors import TrainingError
@@ -146,28 +141,35 @@ class Generation:
         """Base rollouts, branches from where the policy was unsure, and the filter (IIB-LPO)."""
         branch, collector, keep = self.config.branch, self.collector, self.config.rollout.samples_per_question
         base = collector.collect(problems, self.sampling, samples=branch.base, stream=stream, submit=False)
-        if branch.signal == "entropy":
-            signal = measure({"entropy"}, self.passes, self.passes.batches_of(base), base)[0]["entropy"]  # (B, T)
-        else:
-            signal = -base.logp_engine  # (B, T)
-        plan = plan_branches(
+        paths = Paths(
             base,
-            signal,
-            samples=branch.total or keep,
+            self._unsureness(base),
             max_tokens=self.sampling.max_tokens,
             fraction=branch.fraction,
             pick=branch.pick,
+            cut=branch.cut,
+            skip=branch.skip,
             seed=self.config.seed,
             stream=stream,
         )
-        requests = [each.request for each in plan]
-        rollouts = join_branches(base, plan, self._draw(requests), collector.prompter.decode)
-        rollouts.extra_tokens -= sum(each.cut for each in plan)  # beginnings that were not generated again
+        counts = branches_by_round(branch.base, branch.total or keep, branch.rounds)
+        for number, count in enumerate(counts, 1):
+            plan = paths.plan(count)
+            new = paths.join(plan, self._draw([each.request for each in plan]), collector.prompter.decode)
+            if number < len(counts):
+                paths.go_on(new, self._unsureness(new))
+        rollouts = paths.rollouts if branch.prefix == "once" else replace(paths.rollouts, lineage=[])
         if branch.total is not None and branch.total > keep:
             best = keep_best(self._bottleneck(rollouts), branch.total, keep)  # (B,)
             rollouts = rollouts.keep(best.nonzero()[:, 0].tolist())
         collector.submit(rollouts)
         return rollouts
+
+    def _unsureness(self, rollouts: Rollouts) -> Tensor:
+        """What branch points are found by: entropy or surprisal of each token, nats. (B, T)"""
+        if self.config.branch.signal == "logprob":
+            return -rollouts.logp_engine
+        return measure({"entropy"}, self.passes, self.passes.batches_of(rollouts), rollouts)[0]["entropy"]
 
     def _draw(self, requests: Sequence[Request]) -> list[Completion]:
         engine: Any = self.collector.engine

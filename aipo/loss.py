@@ -244,13 +244,14 @@ def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
     return log_ratio.exp() - log_ratio - 1
 
 
-def kl_priority(entropy: Tensor, vocab_size: int, power: float) -> Tensor:
-    """KL weight J^power, J = 1 - H / log V: the less certain the initial model is of a token, the freer it is to move.
+def kl_priority(unsure: Tensor, vocab_size: int, power: float) -> Tensor:
+    """KL weight J^power, J = 1 - U / log V: the less certain the initial model is of a token, the freer it is to move.
 
     Prioritised KL on critical tokens (Vassoyan et al. 2025, arXiv 2502.06533), of which the initial model is unsure.
 
     Args:
-        entropy: (B, T) of the initial model, in nats, 0..log V.
+        unsure: (B, T) U of the initial model, in nats, 0..log V: its entropy (the paper), or minus the log of its
+            largest probability (the authors' code).
         vocab_size: V, at least 2.
 
     Returns:
@@ -258,7 +259,7 @@ def kl_priority(entropy: Tensor, vocab_size: int, power: float) -> Tensor:
     """
     if vocab_size < 2 or power < 0:
         raise ValueError(f"needs vocab_size >= 2 and power >= 0, got {vocab_size} and {power}")
-    return (1 - entropy.detach() / math.log(vocab_size)).clamp(0, 1).pow(power)
+    return (1 - unsure.detach() / math.log(vocab_size)).clamp(0, 1).pow(power)
 
 
 def binary_divergence(logp_old: Tensor, logp: Tensor, *, kl: bool) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 # One row per problem, one entry per sample, 1 or True where the sample is right. Rows may differ in length.
 Correct = Sequence[Sequence[float]] | torch.Tensor
@@ -111,9 +112,16 @@ def bootstrap_interval(
     if values.ndim != 1 or not values.size:
         raise ValueError("scores must be a non-empty list with one number per problem")
     rng = np.random.default_rng(seed)
-    means = [values[rng.integers(values.size, size=values.size)].mean() for _ in range(resamples)]
+    means = _resampled_means(values, rng, resamples)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _resampled_means(values: NDArray[np.float64], rng: np.random.Generator, resamples: int) -> NDArray[np.float64]:
+    """Mean of each of the draws of all (n,) values with replacement, some at a time to hold little. (resamples,)"""
+    at_once = max(1, 1_000_000 // values.size)
+    sizes = [(min(at_once, resamples - done), values.size) for done in range(0, resamples, at_once)]
+    return np.concatenate([values[rng.integers(values.size, size=size)].mean(axis=1) for size in sizes])
 
 
 @dataclass(frozen=True)
@@ -151,12 +159,11 @@ def paired_bootstrap(
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)  # (problems,) each
     differences = right - left  # (problems,)
     rng = np.random.default_rng(seed)
-    size = differences.size
-    means = np.array([differences[rng.integers(size, size=size)].mean() for _ in range(resamples)])  # (resamples,)
+    means = _resampled_means(differences, rng, resamples)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     smaller = min(int((means <= 0).sum()), int((means >= 0).sum()))
     p = min(1.0, 2 * (smaller + 1) / (resamples + 1))
-    return Difference(float(left.mean()), float(right.mean()), float(low), float(high), p, size)
+    return Difference(float(left.mean()), float(right.mean()), float(low), float(high), p, differences.size)
 
 
 @dataclass(frozen=True)
@@ -201,3 +208,65 @@ def error_bounds(answer_entropy: float, information: float, answers: int) -> tup
         )
     left = answer_entropy - information
     return min(max((left - 1) / math.log2(answers - 1), 0.0), 1.0), min(left / 2, 1.0)
+
+
+# -- how different the completions of a question are -------------------------------------------------------------------
+
+
+def ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+
+def distinct(completions: Sequence[Sequence[int]], n: int) -> float:
+    """Different n-grams of all completions together / their number (Li et al. 2016); NaN where there is none."""
+    every = [gram for tokens in completions for gram in ngrams(tokens, n)]
+    return len(set(every)) / len(every) if every else math.nan
+
+
+def repetition(completions: Sequence[Sequence[int]], n: int) -> float:
+    """Share of a completion's n-grams that it has said before, mean over those that have any; NaN where none has."""
+    shares = [1 - distinct([tokens], n) for tokens in completions if len(tokens) >= n]
+    return sum(shares) / len(shares) if shares else math.nan
+
+
+def self_bleu(completions: Sequence[Sequence[int]], order: int = 4) -> float:
+    """BLEU of each completion against all others, mean (Zhu et al. 2018); 1 is all alike, 0 nothing in common.
+
+    BLEU of Papineni et al. 2002 without smoothing: geometric mean of the clipped precisions of 1- to ``order``-grams,
+    of those a short completion has, times the brevity penalty by the closest length, the shorter of two. NaN for fewer
+    than two completions with tokens.
+    """
+    said = [tokens for tokens in completions if len(tokens)]
+    if len(said) < 2:
+        return math.nan
+    log_precisions: list[list[float]] = [[] for _ in said]
+    for n in range(1, order + 1):
+        counts = [Counter(ngrams(tokens, n)) for tokens in said]
+        most: dict[tuple[int, ...], tuple[int, int, int]] = {}  # n-gram -> who has it most often, how often, next most
+        for who, count in enumerate(counts):
+            for gram, times in count.items():
+                first, best, second = most.get(gram, (-1, 0, 0))
+                most[gram] = (who, times, best) if times > best else (first, best, max(second, times))
+        for who, count in enumerate(counts):
+            if total := sum(count.values()):
+                others = ((times, most[gram]) for gram, times in count.items())
+                shared = sum(min(times, second if first == who else best) for times, (first, best, second) in others)
+                log_precisions[who].append(math.log(shared / total) if shared else -math.inf)
+    scores = []
+    for who, (tokens, logs) in enumerate(zip(said, log_precisions)):
+        lengths = [len(other) for i, other in enumerate(said) if i != who]
+        closest = min(lengths, key=lambda length: (abs(length - len(tokens)), length))
+        scores.append(math.exp(min(0.0, 1 - closest / len(tokens)) + sum(logs) / len(logs)))
+    return sum(scores) / len(scores)
+
+
+def diversity(completions: Sequence[Sequence[int]]) -> dict[str, float]:
+    """The measures above of one question's completions, token ids; none where no two are long enough for all."""
+    if sum(len(tokens) >= 4 for tokens in completions) < 2:
+        return {}
+    return {
+        "distinct_1": distinct(completions, 1),
+        "distinct_4": distinct(completions, 4),
+        "repetition_4": repetition(completions, 4),
+        "self_bleu": self_bleu(completions),
+    }

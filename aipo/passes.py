@@ -218,7 +218,7 @@ Selector = Callable[[MicroBatch, Tensor], Tensor]
 
 
 Reference = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]
-"""micro-batch, mask (N,) -> log-probabilities (K,) and entropies (K,) of the initial model, nats"""
+"""micro-batch, mask (N,) -> log-probabilities (K,) of the initial model and how unsure it is (K,), nats"""
 
 
 def _every(states: Tensor) -> Tensor:

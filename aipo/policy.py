@@ -64,10 +64,10 @@ class Policy(nn.Module):
 
         Returns:
             Without ``select``: ``states`` (N, d), detached, and with ``full`` what the whole vocabulary says at all N
-            tokens, without gradient: ``entropy``, ``certainty`` and ``energy``, (N,) each, of
-            :func:`vocabulary_statistics`.
+            tokens, without gradient: the numbers (N,) of :func:`vocabulary_statistics`.
             With ``select``: ``mask`` (N,) bool as selected and, for its K true positions, ``logp`` (K,) with gradient
-            and ``entropy`` (K,), with gradient if ``entropy_gradient``. All float32, in nats and after temperature.
+            and ``entropy`` (K,), with gradient if ``entropy_gradient``; with ``full`` those numbers (K,) instead. All
+            float32, in nats and after temperature.
         """
         mask, by_tree = micro.attention_mask, {}
         if micro.tree is not None and self.model.config._attn_implementation == SHARED:  # type: ignore[union-attr]
@@ -89,7 +89,7 @@ class Policy(nn.Module):
         states = captured[0].flatten(0, 1)[micro.predictors]  # (N, d)
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         settings = {"temperature": self.temperature, "chunk": self.head_chunk}
-        if full:
+        if full and select is None:
             with torch.no_grad():
                 statistics = head(last.flatten(0, 1)[micro.predictors], micro.targets, full=True, **settings)
             return {"states": states} | statistics
@@ -97,6 +97,9 @@ class Policy(nn.Module):
             return {"states": states}
         with torch.no_grad():
             mask = select(states)  # (N,)
+            if full:
+                hidden = last.flatten(0, 1)[micro.predictors[mask]]  # (K, d)
+                return {"mask": mask} | head(hidden, micro.targets[mask], full=True, **settings)
         hidden = last.flatten(0, 1)[micro.predictors[mask]]  # (K, d)
         logp, entropy = head(hidden, micro.targets[mask], entropy_gradient=self.entropy_gradient, **settings)
         return {"mask": mask, "logp": logp, "entropy": entropy}
@@ -132,21 +135,27 @@ def vocabulary_statistics(
 
     ``entropy``; ``certainty`` (INTUITOR), KL(uniform || p) = -1/V sum_j log(V p_j) = logsumexp(z) - mean(z) - log V;
     ``energy`` (the optimal token baseline, arXiv 2602.07078), the squared norm of d log p_target / dz, without its
-    temperature: |e_target - p|^2 = 1 - 2 p_target + sum_j p_j^2.
+    temperature: |e_target - p|^2 = 1 - 2 p_target + sum_j p_j^2; ``logp`` and ``largest``, log p of the target and of
+    the likeliest token; ``gap``, log p of the likeliest token less that of the next, 0 where two are equally likely.
     """
     entropy = hidden.new_empty(len(hidden), dtype=torch.float32)  # (N,)
-    certainty, energy = torch.empty_like(entropy), torch.empty_like(entropy)  # (N,)
+    certainty, energy, logp, largest, gap = (torch.empty_like(entropy) for _ in range(5))  # (N,) each
     weight = _as_computed(weight)
     for part in _parts(len(hidden), chunk):
         product = F.linear(hidden[part], weight, bias)  # (chunk, V)
         for rows, here in _blocks(product, part.start):
             log_p = product[rows].float().div_(temperature).log_softmax(-1)  # (rows, V)
+            logp[here] = log_p.gather(-1, targets[here, None])[:, 0]
             certainty[here] = -log_p.mean(-1) - math.log(log_p.shape[-1])
             p = log_p.exp()  # (rows, V)
             drawn = p.gather(-1, targets[here, None])[:, 0]  # (rows,)
             energy[here] = (1 - 2 * drawn + torch.linalg.vector_norm(p, dim=-1).square()).clamp(min=0)
             entropy[here] = -p.mul_(log_p).sum(-1)
-    return {"entropy": entropy, "certainty": certainty, "energy": energy}
+            first, where = log_p.max(-1, keepdim=True)  # (rows, 1); twice the largest is cheaper than the two at once
+            largest[here] = first[:, 0]
+            gap[here] = first[:, 0] - log_p.scatter_(-1, where, -torch.inf).amax(-1)
+    numbers = {"entropy": entropy, "certainty": certainty, "energy": energy, "logp": logp}
+    return numbers | {"largest": largest, "gap": gap}
 
 
 class SelectedLogProbs(torch.autograd.Function):

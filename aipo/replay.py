@@ -132,7 +132,8 @@ def replay(run: Path, step: int, device: torch.device, settings: Settings = Sett
     inputs = check_inputs(config, world)
     checkpoint = run / "checkpoints" / f"step-{start:06d}" if start else None
     if checkpoint:
-        compare_identity(json.loads((checkpoint / "identity.json").read_text()), inputs.identity)
+        saved = json.loads((checkpoint / "identity.json").read_text())
+        compare_identity(saved, inputs.identity, wanted=f"replay of {run}")
     never = ["guards.max_bad_steps=1000000"]  # a step gone bad is looked at, not the end
     config = load_config(
         str(run / "config.yaml"), [*settings.overrides(), *never, *(["sharding.zero_stage=0"] if plain else [])]

@@ -18,6 +18,9 @@ from aipo.rollout.base import Completion
 
 BY_QUESTION, BY_ROLLOUT = {"by": "question"}, {"by": "rollout"}
 
+Lineage = tuple[tuple[int, int], ...]
+"""who drew a completion's tokens: (seed of a request, end of what it drew), in order; a branch begins as its parent"""
+
 
 def _unset() -> Tensor:
     """What a later stage fills in."""
@@ -40,6 +43,7 @@ class Rollouts:
     advantages: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,)
     used: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,) bool: takes part in the update
     token_advantages: Tensor | None = field(default=None, metadata=BY_ROLLOUT)  # (B, T) where they differ by token
+    lineage: list[Lineage] = field(default_factory=list, metadata=BY_ROLLOUT)  # B where some branched
     prefix: float | None = None  # share of each completion whose continuations were rewarded
     extra_tokens: int = 0  # generated for this batch beyond its completions: by questions dropped, by continuations
 
@@ -92,7 +96,7 @@ class Rollouts:
             "problems": [problem.id for problem in self.problems],
             "completions": [(c.token_ids, c.logprobs, c.finish_reason) for c in self.completions],
         }
-        kept = ("prompts", "group_size", "ids", "rewards", "correct", "texts", "prefix", "extra_tokens")
+        kept = ("prompts", "group_size", "ids", "rewards", "correct", "texts", "lineage", "prefix", "extra_tokens")
         return plain | {name: getattr(self, name) for name in kept}
 
     @staticmethod
@@ -117,6 +121,19 @@ class Rollouts:
     @property
     def lengths(self) -> Tensor:
         return torch.tensor([len(c.token_ids) for c in self.completions], dtype=torch.long)  # (B,)
+
+    def repeated(self) -> Tensor:
+        """True for a token that an earlier rollout of the update has drawn for this one too: what branches begin with.
+        (B, T)"""
+        mask = torch.zeros_like(self.logp_engine, dtype=torch.bool)  # (B, T)
+        ends: dict[int, int] = {}  # of what the rollouts seen so far have of each request's tokens
+        for row, lineage in enumerate(self.lineage):
+            if self.used[row]:
+                start = 0
+                for request, end in lineage:
+                    mask[row, start : min(end, ends.get(request, 0))] = True
+                    start, ends[request] = end, max(end, ends.get(request, 0))
+        return mask
 
     @property
     def judged_correct(self) -> Tensor:

@@ -101,13 +101,15 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
                 run_folder=config.folder,
             )
             final_table(summary, console=console)
-    try:
-        if config.tracking.report and rank == 0:
+    if config.tracking.report and rank == 0:
+        try:
             path = report([config.folder])
-            console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
             trainer.tracker.log_report(path)
-    finally:
-        trainer.tracker.close()
+            said = f"report: {path}"
+        except Exception as error:  # of any kind: all that was computed is saved, and the page can be made again
+            said = f"error: no report ({type(error).__name__}: {error}); again: python -m aipo.report {config.folder}"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
+    trainer.tracker.close()
     trainer.collector.engine.close()
     return finished
 

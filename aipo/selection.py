@@ -82,6 +82,7 @@ class Selection:
     Attributes:
         scores: (B, T) mutual information, NaN where nothing is scored.
         mask: (B, T) bool.
+        trained: (B,) tokens of each rollout that can be in the mask: not those that an earlier one shares.
         decided: whether masks stay as they are; else a micro-batch's is made when it comes by.
         seconds: spent on scores and masks.
     """
@@ -104,6 +105,8 @@ class Selection:
         self.gold, self.group_size, self.ids = gold, rollouts.group_size, rollouts.ids
         self.kappa, self.step, self.prefix = kappa, step, prefix
         self.ranking = self.scores if ranking is None else ranking  # (B, T)
+        self.repeated = rollouts.repeated() if rollouts.lineage else None  # (B, T)
+        self.trained = self.lengths if self.repeated is None else self.lengths - self.repeated.sum(1)  # (B,)
         self.decided, self.seconds = False, 0.0
         self.wrong = other_answers(rollouts.problems) if selector.compares else None  # (Q,)
         self.overlap = torch.zeros(2, dtype=torch.long)  # tokens in both masks, and in either, of the sample
@@ -130,6 +133,7 @@ class Selection:
             prefix=self.prefix,
             gather=distributed.gather,
         )
+        self._leave_out_repeated(torch.arange(len(self.mask)))
         self.decided = True
 
     def inclusion(self, micro: MicroBatch) -> Tensor | None:
@@ -171,10 +175,15 @@ class Selection:
                 rollout_ids=self.ids[rows],
                 prefix=self.prefix,
             )
+            self._leave_out_repeated(rows)
             self.seconds += time.perf_counter() - start
             if self.wrong is not None:
                 self._compare(micro, states, self.wrong)
         return micro.ragged_of(self.mask)
+
+    def _leave_out_repeated(self, rows: Tensor) -> None:
+        if self.repeated is not None:
+            self.mask[rows] &= ~self.repeated[rows]
 
     def _score(self, micro: MicroBatch, states: Tensor) -> None:
         with self._timed(states):
@@ -199,6 +208,8 @@ class Selection:
             twin = self.selector.rule.select(
                 pad(scores, lengths), lengths, kappa=self.kappa, step=self.step, rollout_ids=self.ids[rows]
             )  # (k, t)
+        if self.repeated is not None:
+            twin &= ~self.repeated[rows, : twin.shape[1]]
         mask = self.mask[rows, : twin.shape[1]]  # (k, t)
         self.overlap += torch.stack([(mask & twin).sum(), (mask | twin).sum()])
 

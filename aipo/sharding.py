@@ -259,8 +259,10 @@ def shard(policy: Policy, config: Config, device: torch.device) -> Sharded:
 def frozen_reference(
     config: Config, path: str, device: torch.device
 ) -> Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]:
-    """Log-probabilities and entropies of the initial model at a given mask; sharded as the policy is under ZeRO-3."""
+    """Log-probabilities of the initial model at a given mask, and how unsure it is there: its entropy, or with
+    ``loss.kl_certainty: largest`` minus the log of its largest probability. Sharded as the policy is under ZeRO-3."""
     policy = make_policy(config, path, trained=False).eval().requires_grad_(False)
+    by_largest = config.loss.kl_certainty == "largest"
     if config.sharding.zero_stage == 3:
         import deepspeed
 
@@ -272,7 +274,7 @@ def frozen_reference(
 
     @torch.no_grad()
     def reference(micro: MicroBatch, mask: Tensor) -> tuple[Tensor, Tensor]:
-        out = forward(micro, lambda _: mask)
-        return out["logp"], out["entropy"]  # (K,), (K,)
+        out = forward(micro, lambda _: mask, full=by_largest)
+        return out["logp"], -out["largest"] if by_largest else out["entropy"]  # (K,), (K,)
 
     return reference

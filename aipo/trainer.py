@@ -88,7 +88,7 @@ class Trainer:
         self.collector, self.sharded, self.reference = collector, sharded, reference
         self.selector, self.curriculum = selector, curriculum
         self.store, self.tracker, self.progress = store, tracker, progress
-        self.recorder = TokenRecorder(config, collector.prompter)
+        self.recorder = TokenRecorder(config, collector.prompter, curriculum)
         self.gap_guard = GapGuard(config.guards, apart=config.branch.latent != "none")
         self.identity, self.engine_gap, self.stop_requested = identity, engine_gap, stop_requested
         self.passes = Passes(config, sharded, collector.prompter, device, problems)
@@ -219,10 +219,10 @@ class Trainer:
         logp = micro.grid(out["logp"], mask)  # (b, t)
         logp_ref, kl_weight = None, None
         if self.reference is not None and self.config.loss.kl_in == "loss":
-            logp_ref, entropy = (micro.grid(each, mask) for each in self.reference(micro, mask))  # (b, t) each
+            logp_ref, unsure = (micro.grid(each, mask) for each in self.reference(micro, mask))  # (b, t) each
             if (power := self.config.loss.kl_priority) > 0:
                 vocabulary = self.sharded.policy.model.config.vocab_size  # type: ignore[union-attr]
-                kl_weight = kl_priority(entropy, vocabulary, power)  # type: ignore[arg-type]
+                kl_weight = kl_priority(unsure, vocabulary, power)  # type: ignore[arg-type]
         if rollouts.token_advantages is None:
             scores, lengths = selection.scores[rows].nan_to_num(0.0), rollouts.lengths[rows]  # (b, T), (b,)
             how, weight = self.config.advantage.mi_blend, self.config.advantage.mi_weight
@@ -236,7 +236,7 @@ class Trainer:
             logp_ref=logp_ref,
             advantages=(advantages if advantages.dim() == 1 else advantages[:, : logp.shape[1]]).to(self.device),
             mask=micro.grid(mask),
-            lengths=rollouts.lengths[rows],
+            lengths=selection.trained[rows],
             kl_weight=kl_weight,
             inclusion=selection.inclusion(micro),
             entropy=micro.grid(out["entropy"], mask) if self.config.loss.entropy_weight else None,

@@ -7,6 +7,7 @@ disturbance can be aimed at a phase and is known to have landed in it.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
@@ -76,7 +77,7 @@ def in_child(action: Callable[[], Any]) -> Any:
     with os.fdopen(ours, "rb") as pipe:
         given = pipe.read()
     if os.waitpid(pid, 0)[1] != 0:
-        raise RuntimeError("the inputs of the runs could not be made")
+        raise RuntimeError("what a forked process was to do failed")
     return json.loads(given)
 
 
@@ -91,6 +92,7 @@ class Run:
     open: list[str] = field(default_factory=list)  # begun and not ended
     spans: list[tuple[str, float]] = field(default_factory=list)  # phase, seconds
     codes: dict[int, int] = field(default_factory=dict)
+    hung: str = ""  # where, if it did
     _rest: bytes = b""
 
     def listen(self, seconds: float) -> bool:
@@ -151,10 +153,14 @@ class Run:
         return where, [_title(process) for process in left]
 
     def _overdue(self) -> None:
-        if time.monotonic() - self.began > SLOW:
+        """End a run that hangs, once it has written the stacks of its threads into its log."""
+        if self.hung or time.monotonic() - self.began < SLOW:
+            return
+        self.hung = f"hung in {' and '.join(self.open) or 'no phase'}: the log has the stacks"
+        for number in (signal.SIGUSR1, signal.SIGKILL):
             for pid in self.pids:
-                os.kill(pid, signal.SIGKILL)
-            raise RuntimeError(f"a run hangs in {self.open or 'no phase'}")
+                os.kill(pid, number)
+            time.sleep(2)
 
 
 def _descendants(pid: int) -> list[psutil.Process]:
@@ -179,8 +185,8 @@ def start(
     environment: Mapping[str, str] = {},
 ) -> Run:
     """Fork a run. ``inside`` is called in each rank before it begins: what is to be wrong there."""
-    if threading.active_count() > 1:  # what a thread holds at a fork is held in the child for ever
-        raise RuntimeError(f"not the one thread that may fork: {threading.enumerate()}")
+    if psutil.Process().num_threads() > 1:  # what a thread holds at a fork is held in the child for ever
+        raise RuntimeError(f"not the one thread that may fork; of Python's there are {threading.enumerate()}")
     ours, theirs = os.pipe()
     port = _free_port()
     pids = []
@@ -208,6 +214,7 @@ def _child(
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for stream in (1, 2):
             os.dup2(output, stream)
+        faulthandler.register(signal.SIGUSR1)
         os.set_inheritable(pipe, False)
         rank, ranks, port = place
         os.chdir(ROOT)

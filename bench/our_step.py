@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
+from aipo.plan.flops import sizes
 from bench.batches import SAMPLES, Batch, load, padded
-from bench.measure import Clock, build_model, matmul_peak, measured, sizes
+from bench.measure import Clock, build_model, matmul_peak, measured
 
 # name -> what the table calls it, and keys of the config
 OURS: dict[str, tuple[str, list[str]]] = {

@@ -57,7 +57,7 @@ def record(config_name: str, tokens: int, prompt: int, folder: Path) -> tuple[fl
     scores = torch.rand(len(ids), tokens)  # (B, T)
     selection = SimpleNamespace(scores=scores, mask=scores < 0.3)
     batches = micro_batches(rollouts.each_prompt, ids, budget=config.optim.micro_tokens, packing=False)
-    recorder = TokenRecorder(config, SimpleNamespace(tokenizer=tokenizer))  # type: ignore[arg-type]
+    recorder = TokenRecorder(config, SimpleNamespace(tokenizer=tokenizer), None)  # type: ignore[arg-type]
     tracker = Tracker(folder, wandb_mode="disabled")
     seconds = []
     for step in range(1, STEPS + 1):

@@ -4,9 +4,9 @@
 
 PART is kills, terms, ranks, disk, readonly, clock, growth, hostile, corruption, data, or all. Without ``--count`` each
 is small: all of them take minutes. What runs of the tiny model computed is compared byte by byte with an undisturbed
-one (bench/same.py): metrics.jsonl without times, rollouts, weights. ``--write`` puts the rows, in place of those
-of the same parts, into bench/results/soak-MACHINE.md. Exits 1 if anything was not as it should
-be; logs are in ``--keep``.
+one (bench/same.py): metrics.jsonl without times, rollouts, weights. ``--write`` adds each row to
+bench/results/soak-MACHINE.jsonl, so that what is done at several times counts together, and draws the table of sums
+beside it. Exits 1 if anything was not as it should be. Logs are in ``--keep``, with the stacks of a run that hung.
 disk and readonly mount a tmpfs, for which one must be root.
 """
 
@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
-import re
 import shutil
 import signal
 import statistics
@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
@@ -34,7 +34,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import faults  # noqa: E402
+from bench import faults, wrong_data  # noqa: E402
 from bench.hostile import through_the_pool  # noqa: E402
 from bench.machine import machine, slug  # noqa: E402
 from bench.same import contents, difference, make_inputs  # noqa: E402
@@ -42,15 +42,20 @@ from bench.same import contents, difference, make_inputs  # noqa: E402
 
 @dataclass
 class Row:
-    """What a part of the soak did and found."""
+    """What a part of the soak did and found. Rows of a part that did the same add up."""
 
     part: str
     count: int
     done: str
+    tally: dict[str, int] = field(default_factory=dict)  # times, by what was met
     wrong: list[str] = field(default_factory=list)
 
+    @property
+    def what(self) -> str:
+        return "; ".join(filter(None, [self.done, ", ".join(f"{key} {n}" for key, n in self.tally.items())]))
+
     def __str__(self) -> str:
-        return f"{self.part:11} {self.count:6}  {self.done}" + "".join(f"\n    WRONG: {each}" for each in self.wrong)
+        return f"{self.part:11} {self.count:6}  {self.what}" + "".join(f"\n    WRONG: {each}" for each in self.wrong)
 
 
 class Bed:
@@ -87,9 +92,9 @@ class Bed:
 
     def finish(self, name: str, *keys: str, ranks: int = 1, runs: Path | None = None, **options: object) -> list[str]:
         """Resume without disturbance; what is wrong with how it ends."""
-        code = self.start(name, *keys, ranks=ranks, runs=runs, **options).finish()
-        if code != 0:
-            return [f"{name}: resumed run ended with {code}: {self.last(name)}"]
+        run = self.start(name, *keys, ranks=ranks, runs=runs, **options)
+        if (code := run.finish()) != 0:
+            return [f"{name}: resumed run {run.hung or f'ended with {code}: {self.last(name)}'}"]
         found = difference(self.expected[ranks], contents((runs or self.work / "runs") / name))
         return [f"{name}: differs from the undisturbed run: {found}"] if found else []
 
@@ -100,7 +105,8 @@ class Bed:
 
 
 def strikes(bed: Bed, draw: random.Random, count: int, part: str, number: int, ranks: int = 1) -> Row:
-    """Signals at random moments, half of them aimed at a phase; runs are resumed, and in the end compared."""
+    """Signals at random moments, most of them aimed at the phase in which fewest landed; runs are resumed, and in the
+    end compared."""
     bed.reference(ranks)
     landed: Counter[str] = Counter()
     wrong: list[str] = []
@@ -109,30 +115,36 @@ def strikes(bed: Bed, draw: random.Random, count: int, part: str, number: int, r
     while done < count and time.monotonic() < bed.deadline:
         ended += 1
         name = f"{part}-{ended}"
-        for _ in range(min(count - done, draw.randint(4, 8))):
+        for start in range(min(count - done, draw.randint(4, 8))):
             run = bed.start(name, ranks=ranks)
-            if draw.random() < 0.6:
-                phase = draw.choice([*bed.spans])
+            if draw.random() < 0.7:
+                # what is labelled stays so: only the first start of a run is sure to be in it
+                phases = [phase for phase in bed.spans if start == 0 or phase != "labelling"]
+                phase = min(draw.sample(phases, len(phases)), key=lambda each: landed[each])
                 reached = run.until(phase, draw.randint(1, max(1, len(bed.spans[phase]) // 2)))
                 reached = reached and run.wait(0.8 * draw.random() * draw.choice(bed.spans[phase]))
             else:
                 reached = run.wait(draw.random() * bed.seconds[ranks])
             if not reached:
                 if (code := run.reap()) != 0:
-                    wrong.append(f"{name}: ended with {code}: {bed.last(name)}")
+                    wrong.append(f"{name}: {run.hung or f'ended with {code}: {bed.last(name)}'}")
                 break
             rank = draw.randrange(ranks)
             where, left = run.strike(number, rank)
             if (code := run.codes[run.pids[rank]]) not in (*usual, 0):  # 0: it had ended by itself
                 wrong.append(f"{name}: ended with {code} of the signal: {bed.last(name)}")
             wrong += [f"{name}: left behind: {process}" for process in left]
+            wrong += [f"{name}: {run.hung}"] if run.hung else []
             if code != 0:
                 done += 1
                 landed.update(set(where) or {"elsewhere"})
         wrong += bed.finish(name, ranks=ranks)
         print(f"  {part}: {done} of {count} {dict(landed)} {wrong}", flush=True)
-    phases = ", ".join(f"{phase} {landed[phase]}" for phase in [*faults.PHASES, "elsewhere"] if landed[phase])
-    return Row(part, done, f"{ended} runs, resumed after each, compared at the end; landed in {phases}", wrong)
+    tally = {"runs": ended} | {phase: landed[phase] for phase in [*faults.PHASES, "elsewhere"]}
+    what = {signal.SIGKILL: "SIGKILLs", signal.SIGTERM: "SIGTERMs"}[signal.Signals(number)]
+    of = f" of one of {ranks} ranks" if ranks > 1 else ""
+    how = f"{what}{of}; runs resumed after each and compared at the end; begun where they landed (several count each)"
+    return Row(part, done, how, tally, wrong)
 
 
 def kills(bed: Bed, draw: random.Random, count: int) -> Row:
@@ -190,8 +202,8 @@ def disk(bed: Bed, draw: random.Random, count: int) -> Row:
             (place / "ballast").unlink()
             wrong += bed.finish(name, runs=place)
         print(f"  disk: {number} of {count} {dict(said)} {wrong}", flush=True)
-    how = ", ".join(f"{kind} {times}" for kind, times in said.items())
-    return Row("disk", count, f"tmpfs filled at a random moment: {how}; with room again resumed and compared", wrong)
+    how = "tmpfs filled at a random moment, with room again resumed and compared"
+    return Row("disk", count, how, dict(said), wrong)
 
 
 def fill(place: Path, *, keep: int) -> None:
@@ -233,7 +245,7 @@ def readonly(bed: Bed, draw: random.Random, count: int) -> Row:
                     run.reap()
             wrong += bed.finish(name, runs=place)
     how = "starts on a read-only disk refused in one line, resumed with it writable and compared"
-    return Row("readonly", 2 * count, how, wrong)
+    return Row("readonly", 2 * count, how, wrong=wrong)
 
 
 def clock(bed: Bed, draw: random.Random, count: int) -> Row:
@@ -250,7 +262,7 @@ def clock(bed: Bed, draw: random.Random, count: int) -> Row:
             else:
                 run.reap()
         wrong += bed.finish(name, inside=jump)
-    return Row("clock", count, "runs with a clock that jumps by up to a day at every look, compared", wrong)
+    return Row("clock", count, "runs with a clock that jumps by up to a day at every look, compared", wrong=wrong)
 
 
 # --- what is damaged ----------------------------------------------------------------------------------------------
@@ -275,7 +287,7 @@ def corruption(bed: Bed, draw: random.Random, count: int) -> Row:
         file = files[number % len(files)]
         name = f"corrupted-{number}"
         shutil.copytree(kept, bed.work / "runs" / name, symlinks=True)
-        damage_file(bed.work / "runs" / name / file, draw)
+        wrong_data.damage(bed.work / "runs" / name / file, draw)
         end = bed.finish(name, cache=bed.work / "caches" / "corrupted")
         text = bed.log(name).read_text(errors="replace")
         if not any(file.name in line for line in text.splitlines()):
@@ -288,104 +300,14 @@ def corruption(bed: Bed, draw: random.Random, count: int) -> Row:
         if time.monotonic() > bed.deadline:
             break
     how = f"times one of {len(files)} files of a checkpoint cut or a bit flipped: named, an older one taken, compared"
-    return Row("corruption", done, how, wrong)
-
-
-def damage_file(path: Path, draw: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    if draw.random() < 0.5 or not content:
-        content = content[: draw.randrange(max(len(content), 1))]
-    else:
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    path.write_bytes(content)
+    return Row("corruption", done, how, wrong=wrong)
 
 
 def data(bed: Bed, draw: random.Random, count: int) -> Row:
-    """Each way in which a JSONL file can be wrong, at a random row: one line that names the file and the row."""
-    from aipo.errors import UserError
-    from aipo.problems.datasets import load_problems
-
-    wrong: list[str] = []
-    count = max(count, len(BROKEN_ROWS))  # every kind at least once
-    path = bed.work / "data" / "wrong.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    for number in range(count):
-        kind, (broken, named) = list(BROKEN_ROWS.items())[number % len(BROKEN_ROWS)]
-        rows = [json.dumps({"question": f"{i} + 1", "answer": str(i + 1), "id": str(i)}).encode() for i in range(9)]
-        at = draw.randrange(1, len(rows))
-        rows[at] = broken
-        path.write_bytes(b"".join(row + draw.choice([b"\n", b"\r\n"]) for row in rows))
-        try:
-            load_problems(str(path), split="train")
-            wrong.append(f"data: {kind}: accepted")
-        except UserError as error:
-            text = str(error)
-            of_row = not named or str(at + 1) in re.findall(r"\d+", text.replace(str(path), ""))
-            if "\n" in text or str(path) not in text or not of_row:
-                wrong.append(f"data: {kind}: {text}")
-        except Exception as error:
-            wrong.append(f"data: {kind}: {type(error).__name__}: {error}")
-    for kind, content in WHOLE_FILES.items():
-        path.unlink()
-        path.write_bytes(content)
-        try:
-            load_problems(str(path), split="train")
-            wrong.append(f"data: {kind}: accepted")
-        except UserError as error:
-            if "\n" in str(error) or str(path) not in str(error):
-                wrong.append(f"data: {kind}: {error}")
-        except Exception as error:
-            wrong.append(f"data: {kind}: {type(error).__name__}: {error}")
-    kinds = len(BROKEN_ROWS) + len(WHOLE_FILES)
-    return Row("data", count + len(WHOLE_FILES), f"JSONL files with {kinds} kinds of fault: one line, file, row", wrong)
-
-
-def row_with(**fields: object) -> bytes:
-    return json.dumps({"question": "1 + 1", "answer": "2"} | fields).encode()
-
-
-BROKEN_ROWS: dict[str, tuple[bytes, bool]] = {  # and whether the row must be named
-    "cut": (b'{"question": "1 + 1", "ans', True),
-    "no JSON": (b"1 + 1 = 2", True),
-    "two objects": (row_with() + row_with(), True),
-    "a list": (b'["1 + 1", "2"]', True),
-    "a number": (b"17", True),
-    "null": (b"null", True),
-    "a string": (b'"1 + 1"', True),
-    "no answer": (b'{"question": "1 + 1"}', True),
-    "no question": (b'{"answer": "2"}', True),
-    "an empty object": (b"{}", True),
-    "empty answer": (row_with(answer=""), True),
-    "blank question": (row_with(question=" \t "), True),
-    "answer is a number": (row_with(answer=2), True),
-    "answer is null": (row_with(answer=None), True),
-    "answer is a list": (row_with(answer=["2"]), True),
-    "question is an object": (row_with(question={"text": "1 + 1"}), True),
-    "kind unknown": (row_with(kind="maths"), True),
-    "kind a number": (row_with(kind=1), True),
-    "options of a sum": (row_with(options=["1", "2"]), True),
-    "options a string": (row_with(kind="choice", options="12"), True),
-    "options alike": (row_with(kind="choice", answer="A", options=["1", "1"]), True),
-    "options not in the question": (row_with(kind="choice", answer="A", options=["1", "2"]), True),
-    "half a surrogate": (row_with(question="\ud800"), True),
-    "half a surrogate in a key": (row_with(**{"\udfff": 1}), True),
-    "id a list": (row_with(id=[1]), True),
-    "id taken": (row_with(question="another", id="0"), True),
-    "source a number": (row_with(source=1), True),
-    "solution a list": (row_with(solution=["1"]), True),
-    "NUL": (b'{"question": "1\x00", "answer": "2"}', True),
-    "Latin-1": ('{"question": "né", "answer": "2"}'.encode("latin-1"), False),
-    "deep": (b'{"question": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", True),
-    "digits": (b'{"question": "1", "answer": ' + b"9" * 5000 + b"}", True),
-}
-WHOLE_FILES = {
-    "empty": b"",
-    "blank lines": b"\n \n\n",
-    "UTF-16": '{"question": "1", "answer": "2"}'.encode("utf-16"),
-    "gzip": b"\x1f\x8b\x08\x00" + bytes(20),
-    "one array": b'[{"question": "1", "answer": "2"}]',
-    "CSV": b"question,answer\n1 + 1,2\n",
-}
+    """Each way in which a JSONL or Parquet file or a hub folder can be wrong: one line that names the file and row."""
+    tried, wrong = faults.in_child(lambda: wrong_data.everything(bed.work / "data", draw, count))  # pyarrow's threads
+    how = "files and folders of data with a fault: one line, with file and row"
+    return Row("data", sum(tried.values()), how, tried, wrong)
 
 
 # --- what grows, what is hostile ----------------------------------------------------------------------------------
@@ -395,31 +317,35 @@ BOUNDS = {"RSS": 48 * 2**20, "shared memory": 0, "file handles": 2, "threads": 1
 
 
 def growth(bed: Bed, draw: random.Random, count: int) -> Row:
-    """``count`` steps, with a checkpoint, a validation and a plot every ten."""
+    """``count`` steps or as many as there is time for, with a checkpoint, a validation and a plot every ten."""
     name = "growth"
     run = bed.start(name, f"optim.steps={count}", *(f"{key}=10" for key in EVERY), "tracking.wandb=disabled")
     folder, process = bed.work / "runs" / name, psutil.Process(run.pids[0])
     seen: list[dict[str, float]] = []
     lines = 0
+    stopped = False
     while run.listen(0.02):
+        if not stopped and time.monotonic() > bed.deadline:
+            stopped = True
+            os.kill(run.pids[0], signal.SIGTERM)
         with suppress(OSError, psutil.Error):
             size = (folder / "metrics.jsonl").stat().st_size
             if size != lines:
                 lines = size
                 seen.append(resources(process, folder))
-    if code := run.reap():
-        return Row(name, 0, "", [f"ended with {code}: {bed.last(name)}"])
+    if (code := run.reap()) != (3 if stopped else 0):
+        return Row(name, 0, "", wrong=[f"ended with {code}: {bed.last(name)}"])
     quarter = len(seen) // 4
     first, last = seen[quarter // 2 : quarter], seen[-quarter:]
     wrong, told = [], []
     for key, bound in BOUNDS.items():
         more = statistics.median(s[key] for s in last) - statistics.median(s[key] for s in first)
         if key == "folder":
-            more /= count * 5 / 8 * 1.1  # steps between the two medians
+            more /= len(seen) * 11 / 16  # steps between the two medians, at 3/16 and 14/16
         if more > bound:
             wrong.append(f"growth: {key} grew by {more:.0f}, bound {bound}")
         told.append(f"{key} {more / 2**20:+.1f} MiB" if key in ("RSS", "shared memory") else f"{key} {more:+.0f}")
-    return Row(name, count, f"steps, first quarter to last: {', '.join(told)} bytes a step", wrong)
+    return Row(name, len(seen), f"steps, first quarter to last: {', '.join(told)} bytes a step", wrong=wrong)
 
 
 EVERY = ("checkpoint.every", "validation.every", "tracking.plot_every")
@@ -439,21 +365,26 @@ def resources(process: psutil.Process, folder: Path) -> dict[str, float]:
 
 
 def hostile(bed: Bed, draw: random.Random, count: int) -> Row:
-    """Hostile answers through the pool of a run, which ends as one without them."""
+    """Hostile answers through the pools of runs, a thousand each, which end as one without them."""
     bed.reference()
-    name, report = "hostile", bed.work / "hostile.json"
-    inside = through_the_pool(count, draw.randrange(10**6), bed.work / "trap", report, submissions=130)
-    keys = ("reward.timeout_s=1", "reward.workers=2", "tracking.wandb=disabled")
-    wrong = bed.finish(name, *keys, inside=inside)
-    found = json.loads(report.read_text())
-    verdicts = found["verdicts"]
-    if verdicts.get("correct") or sum(verdicts.values()) != count:
-        wrong.append(f"hostile: verdicts {verdicts}")
-    if found["honest"] != ["correct", "wrong"] or found["workers"] != 2:
-        wrong.append(f"hostile: afterwards {found['workers']} workers, which say {found['honest']}")
-    wrong += [f"hostile: {key}: {found[key]}" for key in ("files", "connections", "below", "other") if found[key]]
-    how = f"hostile answers while training: {verdicts}; no file, process, connection; rewards as without"
-    return Row(name, count, how, wrong)
+    tally: Counter[str] = Counter()
+    wrong: list[str] = []
+    while (done := sum(tally.values())) < count and time.monotonic() < bed.deadline:
+        name = f"hostile-{done}"
+        report, few = bed.work / f"{name}.json", min(1000, count - done)
+        inside = through_the_pool(few, draw.randrange(10**6), bed.work / "traps" / name, report, submissions=130)
+        keys = ("reward.timeout_s=1", "reward.workers=2", "tracking.wandb=disabled")
+        wrong += bed.finish(name, *keys, inside=inside)
+        found = json.loads(report.read_text())
+        tally.update(found["verdicts"])
+        if tally["correct"] or sum(found["verdicts"].values()) != few:
+            wrong.append(f"{name}: verdicts {found['verdicts']}")
+        if found["honest"] != ["correct", "wrong"] or found["workers"] != 2:
+            wrong.append(f"{name}: afterwards {found['workers']} workers, which say {found['honest']}")
+        wrong += [f"{name}: {key}: {found[key]}" for key in ("files", "connections", "below", "other") if found[key]]
+        print(f"  hostile: {sum(tally.values())} of {count} {dict(tally)} {wrong}", flush=True)
+    how = "hostile answers while training; no file, process, connection; rewards as without"
+    return Row("hostile", sum(tally.values()), how, dict(tally), wrong)
 
 
 PARTS: dict[str, tuple[Callable[[Bed, random.Random, int], Row], int]] = {  # and the count of the small form
@@ -466,7 +397,7 @@ PARTS: dict[str, tuple[Callable[[Bed, random.Random, int], Row], int]] = {  # an
     "corruption": (corruption, 3),
     "growth": (growth, 24),
     "hostile": (hostile, 300),
-    "data": (data, 0),
+    "data": (data, 30),
 }
 
 
@@ -477,7 +408,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no disturbance begins later than this")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--keep", type=Path, help="folder in which runs and logs stay")
-    parser.add_argument("--write", action="store_true", help="add the rows to the table of this machine")
+    parser.add_argument("--write", action="store_true", help="add what was done to the table of this machine")
     arguments = parser.parse_args()
     faults.load()
     print(f"seed {arguments.seed}", flush=True)
@@ -486,27 +417,31 @@ def main() -> int:
         bed = Bed((arguments.keep or Path(temporary)).resolve(), arguments.minutes)
         for part in [*PARTS] if "all" in arguments.parts else arguments.parts:
             run, few = PARTS[part]
-            began = time.monotonic()
-            row = run(
-                bed, random.Random(f"{arguments.seed} {part}"), few if arguments.count is None else arguments.count
-            )
-            row.done += f" ({time.monotonic() - began:.0f} s)"
+            count = few if arguments.count is None else arguments.count
+            row = run(bed, random.Random(f"{arguments.seed} {part}"), count)
             print(row, flush=True)
+            if arguments.write:
+                record(row)
             rows.append(row)
-    if arguments.write:
-        write(rows)
     return int(any(row.wrong for row in rows))
 
 
-def write(rows: list[Row]) -> None:
-    """Put the rows into the table of this machine, in place of those of the same parts."""
-    path = ROOT / "bench" / "results" / f"soak-{slug()}.md"
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| ")}
-    kept |= {row.part: f"| {row.part} | {row.count} | {row.done} | {len(row.wrong)} |" for row in rows}
-    table = [kept[part] for part in PARTS if part in kept]
-    head = [f"# bench/soak.py on {machine()}", "", "| part | times | what | wrong |", "|---|---|---|---|"]
-    path.write_text("\n".join([*head, *table]) + "\n")
+def record(row: Row) -> None:
+    """Put a row behind those of this machine, and draw the table of their sums."""
+    path = ROOT / "bench" / "results" / f"soak-{slug()}.jsonl"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(row)) + "\n")
+    sums: dict[tuple[str, str], Row] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        one = Row(**json.loads(line))
+        sum_ = sums.setdefault((one.part, one.done), Row(one.part, 0, one.done))
+        sum_.count += one.count
+        sum_.tally = dict(Counter(sum_.tally) + Counter(one.tally))
+        sum_.wrong += one.wrong
+    lines = [f"# bench/soak.py on {machine()}", "", "| part | times | what | wrong |", "|---|---|---|---|"]
+    for each in sorted(sums.values(), key=lambda each: [*PARTS].index(each.part)):
+        lines.append(f"| {each.part} | {each.count:,} | {each.what} | {len(each.wrong)} |")
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

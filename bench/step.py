@@ -29,10 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from aipo.evaluation.results import markdown
+from aipo.plan.flops import step_flops
 from aipo.plan.planner import PUBLISHED
 from bench.batches import QUESTIONS, Batch, load
 from bench.machine import machine, slug
-from bench.measure import PHASES, median, step_flops
+from bench.measure import PHASES, median
 from bench.our_step import LOOPS, OURS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -235,7 +236,7 @@ bfloat16 product of square matrices: {base["matmul"] / 1e12:.2f} TFLOP/s.
 
 {table(found, batch, base)}
 Peak is above weights and optimizer, so gradients are in it. MFU counts for all variants what GRPO on all tokens needs
-(bench/measure.py: body at every token, head at every generated one, forward and backward) against that product; own
+(aipo/plan/flops.py: body at every token, head at every generated one, forward and backward) against that product; own
 work counts what the variant itself reads, and the head at the positions where it has logits. MI + mask has the peaks
 of the curriculum in it. That the gradient norms of all GRPO variants agree says that they compute the same.
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import socket
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from hypothesis import strategies as st
 from aipo import distributed
 from aipo.distributed import buckets
 from aipo.errors import UserError
+from tests import processes
 
 
 @pytest.fixture
@@ -86,3 +91,31 @@ def test_buckets_keep_order_and_size(sizes: list[int], limit: int) -> None:
     assert all(len(bucket) == 1 or sum(n for _, n in bucket) <= limit for bucket in cut)
     for first, second in pairwise(cut):  # none that the next could have joined
         assert sum(n for _, n in first) + second[0][1] > limit
+
+
+KILLED = """
+import os, signal, torch, torch.distributed as dist
+from aipo import distributed
+
+def work(device):
+    dist.barrier()
+    if distributed.rank() == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.zeros(1))
+
+distributed.launch(work)
+"""
+
+
+def test_a_killed_rank_0_ends_the_others() -> None:
+    """It takes the store with it where no torchrun holds that, and a connection to it would wait for half an hour."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    place |= {"CUDA_VISIBLE_DEVICES": "", "LOCAL_WORLD_SIZE": "2"}
+    first, second = ({**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+    killed = subprocess.Popen([sys.executable, "-c", KILLED], env=first)
+    done = processes.run([sys.executable, "-c", KILLED], env=second)
+    assert killed.wait() == -signal.SIGKILL
+    assert done.returncode == 1
+    assert "rank 1: rank 0 ended without a word: was it killed" in (done.stdout or "") + (done.stderr or "")

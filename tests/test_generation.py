@@ -257,6 +257,34 @@ def test_branches_fill_a_question_up(prompter: Prompter) -> None:
     assert metrics["reward/correct"] > 0
 
 
+@pytest.mark.parametrize("prefix", ["once", "each"])
+def test_branches_in_rounds(prompter: Prompter, prefix: str, tmp_path: Path) -> None:
+    """One branch of each path a round; who drew which token goes with the batch, into its checkpoint too."""
+    overrides = ["dynamic.enabled=false", "branch.enabled=true", "branch.base=1", "branch.rounds=3"]
+    overrides += ["branch.pick=argmax", "branch.cut=after", "branch.skip=1", f"branch.prefix={prefix}"]
+    made = generation(prompter, lambda number, place: place % 2 == 0, config(*overrides))
+    rollouts, _ = made.rollouts(0, lambda step, count: problems([7, 8]), clock, prefix=1.0)
+    engine: Any = made.collector.engine
+    assert len(engine.seen) == 2 * N
+    assert int(rollouts.lengths.sum()) + rollouts.extra_tokens == engine.tokens
+    drawn = {request.seed: request for request in engine.seen}
+    for row, completion in enumerate(rollouts.completions):
+        prompt, request = rollouts.prompts[row // N], drawn[int(rollouts.ids[row])]
+        begun = list(request.prompt_ids)[len(prompt) :]
+        assert begun == completion.token_ids[: len(begun)]
+        assert bool(begun) == (row % N > 0)
+        if prefix == "once":
+            assert rollouts.lineage[row][-1] == (request.seed, len(completion.token_ids))
+            assert len(begun) == (rollouts.lineage[row][-2][1] if row % N else 0)
+    if prefix == "each":
+        assert rollouts.lineage == []
+    torch.save(rollouts.state_dict(), tmp_path / "batch.pt")
+    again = Rollouts.from_state(
+        torch.load(tmp_path / "batch.pt", weights_only=True), {problem.id: problem for problem in problems([7, 8])}
+    )
+    assert again.lineage == rollouts.lineage
+
+
 def test_the_filter_keeps_the_quota(prompter: Prompter) -> None:
     overrides = ["dynamic.enabled=false", "branch.enabled=true", "branch.base=2", "branch.total=6", "branch.beta=0"]
     made = generation(prompter, lambda number, place: place % 2 == 0, config(*overrides))

@@ -73,12 +73,12 @@ def test_larger_kappa_selects_a_subset(rows, kappa, more):
     assert not (tight & ~loose).any()
 
 
+SCOPES, STATISTICS = ("sequence", "group", "batch", "running"), ("mean_std", "iqr", "iqr_kappa")
+LENGTHS_ONLY = ("all", "random", "bernoulli", "random_prefix")
 ALL_RULES = [
-    {"rule": rule, "scope": scope, "statistic": statistic}
-    for rule in ("threshold", "top_fraction", "peaks_only", "all", "random", "bernoulli", "random_prefix")
-    for scope in ("sequence", "group", "batch", "running")
-    for statistic in ("mean_std", "iqr", "iqr_kappa")
-] + [
+    *({"rule": r, "scope": c, "statistic": t} for r in ("threshold", "peaks_only") for c in SCOPES for t in STATISTICS),
+    *({"rule": "top_fraction", "scope": scope} for scope in SCOPES),
+    *({"rule": rule, "scope": "sequence"} for rule in LENGTHS_ONLY),
     {"rule": "threshold", "scope": "causal"},
     {"rule": "peaks_only", "scope": "causal", "invert": True},
     {"rule": "threshold", "scope": "batch", "invert": True},
@@ -110,6 +110,19 @@ def test_order_of_rollouts_does_not_matter(options, rows, data):
     assert (straight[order] ^ permuted).sum() <= (0 if options.get("statistic") == "iqr" else 1)
 
 
+@pytest.mark.parametrize("rule", ["top_fraction", *LENGTHS_ONLY])
+def test_rules_without_a_threshold_know_no_statistic_and_those_that_look_at_lengths_no_scope(rule):
+    scores, lengths = padded([[3.0, 1.0, 2.0, 9.0, 4.0, 0.5], [7.0, 5.0, 6.0]])
+    scopes = SCOPES if rule in LENGTHS_ONLY else ("batch",)
+    found = [
+        select(make(rule=rule, scope=scope, statistic=statistic), scores, lengths)
+        for scope in scopes
+        for statistic in STATISTICS
+    ]
+    assert found[0].any()
+    assert all(torch.equal(found[0], other) for other in found)
+
+
 @pytest.mark.parametrize("options", [o for o in ALL_RULES if o["rule"] in ("threshold", "top_fraction", "peaks_only")])
 def test_constant_and_non_finite_scores_are_never_selected(options):
     scores, lengths = padded([[0.3] * 6, [0.3] * 6])
@@ -134,16 +147,16 @@ def test_bf16_scores():
 
 @pytest.mark.parametrize("keys", [("random", 0.3, 1), ("bernoulli", 0.3, 1), ("random_prefix", 0.3, 3)])
 def test_chances_of_being_drawn(keys: tuple[Any, float, int]) -> None:
-    """What inclusion says is how often tokens are drawn, over 20,000 steps; 5 standard deviations apart at most."""
+    """What inclusion says is how often tokens are drawn, over 5,000 steps; 5 standard deviations apart at most."""
     name, fraction, shortest = keys
     rule = make(rule=name, fraction=fraction, shortest=shortest)
-    lengths = torch.tensor([8, 2, 0, 1]).repeat(2_000)
-    masks = [select(rule, torch.zeros(8_000, 9), lengths, step=s, rollout_ids=torch.arange(8_000)) for s in range(10)]
+    lengths = torch.tensor([8, 2, 0, 1]).repeat(500)
+    masks = [select(rule, torch.zeros(2_000, 9), lengths, step=s, rollout_ids=torch.arange(2_000)) for s in range(10)]
     drawn = torch.cat(masks).double().reshape(-1, 4, 9).mean(0)  # (4, T)
     chance = rule.inclusion(lengths[:4], 9).double()
     inside = torch.arange(9) < lengths[:4, None]
     assert (chance[~inside] == 1).all()
-    spread = (chance * (1 - chance) / 20_000).sqrt()
+    spread = (chance * (1 - chance) / 5_000).sqrt()
     assert ((drawn - chance).abs() <= 5 * spread + 1e-12)[inside].all()
     assert not drawn[~inside].any()
 

@@ -12,10 +12,14 @@ from aipo.metrics import (
     accuracy_summary,
     avg_at_k,
     bootstrap_interval,
+    distinct,
+    diversity,
     error_bounds,
     maj_at_k,
     paired_bootstrap,
     pass_at_k,
+    repetition,
+    self_bleu,
     training_efficiency,
 )
 
@@ -185,3 +189,65 @@ def test_bounds_by_hand() -> None:
     for bad in ((1.0, 0.5, 2), (3.0, 3.1, 8), (4.0, 0.0, 8)):
         with pytest.raises(ValueError, match="3 answers or more"):
             error_bounds(*bad)
+
+
+# -- diversity
+
+
+def test_diversity_by_hand():
+    words = [[1, 2, 1, 2, 1], [1, 2, 3, 4, 5]]
+    assert distinct(words, 1) == pytest.approx(5 / 10)
+    assert distinct(words, 4) == pytest.approx(4 / 4)
+    assert distinct(words, 2) == pytest.approx(5 / 8)  # 12, 21, 23, 34, 45
+    assert repetition(words, 2) == pytest.approx((2 / 4 + 0) / 2)
+    assert math.isnan(distinct([[1]], 2))
+    assert math.isnan(repetition([[1], []], 2))
+    assert self_bleu([[1, 2, 3, 4, 5]] * 3) == pytest.approx(1)
+    assert self_bleu([[1, 2, 3, 4, 5], [6, 7, 8, 9]]) == 0
+    # "1 2 3 4" against "1 2 3 4 5": all n-grams shared, but shorter: e^(1 - 5/4). The other way: 4/5, 3/4, 2/3, 1/2
+    expected = (math.exp(-1 / 4) + (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4)) / 2
+    assert self_bleu([[1, 2, 3, 4], [1, 2, 3, 4, 5]]) == pytest.approx(expected)
+    assert self_bleu([[1, 1, 1, 1], [1, 1, 2, 3]], order=1) == pytest.approx((2 / 4 + 2 / 4) / 2)  # clipped
+    assert self_bleu([[1, 2], [1, 2]]) == pytest.approx(1)  # of the orders that there are
+    assert math.isnan(self_bleu([[1, 2], []]))
+    assert diversity([[1, 2, 3], [1, 2, 3, 4]]) == {}
+    assert diversity(words)["distinct_1"] == pytest.approx(5 / 10)
+
+
+def slow_bleu(said: list[list[int]], who: int) -> float:
+    """Papineni et al. 2002, eq. 1 to 3, of one completion against all others."""
+    candidate, others = said[who], said[:who] + said[who + 1 :]
+    logs = []
+    for n in range(1, 5):
+        grams = [candidate[i : i + n] for i in range(len(candidate) - n + 1)]
+        clipped = 0
+        for gram in {tuple(gram) for gram in grams}:
+            often = max(sum(other[i : i + n] == list(gram) for i in range(len(other) - n + 1)) for other in others)
+            clipped += min(sum(each == list(gram) for each in grams), often)
+        if grams:
+            logs.append(math.log(clipped / len(grams)) if clipped else -math.inf)
+    closest = sorted(others, key=lambda other: (abs(len(other) - len(candidate)), len(other)))[0]
+    brevity = 1.0 if len(candidate) > len(closest) else math.exp(1 - len(closest) / len(candidate))
+    return brevity * math.exp(sum(logs) / len(logs))
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=2, max_size=5))
+def test_self_bleu_against_loops(said):
+    assert self_bleu(said) == pytest.approx(statistics.mean(slow_bleu(said, i) for i in range(len(said))))
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=9), max_size=5), st.integers(1, 4))
+def test_distinct_and_repetition_against_loops(said, n):
+    every = [[row[i : i + n] for i in range(len(row) - n + 1)] for row in said]
+
+    def share(grams):
+        return sum(gram not in grams[:i] for i, gram in enumerate(grams)) / len(grams)
+
+    together = [gram for grams in every for gram in grams]
+    if not together:
+        assert math.isnan(distinct(said, n))
+        assert math.isnan(repetition(said, n))
+        return
+    assert distinct(said, n) == pytest.approx(share(together))
+    assert repetition(said, n) == pytest.approx(statistics.mean(1 - share(grams) for grams in every if grams))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -85,8 +86,9 @@ def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(params=["llama tied", "llama untied", "qwen3"])
+@pytest.fixture(scope="module", params=["llama tied", "llama untied", "qwen3"])
 def model(request: pytest.FixtureRequest, qwen_folder: Path) -> nn.Module:
+    """To look at; a policy takes a copy."""
     if request.param == "qwen3":
         return Qwen3ForCausalLM.from_pretrained(qwen_folder, dtype=torch.float32).train()
     return llama(tied=request.param == "llama tied")
@@ -112,6 +114,11 @@ def reference(model: nn.Module, chosen: Tensor) -> tuple[Tensor, Tensor, dict[st
     gradients = torch.autograd.grad((logp * WEIGHTS * chosen).sum(), list(model.parameters()))
     names = [name for name, _ in model.named_parameters()]
     return logp.detach(), pad(torch.cat(entropies).detach(), LENGTHS), dict(zip(names, gradients))
+
+
+@pytest.fixture(scope="module")
+def expected(model: nn.Module) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    return reference(model, CHOSEN)
 
 
 def ours(
@@ -172,8 +179,7 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logp_entropy_and_every_gradient(model: nn.Module, layout: str, chunk: int) -> None:
-    expected = reference(model, CHOSEN)
+def test_logp_entropy_and_every_gradient(model: nn.Module, expected: Any, layout: str, chunk: int) -> None:
     policy = Policy(copy.deepcopy(model), temperature=TEMPERATURE, head_chunk=chunk)
     assert_same(ours(policy, CHOSEN, **LAYOUTS[layout]), expected, CHOSEN)
 
@@ -379,7 +385,7 @@ def test_selected_logprobs_against_float64(bias: bool, entropy_gradient: bool, c
 
 
 def test_what_the_whole_vocabulary_says(model: nn.Module, chunk: int) -> None:
-    """Entropy, and KL(uniform || p) as INTUITOR's eq. has it, at every token and without a gradient."""
+    """Entropy, KL(uniform || p) as INTUITOR's eq. has it, and so on, at every token and without a gradient."""
     policy = Policy(copy.deepcopy(model), temperature=TEMPERATURE, head_chunk=chunk)
     for micro in laid_out(packing=False, budget=60):
         out = policy(micro, full=True)
@@ -395,8 +401,20 @@ def test_what_the_whole_vocabulary_says(model: nn.Module, chunk: int) -> None:
         torch.testing.assert_close(out["certainty"].double(), slow_certainty, rtol=1e-4, atol=1e-5)
         steps = torch.eye(p.shape[1], dtype=torch.float64)[micro.targets] - p  # (N, V) d log p / d logits at T = 1
         torch.testing.assert_close(out["energy"].double(), steps.square().sum(1), rtol=1e-4, atol=1e-6)
+        slow_logp = torch.stack([row[target].log() for row, target in zip(p, micro.targets)])
+        slow_largest = torch.tensor([math.log(max(row)) for row in p.tolist()], dtype=torch.float64)
+        torch.testing.assert_close(out["logp"].double(), slow_logp, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out["largest"].double(), slow_largest, rtol=1e-4, atol=1e-5)
+        two = [sorted(row.tolist(), reverse=True)[:2] for row in p]
+        gaps = torch.tensor([math.log(first / second) for first, second in two], dtype=torch.float64)
+        torch.testing.assert_close(out["gap"].double(), gaps, rtol=1e-4, atol=1e-5)
         assert not out["entropy"].requires_grad
         assert torch.equal(out["states"], policy(micro)["states"])
+        chosen = torch.arange(len(micro.targets)) % 3 == 0  # (N,)
+        some = policy(micro, lambda _, chosen=chosen: chosen, full=True)
+        assert torch.equal(some.pop("mask"), chosen)
+        for name, values in some.items():
+            torch.testing.assert_close(values, out[name][chosen], msg=name)
 
 
 def test_gradient_of_the_head_is_summed_in_float32() -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -187,23 +187,20 @@ def test_a_function_takes_the_place_of_the_verifier() -> None:
 
 
 @pytest.mark.usefixtures("functions")
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
+def test_what_a_function_raises_names_the_rollout() -> None:
+    rewarder = grader("picky")
+    for text, says in (
         ("else", r"KeyError: 'else' \(.*graders.py, line 14\)"),
         ("none", "it returned None, which is not a finite number"),
         ("nan", "it returned nan, which is not"),
         ("text", "it returned '1', which is not"),
-    ],
-)
-def test_what_a_function_raises_names_the_rollout(text: str, says: str) -> None:
-    rewarder = grader("picky")
-    fine = rewarder.submit(Problem("q7", "q", "5"), "half", 9, 2)
-    broken = rewarder.submit(Problem("q7", "q", "5"), text, 9, 3)
-    assert rewarder.collect([fine])[0].tolist() == [0.5]
-    with pytest.raises(TrainingError, match=rf"graders:picky failed on sample 4 of question q7: .*{says}"):
-        rewarder.collect([fine, broken])
-    assert rewarder.score([Problem("q7", "q", "5")], ["right"], [9])[1].tolist() == [True]  # its process lives on
+    ):
+        fine = rewarder.submit(Problem("q7", "q", "5"), "half", 9, 2)
+        broken = rewarder.submit(Problem("q7", "q", "5"), text, 9, 3)
+        assert rewarder.collect([fine])[0].tolist() == [0.5]
+        with pytest.raises(TrainingError, match=rf"graders:picky failed on sample 4 of question q7: .*{says}"):
+            rewarder.collect([fine, broken])
+        assert rewarder.score([Problem("q7", "q", "5")], ["right"], [9])[1].tolist() == [True]  # its process lives on
     rewarder.close()
 
 
@@ -232,7 +229,7 @@ def test_each_origin_has_its_own_reward() -> None:
 
 
 @contextmanager
-def load(each: int = 3) -> Iterator[None]:
+def load(each: int = 2) -> Iterator[None]:
     """``each`` busy processes a core, every one in a session of its own, as a scheduler may share by sessions."""
     spin = [sys.executable, "-c", "while True: pass"]
     busy = [subprocess.Popen(spin, start_new_session=True) for _ in range(each * len(os.sched_getaffinity(0)))]
@@ -248,28 +245,28 @@ def load(each: int = 3) -> Iterator[None]:
 @pytest.mark.skipif(sys.platform != "linux", reason="sched_getaffinity")
 @pytest.mark.usefixtures("functions")
 def test_a_busy_machine_changes_no_reward() -> None:
-    """The limit is CPU time: what takes half of it is judged although it takes longer than the limit by the clock."""
-    limit = 0.6
+    """The limit is CPU time: what takes two thirds of it is judged although it takes longer than it by the clock."""
+    limit = 0.3
     plain = RewardConfig(overlong_buffer=20, workers=2, timeout_s=limit)
     configs = {"": plain, "burns": plain.model_copy(update={"function": "graders:burns"})}
     problems = [Problem("1", "q", r"\sqrt{8}")] * 4 + [Problem("2", "q", "5", origin="burns")] * 4
     texts = [r"\boxed{2\sqrt{2}}", r"\boxed{2\sqrt{3}}", r"\boxed{\sum_{n=1}^{10^9} n!}", "nothing"]
-    texts += ["0.3", "0.29", "0.31", "1000"]
+    texts += ["0.2", "0.19", "0.18", "1000"]
 
-    def scored() -> tuple[list[float], list[bool], dict[str, float], float]:
+    def scored(around: AbstractContextManager[None]) -> tuple[list[float], list[bool], dict[str, float], float]:
         rewarder = Rewarder(configs, max_tokens=100)
         rewarder.score(problems[4:6], ["0", "0.01"], [9] * 2)  # workers have started
-        start = time.monotonic()
-        assert rewarder.score(problems[4:6], texts[4:6], [9] * 2)[0].tolist() == [1.0, 1.0]
-        took = time.monotonic() - start
-        rewards, correct, metrics = rewarder.score(problems, texts, [9] * 8)
+        with around:
+            start = time.monotonic()
+            assert rewarder.score(problems[4:6], texts[4:6], [9] * 2)[0].tolist() == [1.0, 1.0]
+            took = time.monotonic() - start
+            rewards, correct, metrics = rewarder.score(problems, texts, [9] * 8)
         rewarder.close()
         return rewards.nan_to_num(-1.0).tolist(), correct.tolist(), metrics, took
 
-    rewards, correct, metrics, _ = scored()
+    rewards, correct, metrics, _ = scored(nullcontext())
     assert rewards == [1.0, 0.0, -1.0, 0.0, 1.0, 1.0, 1.0, -1.0]
     assert metrics["reward/timed_out"] == 0.25
-    with load():
-        again = scored()
+    again = scored(load())
     assert again[:3] == (rewards, correct, metrics)
     assert again[3] > limit  # or the machine was not busy

@@ -254,6 +254,7 @@ def test_every_field_is_taken_with_its_row() -> None:
     whole = batch()
     whole.token_advantages = torch.arange(12.0).reshape(6, 2)
     whole.pending = list("uvwxyz")  # type: ignore[arg-type]
+    whole.lineage = [((row, row + 1),) for row in range(6)]
     part = whole.take([5, 1])
     for each in fields(Rollouts):
         value = getattr(part, each.name)
@@ -263,6 +264,58 @@ def test_every_field_is_taken_with_its_row() -> None:
         assert str(value[0]) == str(getattr(whole, each.name)[5 if each.metadata["by"] == "rollout" else 2]), each.name
     assert part.group_size == 1
     assert whole.keep([5, 1]).extra_tokens == 5 + 1 + 3 + 4 + 5
+
+
+def test_repeated_by_hand() -> None:
+    """Each token that some rollout of the update has counts once, in the first that has it."""
+    lineage = [((1, 4),), ((2, 5),), ((1, 2), (3, 4)), ((1, 3), (4, 6)), ((1, 2), (3, 3), (5, 5)), ((6, 3),)]
+    rollouts = batch()
+    lengths = [ends[-1][1] for ends in lineage]
+    rollouts.completions = [Completion([0] * length, [-1.0] * length, "stop") for length in lengths]
+    assert not rollouts.repeated().any()  # nothing branched
+    rollouts.lineage = lineage
+
+    def repeated(used: list[bool]) -> list[int]:
+        rollouts.used = torch.tensor(used)
+        mask = rollouts.repeated()
+        assert mask.shape == (6, 6)
+        assert not (mask.int().diff(dim=1) > 0).any()  # beginnings
+        return mask.sum(1).tolist()
+
+    assert repeated([True] * 6) == [0, 0, 2, 3, 3, 0]
+    assert repeated([False, True, True, True, True, True]) == [0, 0, 0, 2, 3, 0]  # the parent is left out
+    assert repeated([False, True, False, True, True, True]) == [0, 0, 0, 0, 2, 0]
+    assert repeated([False] * 6) == [0] * 6
+
+
+@given(st.data())
+def test_repeated_against_loops(data: st.DataObject) -> None:
+    """A tree of rollouts: who drew a token, and where it stands, is the token."""
+    lineage: list[tuple[tuple[int, int], ...]] = []
+    for who in range(6):
+        begun: list[tuple[int, int]] = []
+        if lineage and data.draw(st.booleans()):
+            parent = data.draw(st.sampled_from(lineage))
+            cut = data.draw(st.integers(0, parent[-1][1]))
+            for drawer, end in parent:
+                if (begun[-1][1] if begun else 0) < cut:
+                    begun.append((drawer, min(end, cut)))
+        start = begun[-1][1] if begun else 0
+        lineage.append((*begun, (who, start + data.draw(st.integers(1, 4)))))
+    rollouts = batch()
+    rollouts.completions = [Completion([0] * each[-1][1], [0.0] * each[-1][1], "stop") for each in lineage]
+    rollouts.lineage = lineage
+    rollouts.used = torch.tensor(data.draw(st.lists(st.booleans(), min_size=6, max_size=6)))
+    seen: set[tuple[int, int]] = set()
+    expected = torch.zeros_like(rollouts.logp_engine, dtype=torch.bool)
+    for row, each in enumerate(lineage):
+        starts = [0, *(end for _, end in each)]
+        for start, (who, end) in zip(starts, each):
+            for place in range(start, end):
+                if rollouts.used[row]:
+                    expected[row, place] = (who, place) in seen
+                    seen.add((who, place))
+    assert torch.equal(rollouts.repeated(), expected)
 
 
 def test_loads() -> None:

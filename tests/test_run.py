@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -274,7 +275,13 @@ def test_a_run_on_a_mix_of_sources(model: Path, tmp_path: Path, monkeypatch: pyt
     pyarrow.parquet.write_table(pyarrow.table(hard), tmp_path / "hard.parquet")
     (tmp_path / "mixed.yaml").write_text("base: tiny.yaml\n" + MIXED.replace("PLACE", str(tmp_path)))
     more = [f"model.path={model}", f"runs={tmp_path}", "rollout.engine=hf", "model.dtype=float32"]
-    more += ["sharding.zero_stage=0", "loss.kl_beta=0", "validation.watch_every=2", "tracking.rollouts_per_step=16"]
+    more += [
+        "sharding.zero_stage=0",
+        "loss.kl_beta=0",
+        "validation.watch_every=2",
+        "tracking.rollouts_per_step=16",
+        "reward.workers=1",
+    ]
     config = load_config(str(tmp_path / "mixed.yaml"), [*more, "curriculum.buckets=within", "mask.rule=all"])
     inputs = check_inputs(config, world=1)
     assert len(inputs.problems) + len(inputs.held_out) == 40
@@ -321,6 +328,23 @@ def test_what_is_watched_changes_no_other_number(model: Path, tmp_path: Path, mo
             key: one[key] for key in one if not key.startswith(("time/", "speed/"))
         }
     assert any(line["policy/grad_norm"] > 0 for line in watching[1:])  # or nothing could have differed
+
+
+def test_a_report_that_fails_takes_nothing_from_the_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AIPO_CACHE", str(tmp_path))  # for the labels
+
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("aipo.run.report", full)
+    more = ["rollout.engine=hf", "model.dtype=float32", "sharding.zero_stage=0", "loss.kl_beta=0", "optim.steps=1"]
+    config = config_with(model, write(tmp_path / "d.jsonl", GOOD), *more, f"runs={tmp_path}", "name=run")
+    assert run(config, device=torch.device("cpu"))
+    again = f"again: python -m aipo.report {config.folder}"
+    assert f"error: no report (OSError: [Errno 28] No space left on device); {again}" in capsys.readouterr().out
+    assert (config.folder / "final" / "model.safetensors").is_file()
 
 
 @pytest.mark.usefixtures("without_vllm")

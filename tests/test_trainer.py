@@ -196,6 +196,62 @@ def test_what_lies_behind_the_last_selected_token_changes_nothing(model: Path, r
         assert not torch.equal(parameter, before[name])
 
 
+ONCE = {
+    "all": [],
+    "probe": ["mask.rule=top_fraction", "mask.score=entropy", "mask.scope=batch", "mask.fraction=0.5"],
+    "shared prompts": ["optim.share_prompts=true"],
+}
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token", "all_tokens"])
+@pytest.mark.parametrize("rule", ONCE)
+def test_what_branches_share_is_trained_once(model: Path, rule: str, aggregation: str) -> None:
+    """Against whole sequences under Hugging Face's own forward: a token counts in the first rollout that has it, with
+    that rollout's advantage, and in the loss's denominator."""
+    overrides = ["mask.rule=all", f"loss.aggregation={aggregation}", "rollout.importance_correction=none"]
+    config = config_of(model, *overrides, *ONCE[rule])
+    trainer, rollouts = made(config, model)
+    shared = [0, 2, 0, 1, 0, 0, 0, 3]  # tokens that the second of a pair has from the first; one first is not used
+    rollouts.used = torch.tensor([True, True, True, True, False, True, True, True])
+    for row, count in enumerate(shared):
+        first = rollouts.completions[row - row % 2]
+        count = min(count, len(first.token_ids), len(rollouts.completions[row].token_ids) - 1)
+        rollouts.completions[row].token_ids[:count] = first.token_ids[:count]
+        parent = ((row - row % 2, count),) if count else ()
+        rollouts.lineage.append((*parent, (row, len(rollouts.completions[row].token_ids))))
+    rollouts.completions[5].token_ids[:1] = rollouts.completions[4].token_ids[:1]
+    rollouts.lineage[5] = ((4, 1), *rollouts.lineage[5])
+    selection, sums = trainer.update(rollouts, 2.0, 1.0, Clock())
+    twice = rollouts.repeated()
+    assert 0 < int(twice.sum()) <= sum(shared)
+    assert not twice[5].any()  # what it shares with a rollout outside the update, it alone trains on
+    assert not (selection.mask & twice).any()
+    if rule != "probe":
+        grid = torch.arange(selection.mask.shape[1]) < rollouts.lengths[:, None]
+        assert torch.equal(selection.mask[rollouts.used], (grid & ~twice)[rollouts.used])
+    reference = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32)
+    total, denominator = torch.zeros(()), 0
+    for row in torch.nonzero(rollouts.used)[:, 0].tolist():
+        prompt, completion = rollouts.prompts[row // 2], rollouts.completions[row].token_ids
+        logits = reference(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]  # (T, V)
+        logp = (logits / config.rollout.temperature).log_softmax(-1)
+        chosen = [t for t in range(len(completion)) if selection.mask[row, t]]
+        of_row = sum((-rollouts.advantages[row] * logp[t, completion[t]] for t in chosen), torch.zeros(()))
+        if aggregation == "sequence":
+            total, denominator = total + of_row / max(len(chosen), 1), denominator + bool(chosen)
+        else:
+            total = total + of_row
+            own = sum(not twice[row, t] for t in range(len(completion)))
+            denominator += own if aggregation == "all_tokens" else len(chosen)
+    assert sums["denominator"] == denominator
+    (total / denominator).backward()
+    expected = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for name, parameter in trainer.sharded.names():
+        moment = trainer.sharded.optimizer.state[parameter]["exp_avg"]  # type: ignore[attr-defined]
+        assert float((moment / (1 - config.optim.betas[0]) - expected[name]).abs().max()) < 2e-5 * largest, name
+
+
 def test_a_mask_that_needs_the_states_is_decided_in_the_forward_that_is_trained(model: Path) -> None:
     trainer, rollouts = made(config_of(model), model)
     selection, _ = trainer.update(rollouts, 0.3, 1.0, Clock())
@@ -257,9 +313,10 @@ def test_shaped_advantages_reach_the_loss(model: Path) -> None:
     )
 
 
-def test_the_kl_is_weighted_by_the_certainty_of_the_initial_model(model: Path) -> None:
+@pytest.mark.parametrize("certain", ["entropy", "largest"])
+def test_the_kl_is_weighted_by_the_certainty_of_the_initial_model(model: Path, certain: str) -> None:
     """Against Hugging Face's own forward of it, token by token; the policy's entropies are not looked at."""
-    config = config_of(model, "loss.kl_beta=0.1", "loss.kl_priority=2", "sharding.zero_stage=0")
+    config = config_of(model, "loss.kl_beta=0.1", "loss.kl_priority=2", f"loss.kl_certainty={certain}")
     trainer, rollouts = made(config, model)
     trainer.reference = frozen_reference(config, str(model), torch.device("cpu"))
     selection = trainer.selector.begin(rollouts, None, kappa=0.3, step=0)
@@ -276,7 +333,8 @@ def test_the_kl_is_weighted_by_the_certainty_of_the_initial_model(model: Path) -
             logits = whole(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]  # (T, V)
         for t in inputs.mask[i].nonzero()[:, 0].tolist():
             p = logits[t].double().softmax(-1)
-            certainty = 1 + sum(q * math.log(q) for q in p.tolist()) / math.log(len(p))
+            likely = sum(q * math.log(q) for q in p.tolist()) if certain == "entropy" else math.log(max(p.tolist()))
+            certainty = 1 + likely / math.log(len(p))
             assert float(inputs.kl_weight[i, t]) == pytest.approx(certainty**2, abs=1e-5)
             assert float(inputs.logp_ref[i, t]) == pytest.approx(math.log(p[completion[t]]), abs=1e-4)
 

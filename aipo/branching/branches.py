@@ -1,9 +1,9 @@
 """Entropy-triggered branching and the information-bottleneck filter of IIB-LPO (arXiv 2601.05870; METHODS section 9).
 
 Collect a few base rollouts, cut each where the policy hesitated, draw its rest anew until every question has its
-quota, and keep the trajectories that say most about the answer and least about the question. Pure functions: the
-engine is called between :func:`plan_branches` and :func:`join_branches`, with or without a latent
-(:mod:`aipo.branching.latent`).
+quota, and keep the trajectories that say most about the answer and least about the question. With several rounds the
+branches branch in turn. The engine is called between :meth:`Paths.plan` and :meth:`Paths.join`, with or without a
+latent (:mod:`aipo.branching.latent`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from statistics import fmean
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,15 +20,16 @@ from torch import Tensor
 from aipo.layout import token_grid
 from aipo.rollout.base import Completion, Request
 from aipo.rollout.collect import request_seed
-from aipo.rollouts import Rollouts
+from aipo.rollouts import Lineage, Rollouts
 
 Pick = Literal["uniform", "argmax"]
+Cut = Literal["before", "after"]
 TOP_FRACTION = 0.05
 
 
 @dataclass(frozen=True)
 class Branch:
-    """Row ``parent`` of the base rollouts, cut before its token ``cut``; ``request`` draws the rest."""
+    """Row ``parent`` of the rollouts, cut behind its first ``cut`` tokens; ``request`` draws the rest."""
 
     parent: int
     cut: int
@@ -35,7 +37,7 @@ class Branch:
 
 
 def branch_point(signal: Sequence[float], *, fraction: float = TOP_FRACTION, pick: Pick = "uniform", seed: int) -> int:
-    """t*: where a rollout is cut; its tokens before t* are kept.
+    """t*: the token where a rollout is cut.
 
     Args:
         signal: (T,) entropy or surprisal of each token, T at least 1.
@@ -54,52 +56,161 @@ def branch_point(signal: Sequence[float], *, fraction: float = TOP_FRACTION, pic
     return candidates[0] if pick == "argmax" else random.Random(seed).choice(candidates)
 
 
-def plan_branches(
-    base: Rollouts,
-    signal: Tensor,
-    *,
-    samples: int,
-    max_tokens: int,
-    fraction: float = TOP_FRACTION,
-    pick: Pick = "uniform",
-    seed: int,
-    stream: str,
-) -> list[Branch]:
-    """The branches that fill every question up to ``samples`` rollouts; a question's base rollouts take turns.
+def kept_tokens(
+    signal: Sequence[float], *, fraction: float, pick: Pick, cut: Cut = "before", skip: int = 0, seed: int
+) -> int:
+    """How many of its T tokens a path keeps in a branch: up to t*, without or with it.
 
     Args:
-        base: ``group_size`` is the number of base rollouts a question.
+        signal, fraction, pick, seed: as in :func:`branch_point`.
+        cut: ``before`` draws t* anew too; ``after`` keeps it. Then the last token, behind which there is nothing to
+            draw, is no t*; a path of one token is drawn anew.
+        skip: so many first tokens are no t*, if there are others.
+    """
+    kept = int(cut == "after")
+    last = len(signal) - kept
+    if last < 1:
+        return 0
+    first = min(skip, last - 1)
+    return first + branch_point(signal[first:last], fraction=fraction, pick=pick, seed=seed) + kept
+
+
+def branches_by_round(base: int, samples: int, rounds: int) -> list[int]:
+    """How many branches a question gets in each round.
+
+    Its ``base`` paths take turns until there are ``samples`` rollouts, and the turns are spread over the rounds: with
+    as many rounds as turns, a path has one branch a round, as in the authors' code.
+
+    Raises:
+        ValueError: if there are no fewer base rollouts than ``samples``, or fewer turns than rounds.
+    """
+    if not 0 < base < samples:
+        raise ValueError(f"{base} base rollouts a question leave nothing to branch for {samples} in all")
+    turns = -(-(samples - base) // base)
+    if not 0 < rounds <= turns:
+        raise ValueError(f"{samples - base} branches of {base} base rollouts are {turns} turns, not {rounds} rounds")
+    counts = [0] * rounds
+    for branch in range(samples - base):
+        counts[branch // base * rounds // turns] += 1
+    return counts
+
+
+class Paths:
+    """The rollouts of some questions while they branch, and from which of them each path branches next.
+
+    Args:
+        base: ``group_size`` is the number of base rollouts, and of paths, a question; not judged.
         signal: (B, T) entropy of the policy, or surprisal ``-base.logp_engine``; only completion tokens are looked at.
-        samples: rollouts a question in all.
         max_tokens: longest whole completion; a branch may draw what its prefix has left of it.
         seed, stream: of the run and of the step, as in :meth:`aipo.rollout.collect.Collector.collect`; cut and
             continuation are random by (seed, stream, question, sample) alone, whatever the number of ranks.
+        fraction, pick, cut, skip: see :func:`kept_tokens`.
 
-    Returns:
-        Q * (samples - group_size) branches, those of one question adjacent.
-
-    Raises:
-        ValueError: if there are no fewer base rollouts than ``samples``.
+    Attributes:
+        rollouts: each question's base rollouts, then its branches in the order drawn; with their lineage.
     """
-    n = base.group_size
-    if not 0 < n < samples:
-        raise ValueError(f"{n} base rollouts a question leave nothing to branch for {samples} in all")
-    branches = []
-    for q, (problem, prompt) in enumerate(zip(base.problems, base.prompts, strict=True)):
-        for sample in range(n, samples):
-            parent = q * n + (sample - n) % n
-            tokens = base.completions[parent].token_ids
-            cut = branch_point(
-                signal[parent, : len(tokens)].tolist(),
-                fraction=fraction,
-                pick=pick,
-                seed=request_seed(seed, f"{stream} cut", problem.id, sample),
-            )
-            request = Request(
-                [*prompt, *tokens[:cut]], request_seed(seed, stream, problem.id, sample), max_tokens - cut
-            )
-            branches.append(Branch(parent, cut, request))
-    return branches
+
+    def __init__(
+        self,
+        base: Rollouts,
+        signal: Tensor,
+        *,
+        max_tokens: int,
+        fraction: float = TOP_FRACTION,
+        pick: Pick = "uniform",
+        cut: Cut = "before",
+        skip: int = 0,
+        seed: int,
+        stream: str,
+    ) -> None:
+        ids, lengths = base.ids.tolist(), base.lengths.tolist()
+        self.rollouts = replace(base, lineage=[((i, n),) for i, n in zip(ids, lengths)])
+        self.count = base.group_size
+        self.own = {i: values[:n] for i, values, n in zip(ids, signal.tolist(), lengths)}  # of what each drew itself
+        self.active = [list(range(self.count)) for _ in base.problems]  # of each question, the sample each path is at
+        self.max_tokens, self.seed, self.stream = max_tokens, seed, stream
+        self.fraction, self.pick, self.cut, self.skip = fraction, pick, cut, skip
+
+    def plan(self, count: int) -> list[Branch]:
+        """``count`` branches of every question, those of one adjacent; its paths take turns."""
+        n, rollouts = self.rollouts.group_size, self.rollouts
+        branches = []
+        for q, (problem, prompt) in enumerate(zip(rollouts.problems, rollouts.prompts, strict=True)):
+            for sample in range(n, n + count):
+                parent = q * n + self.active[q][(sample - self.count) % self.count]
+                tokens, own = rollouts.completions[parent].token_ids, self.own[int(rollouts.ids[parent])]
+                keep = len(tokens) - len(own)
+                keep += kept_tokens(
+                    own,
+                    fraction=self.fraction,
+                    pick=self.pick,
+                    cut=self.cut,
+                    skip=self.skip,
+                    seed=request_seed(self.seed, f"{self.stream} cut", problem.id, sample),
+                )
+                seed = request_seed(self.seed, self.stream, problem.id, sample)
+                branches.append(Branch(parent, keep, Request([*prompt, *tokens[:keep]], seed, self.max_tokens - keep)))
+        return branches
+
+    def join(
+        self, branches: Sequence[Branch], continuations: Sequence[Completion], decode: Callable[[list[int]], str]
+    ) -> Rollouts:
+        """Put what the engine drew for each branch's request into :attr:`rollouts`. The branches alone, as a batch.
+
+        Args:
+            decode: completion token ids to text.
+        """
+        old, n, questions = self.rollouts, self.rollouts.group_size, len(self.rollouts.problems)
+        more = len(branches) // max(questions, 1)
+        whole = [join(old.completions[b.parent], b.cut, rest) for b, rest in zip(branches, continuations, strict=True)]
+        begun = [cut_lineage(old.lineage[b.parent], b.cut) for b in branches]
+        new = replace(
+            old,
+            completions=whole,
+            texts=[decode(each.token_ids) for each in whole],
+            ids=torch.tensor([b.request.seed for b in branches], dtype=torch.long),
+            group_size=more,
+            lineage=[(*of, (b.request.seed, len(each.token_ids))) for of, b, each in zip(begun, branches, whole)],
+        )
+
+        def grouped(first: Sequence[Any], then: Sequence[Any]) -> list[Any]:
+            groups = [(*first[q * n : (q + 1) * n], *then[q * more : (q + 1) * more]) for q in range(questions)]
+            return [each for group in groups for each in group]
+
+        self.rollouts = replace(
+            old,
+            completions=grouped(old.completions, new.completions),
+            texts=grouped(old.texts, new.texts),
+            ids=torch.tensor(grouped(old.ids.tolist(), new.ids.tolist()), dtype=torch.long),
+            group_size=n + more,
+            lineage=grouped(old.lineage, new.lineage),
+            extra_tokens=old.extra_tokens - sum(b.cut for b in branches),  # beginnings were not generated again
+        )
+        return new
+
+    def go_on(self, new: Rollouts, signal: Tensor) -> None:
+        """From now on a path branches from its newest branch if the policy was less sure in that.
+
+        Compared are means over what each drew itself; of several branches of a path, the least sure.
+
+        Args:
+            new: the last that :meth:`join` returned; signal: (b, T) of these.
+        """
+        size, more = self.rollouts.group_size, new.group_size
+        for row, (lineage, values) in enumerate(zip(new.lineage, signal.tolist())):
+            start = lineage[-2][1] if len(lineage) > 1 else 0
+            own = self.own[int(new.ids[row])] = values[start : lineage[-1][1]]
+            question, sample = row // more, size - more + row % more
+            path = (sample - self.count) % self.count
+            now = int(self.rollouts.ids[question * size + self.active[question][path]])
+            if fmean(own) > fmean(self.own[now]):
+                self.active[question][path] = sample
+
+
+def cut_lineage(lineage: Lineage, cut: int) -> Lineage:
+    """Of the first ``cut`` tokens."""
+    starts = [0, *(end for _, end in lineage)]
+    return tuple((who, min(end, cut)) for (who, end), start in zip(lineage, starts) if start < cut)
 
 
 def join(base: Completion, cut: int, rest: Completion) -> Completion:
@@ -107,45 +218,6 @@ def join(base: Completion, cut: int, rest: Completion) -> Completion:
     ended."""
     return Completion(
         base.token_ids[:cut] + rest.token_ids, base.logprobs[:cut] + rest.logprobs, finish_reason=rest.finish_reason
-    )
-
-
-def join_branches(
-    base: Rollouts,
-    branches: Sequence[Branch],
-    continuations: Sequence[Completion],
-    decode: Callable[[list[int]], str],
-) -> Rollouts:
-    """Base rollouts and branches as one batch, each question's base rollouts first; not judged yet.
-
-    Args:
-        continuations: what the engine drew for each branch's request.
-        decode: completion token ids to text, for the branches.
-    """
-    questions = len(base.problems)
-    more = len(branches) // max(questions, 1)
-    completions, texts, ids = [], [], []
-    for q in range(questions):
-        own = range(q * base.group_size, (q + 1) * base.group_size)
-        completions += [base.completions[i] for i in own]
-        texts += [base.texts[i] for i in own]
-        ids += [int(base.ids[i]) for i in own]
-        for b in range(q * more, (q + 1) * more):
-            branch = branches[b]
-            whole = join(base.completions[branch.parent], branch.cut, continuations[b])
-            completions.append(whole)
-            texts.append(decode(whole.token_ids))
-            ids.append(branch.request.seed)
-    return replace(
-        base,
-        completions=completions,
-        texts=texts,
-        ids=torch.tensor(ids, dtype=torch.long),
-        group_size=base.group_size + more,
-        rewards=torch.empty(0),
-        correct=torch.empty(0),
-        advantages=torch.empty(0),
-        used=torch.empty(0),
     )
 
 

@@ -166,7 +166,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-class _Loader(yaml.SafeLoader):
+# libyaml's where PyYAML was built with it: a campaign reads thousands of files, and Python takes ten times as long
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_SafeLoader):
     """YAML in which nothing stands twice: PyYAML keeps the last of two keys and drops the first without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -185,7 +189,7 @@ def _parse_override(text: str) -> tuple[str, dict[str, Any]]:
     if not equals or not key:
         raise UserError(f"override {text!r} must look like optim.lr=2e-6")
     try:
-        return f"override {text}", {key: yaml.safe_load(value)}
+        return f"override {text}", {key: yaml.load(value, _SafeLoader)}
     except yaml.YAMLError:
         raise UserError(f"override {text}: the value is not YAML (text with signs in it needs quotes)") from None
 
@@ -195,6 +199,7 @@ _SECTIONS = {
     for n, f in Config.model_fields.items()
     if isinstance(f.annotation, type) and issubclass(f.annotation, Section)
 }
+_KNOWN = {name: None for name, _ in keys()}  # in their order
 
 
 def _flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -230,18 +235,16 @@ def _unflatten(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_key(key: str, layer: str) -> None:
-    known = [name for name, _ in keys()]
-    if key in known:
+    if key in _KNOWN:
         return
     if key in _SECTIONS:
         raise UserError(
-            f"{layer}: {key} is a section: it takes keys such as {next(k for k in known if k.startswith(key + '.'))}"
+            f"{layer}: {key} is a section: it takes keys such as {next(k for k in _KNOWN if k.startswith(key + '.'))}"
         )
     leaf = key.rpartition(".")[2]
-    near = (
-        difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [k for k in known if k.rpartition(".")[2] == leaf][:1]
-    )
-    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.3)
+    near = difflib.get_close_matches(key, _KNOWN, n=1, cutoff=0.6)
+    near = near or [k for k in _KNOWN if k.rpartition(".")[2] == leaf][:1]
+    near = near or difflib.get_close_matches(key, _KNOWN, n=1, cutoff=0.3)
     hint = f"; did you mean {near[0]}?" if near else "; --help lists all keys"
     raise UserError(f"{layer}: unknown key {key}{hint}")
 

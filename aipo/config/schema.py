@@ -128,6 +128,12 @@ class Config(Section):
                 f"branch.base ({branch.base}) leaves no branch among branch.total or rollout.samples_per_question "
                 f"({branch.total or samples}) rollouts: lower it"
             )
+        turns = -(-((branch.total or samples) - branch.base) // branch.base)
+        if branch.enabled and branch.rounds > turns:
+            raise ValueError(
+                f"branch.rounds ({branch.rounds}) are more than the {turns} branches of each of branch.base "
+                f"({branch.base}) rollouts: lower either, or raise branch.total"
+            )
         if branch.enabled and branch.total is not None and branch.total < samples:
             raise ValueError("branch.total must not be below rollout.samples_per_question, which the filter keeps")
         if branch.enabled and branch.latent != "none" and (self.rollout.engine != "hf" or branch.latent_path is None):

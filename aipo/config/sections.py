@@ -109,6 +109,14 @@ class BranchConfig(Section):
     """share of a rollout's tokens where it may branch, at least one"""
     pick: Literal["uniform", "argmax"] = "uniform"
     """one of them at random, or the most unsure"""
+    cut: Literal["before", "after"] = "before"
+    """the token where it branches is drawn anew too, or is the last that a branch keeps"""
+    skip: NonNegative = 0
+    """so many first tokens of what a rollout or branch drew itself are no branch points"""
+    rounds: Positive = 1
+    """drawings of branches: later ones branch from an earlier branch if the policy was less sure in it on average"""
+    prefix: Literal["once", "each"] = "once"
+    """tokens that branches share are trained on in the first rollout that has them, or in each"""
     beta: Annotated[float, Field(ge=0)] = 0.1
     """of the filter: I(r; a) - beta I(q; r)"""
     latent: Literal["none", "norm_kv", "residual"] = "none"
@@ -380,7 +388,9 @@ class LossConfig(Section):
     divergence: Annotated[float, Field(gt=0)] = 0.15
     """tv_mask, kl_mask: largest total variation, or KL in nats, of a token from the old policy"""
     kl_priority: Annotated[float, Field(ge=0)] = 0.0
-    """a token's KL is weighted by (1 - H / log V)^power, H of the initial model: where it is unsure, tokens may move"""
+    """a token's KL is weighted by certainty^power of the initial model: where it is unsure, tokens may move"""
+    kl_certainty: Literal["entropy", "largest"] = "entropy"
+    """that certainty: 1 - H / log V, or 1 + log p / log V of the likeliest token"""
     entropy_weight: Annotated[float, Field(ge=0)] = 0.0
     """weight of the self-reward A H, which raises the entropy of tokens with positive advantage"""
 

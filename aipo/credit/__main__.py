@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ import torch
 
 from aipo import distributed
 from aipo.config import Config
-from aipo.credit.frozen import build, command, configured, prepare
+from aipo.credit.frozen import asked_signals, build, command, configured, prepare
 from aipo.credit.plot import plot
-from aipo.credit.signals import all_signals
-from aipo.credit.table import Credit, table
+from aipo.credit.signals import all_signals, named
+from aipo.credit.table import WRONG, Credit, table, twins
 from aipo.credit.values import Valued, changes, enough_continuations, value_prefixes
 from aipo.errors import UserError
 from aipo.evaluation.benchmarks import load_benchmarks
@@ -40,9 +41,9 @@ from aipo.rollouts import Rollouts
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command("aipo.credit", __doc__, "of a run: model, prompts, sampling, and the keys of mi")
     parser.add_argument("--benchmarks", help="by comma, as for evaluate.py (default: the held-out set of the config)")
-    parser.add_argument("--questions", type=int, default=16, help="the first so many (16)")
-    parser.add_argument("--samples", type=int, default=4, help="rollouts a question (4)")
-    parser.add_argument("--continuations", type=int, default=32, help="of each prefix (32)")
+    parser.add_argument("--questions", type=int, default=16, help="that are right and wrong both (16)")
+    parser.add_argument("--samples", type=int, default=2, help="rollouts a question (2)")
+    parser.add_argument("--continuations", type=int, default=16, help="of each prefix (16)")
     parser.add_argument("--stride", type=int, default=1, help="tokens between prefixes (1)")
     return parser.parse_intermixed_args(arguments)
 
@@ -66,74 +67,118 @@ def run(config: Config, options: argparse.Namespace, folder: Path, device: torch
     precision = choose(config.model.dtype, device.type)
     config = precision.settle(config)
     inputs = check_inputs(config, world=1)
-    problems = questions(inputs, options)
-    asked = {name: getattr(options, name) for name in ("samples", "continuations", "stride")}
-    prepare(folder, config, questions=[problem.id for problem in problems], **asked)
+    pool, only = candidates(inputs, options), asked_signals(options)
+    named(config, pool, only)
+    asked = {name: getattr(options, name) for name in ("benchmarks", "samples", "continuations", "stride")}
+    prepare(folder, config, **asked)  # without the number of questions: more, or fewer, may be asked for later
     with Progress() as progress:
         for line in precision.lines:
             progress.say(line)
         collector, sharded = build(config, inputs, device)
         with closing(collector.engine), closing(collector.rewarder):
-            valued = values(config, collector, problems, options, folder, progress)
-        rollouts = Rollouts.joined([valued[p.id].rollouts(p, inputs.prompter.encode(p.question)) for p in problems])
+            drawn = draw(config, collector, pool, options, folder, progress)
+            mixed = [problem for problem in pool if problem.id in drawn and drawn[problem.id].mixed]
+            problems = mixed[: options.questions]
+            valued = values(config, collector, problems, drawn, options, folder, progress)
+        encode = inputs.prompter.encode
+        rollouts = Rollouts.joined([valued[p.id].rollouts(p, encode(p.question, p.origin)) for p in problems])
         frame, credit = rows(problems, valued, options.continuations, inputs.prompter)
         check(credit, options.continuations)
         signals: dict[str, np.ndarray[Any, Any]] = {}
-        with progress.task("signals", len(frame["start"])) as task:
-            for name, scores in all_signals(config, sharded, inputs.prompter, problems, rollouts, device):
-                signals[name] = stretches(scores, frame)
-            task.advance(len(frame["start"]))
+        makers = all_signals(config, sharded, inputs.prompter, problems, rollouts, device, only)
+        with progress.task("signals", len(makers)) as task:
+            for name, make in makers.items():
+                signals[name] = stretches(make(), frame)
+                task.advance()
+        progress.say("tables: intervals over questions")
     write_parquet(folder / "tokens.parquet", frame | signals)
-    text = summary(config, options, credit, rollouts) + table(signals, credit)
+    text = summary(config, options, drawn, credit, problems) + table(signals, credit)
+    if any(name.endswith(WRONG) for name in signals):
+        text += f"\nBeside another question's gold, the wrong gold: AUROC.\n\n{twins(signals, credit)}"
     (folder / "credit.md").write_text(text)
     plot(signals, credit, folder / "credit.png")
     print(f"{text}\nwritten to {folder}: tokens.parquet, credit.md, credit.png")
     return 0
 
 
-def questions(inputs: Inputs, options: argparse.Namespace) -> list[Problem]:
+def candidates(inputs: Inputs, options: argparse.Namespace) -> list[Problem]:
+    """Questions of which rollouts may be drawn, in their order."""
+    most = CANDIDATES * options.questions
     if options.benchmarks is None:
-        return inputs.held_out[: options.questions]
-    benchmarks = load_benchmarks(options.benchmarks.split(","), limit=options.questions)
-    kept, _ = inputs.prompter.filter([problem for each in benchmarks for problem in each.problems])
-    return kept
+        return inputs.held_out[:most]
+    benchmarks = load_benchmarks(options.benchmarks.split(","), limit=most)
+    turns = zip_longest(*(each.problems for each in benchmarks))  # so that every benchmark has its share
+    kept, _ = inputs.prompter.filter([problem for turn in turns for problem in turn if problem is not None])
+    return kept[:most]
+
+
+def draw(
+    config: Config,
+    collector: Collector,
+    pool: Sequence[Problem],
+    options: argparse.Namespace,
+    folder: Path,
+    progress: Progress,
+) -> dict[str, Valued]:
+    """Rollouts of questions until enough of these are mixed; those of an earlier start are read.
+
+    Where all rollouts are right, or all wrong, hardly a token changes the value, and none of the continuations that
+    say so would tell one signal from another. UserError if no question is mixed.
+    """
+    drawn = {row["question"]: Valued.of(row) for row in read_jsonl(folder / "rollouts.jsonl")}
+    sampling, wanted, n = Sampling.of(config.rollout), options.questions, options.samples
+    mixed = sum(each.mixed for each in drawn.values())
+    with progress.task("mixed questions", wanted) as task, closing(JsonlLog(folder / "rollouts.jsonl")) as log:
+        task.advance(min(mixed, wanted))
+        while mixed < wanted and (left := [problem for problem in pool if problem.id not in drawn]):
+            batch = left[: 2 * wanted]
+            rollouts = collector.collect(batch, sampling, samples=n, stream="credit")
+            collector.judge(rollouts)
+            for q, problem in enumerate(batch):
+                drawn[problem.id] = Valued.drawn(rollouts.take(rollouts.rows_of([q])))
+                log.append(drawn[problem.id].row())
+            before, mixed = mixed, sum(each.mixed for each in drawn.values())
+            task.advance(min(mixed, wanted) - min(before, wanted))
+    if not mixed:
+        right = [right for each in drawn.values() for right in each.correct]
+        accuracy = sum(right) / len(right)
+        if accuracy in (0, 1):
+            raise UserError(
+                f"the model is right in {accuracy:.0%} of {len(right)} rollouts: every prefix has the same value. Take "
+                f"{'easier' if accuracy == 0 else 'harder'} questions (--benchmarks) or another --model"
+            )
+        raise UserError(
+            f"none of {len(drawn)} questions has both right and wrong rollouts (accuracy {accuracy:.0%}): raise "
+            f"--samples ({n}), or take other questions (--benchmarks)"
+        )
+    if mixed < wanted:
+        progress.say(
+            f"{mixed} of the {len(drawn)} questions there are have both right and wrong rollouts, and --questions asks "
+            f"for {wanted}: going on with those (more --samples would find more)"
+        )
+    return drawn
 
 
 def values(
     config: Config,
     collector: Collector,
     problems: Sequence[Problem],
+    drawn: dict[str, Valued],
     options: argparse.Namespace,
     folder: Path,
     progress: Progress,
 ) -> dict[str, Valued]:
-    """Of every question; those of an earlier start are read. UserError if the model is always right or always wrong."""
+    """Of every prefix of the rollouts drawn; questions of an earlier start are read."""
     sampling = Sampling.of(config.rollout)
     done = {row["question"]: Valued.of(row) for row in read_jsonl(folder / "values.jsonl")}
-    missing = [problem for problem in problems if problem.id not in done]
-    drawn = collector.collect(missing, sampling, samples=options.samples, stream="credit") if missing else None
-    if drawn is not None:
-        collector.judge(drawn)
-        right = [*(r for each in done.values() for r in each.correct), *drawn.correct.tolist()]
-        n, accuracy = options.samples, sum(right) / len(right)
-        if accuracy in (0, 1):
-            raise UserError(
-                f"the model is right in {accuracy:.0%} of {len(right)} rollouts: every prefix has the same value. Take "
-                f"{'easier' if accuracy == 0 else 'harder'} questions (--benchmarks) or another --model"
-            )
-        mixed = [0 < sum(right[i : i + n]) < n for i in range(0, len(right), n)]
-        if not any(mixed):
-            raise UserError(
-                f"none of {len(mixed)} questions has both right and wrong rollouts (accuracy {accuracy:.0%}): raise "
-                f"--samples ({n}) or --questions"
-            )
     with progress.task("values", len(problems)) as task, closing(JsonlLog(folder / "values.jsonl")) as log:
-        task.advance(len(done))
-        for q, problem in enumerate(missing):
-            assert drawn is not None
-            own = drawn.take(drawn.rows_of([q]))
+        task.advance(sum(problem.id in done for problem in problems))
+        for problem in problems:
+            if problem.id in done:
+                continue
+            rollouts = drawn[problem.id].rollouts(problem, collector.prompter.encode(problem.question, problem.origin))
             done[problem.id] = value_prefixes(
-                collector, own, sampling, continuations=options.continuations, stride=options.stride
+                collector, rollouts, sampling, continuations=options.continuations, stride=options.stride
             )
             log.append(done[problem.id].row())
             task.advance()
@@ -164,6 +209,7 @@ def rows(
     return columns, Credit(numbers["delta"], numbers["error"], numbers["rollout"], numbers["number"])
 
 
+CANDIDATES = 8  # questions of which rollouts may be drawn for each that is wanted
 COLUMNS: tuple[str, ...] = ("question", "sample", "start", "end", "token_ids", "text", "value_before", "value_after")
 COLUMNS += ("delta", "error", "correct", "rollout", "number")
 
@@ -193,13 +239,21 @@ def write_parquet(path: Path, columns: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def summary(config: Config, options: argparse.Namespace, credit: Credit, rollouts: Rollouts) -> str:
+def summary(
+    config: Config,
+    options: argparse.Namespace,
+    drawn: dict[str, Valued],
+    credit: Credit,
+    problems: Sequence[Problem],
+) -> str:
     decides = credit.decides
+    right = [right for each in drawn.values() for right in each.correct]
     return (
         f"# Token credit of {config.model.path}\n\n"
-        f"{len(rollouts.problems)} questions, {options.samples} rollouts each, right in "
-        f"{float(rollouts.correct.float().mean()):.0%}; {options.continuations} continuations of every prefix, "
-        f"{options.stride} tokens apart. {int(decides.sum())} of {len(decides)} stretches ({decides.mean():.1%}) "
+        f"{len(problems)} questions with both right and wrong rollouts, {options.samples} of each, among "
+        f"{len(drawn)} questions that are right in {sum(right) / len(right):.0%}. Prefixes "
+        f"{options.stride} token{'s' * (options.stride > 1)} apart, {options.continuations} continuations of each. "
+        f"{int(decides.sum())} of {len(decides)} stretches ({decides.mean():.1%}) "
         f"change the value by more than twice their standard error (median {np.median(credit.error):.3f}); they hold "
         f"{np.abs(credit.delta[decides]).sum() / np.abs(credit.delta).sum():.0%} of the sum of |dV|. In brackets: "
         "95 % intervals, bootstrapped over questions.\n\n"

@@ -32,8 +32,14 @@ def command(name: str, text: str | None, config: str) -> argparse.ArgumentParser
     parser.add_argument("--config", required=True, help=config)
     parser.add_argument("--model", help="another model than the config's: hub id, folder, or a run of ours")
     parser.add_argument("--out", help="folder (default: in runs/credit, named after the config)")
+    parser.add_argument("--signals", default="", help="by comma (default: all)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     return parser
+
+
+def asked_signals(options: argparse.Namespace) -> list[str]:
+    """Names of ``--signals``; none are all."""
+    return [name for name in options.signals.split(",") if name]
 
 
 def configured(options: argparse.Namespace) -> Config:

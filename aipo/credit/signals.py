@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from aipo.config import Config
+from aipo.config.base import Features
 from aipo.config.sections import MIConfig
+from aipo.credit.table import WRONG
 from aipo.errors import UserError
 from aipo.layout import MicroBatch, token_grid
 from aipo.passes import Passes
@@ -20,24 +23,37 @@ from aipo.selection import TokenSelector
 from aipo.sharding import Sharded
 from aipo.tokens.table import MEASURES, measure
 
-WRONG = " (wrong gold)"
+VOCABULARY = ("entropy", "certainty", "energy", "gap")  # what one forward pass says of all tokens, beside the states
 
 
 def readings(config: MIConfig, *, solutions: bool) -> Iterator[tuple[str, MIConfig]]:
     """Every reading of the mutual information, by name: estimator, its features, what is normalised, the gold text."""
-    kinds = [("coordinate", features, normalized) for features in ("random", "quadrature") for normalized in NORMALIZED]
-    kinds += [("pointwise", "random", "none"), ("position", "random", "none")]
+    kinds = [("coordinate", features, normalized) for features in get_args(Features) for normalized in NORMALIZED]
+    kinds += [(name, features, "none") for name in ("pointwise", "position") for features in ("random", "orthogonal")]
     for estimator, features, normalized in kinds:
         for gold_text in ("answer", "boxed", "question_answer", *(["solution"] if solutions else [])):
             # few features where they are squared, or deterministic
-            count = min(config.num_features, 64) if features == "random" else min(config.num_features, 16)
+            count = min(config.num_features, 16 if features == "quadrature" else 64)
             keys = {"estimator": estimator, "features": features, "normalized": normalized, "gold_text": gold_text}
             made = MIConfig.model_validate(config.model_dump() | keys | {"num_features": count})
-            parts = [estimator, *([features] if estimator == "coordinate" else []), *NORMALIZED[normalized], gold_text]
-            yield "mi " + " ".join(parts), made
+            yield "mi " + " ".join([estimator, features, *NORMALIZED[normalized], gold_text]), made
 
 
 NORMALIZED: dict[str, list[str]] = {"none": [], "cca": ["cca"]}
+
+
+def named(config: Config, problems: Sequence[Problem], only: Sequence[str] = ()) -> list[str]:
+    """Signals that there are of a model and problems; UserError if one of ``only`` is not among them."""
+    found = ["position (early)", "random"]
+    for name in MEASURES:
+        annotated = name not in ("critical", "filler") or all(problem.critical for problem in problems)
+        if annotated and (name != "residual" or config.lora.rank):
+            found.append(name)
+    for name, _ in readings(config.mi, solutions=all(problem.solution for problem in problems)):
+        found += [name, name + WRONG]
+    if unknown := set(only) - set(found):
+        raise UserError(f"--signals: {', '.join(sorted(unknown))} unknown: there are {', '.join(found)}")
+    return [name for name in found if not only or name in only]
 
 
 def all_signals(
@@ -48,8 +64,10 @@ def all_signals(
     rollouts: Rollouts,
     device: torch.device,
     only: Sequence[str] = (),
-) -> Iterator[tuple[str, Tensor]]:
-    """Names and (B, T) float32 values, one after the other, each from forward passes of its own; all, or ``only`` some.
+) -> dict[str, Callable[[], Tensor]]:
+    """What makes each signal, by name: (B, T) float32 when called; all, or ``only`` some.
+
+    Those that read hidden states or the whole vocabulary share one forward pass, the others have passes of their own.
 
     Args:
         problems: among which the wrong golds are found; those of the rollouts may be others.
@@ -59,40 +77,39 @@ def all_signals(
     inside = token_grid(rollouts.lengths, int(rollouts.lengths.max()))  # (B, T)
     place = torch.arange(inside.shape[1]) / rollouts.lengths[:, None]  # (B, T)
     noise = torch.rand(inside.shape, generator=torch.Generator().manual_seed(config.seed))  # (B, T)
+    said: dict[int, dict[str, Tensor]] = {}  # of each micro-batch, on the host
+    golds: dict[str, Tensor] = {}  # (Q, d) each
+
+    def read(micro: MicroBatch) -> dict[str, Tensor]:
+        if id(micro) not in said:
+            with torch.no_grad():
+                said[id(micro)] = {k: v.cpu() for k, v in sharded.forward(micro, full=True).items()}
+        return said[id(micro)]
+
+    def scores(mi: MIConfig) -> Tensor:
+        changed = config.model_copy(update={"mi": mi})
+        key = f"{mi.gold_text} {mi.gold_control}"
+        if key not in golds:
+            golds[key] = Passes(changed, sharded, prompter, device, problems).gold_states(rollouts.problems)
+        selection = TokenSelector(changed).begin(rollouts, golds[key], kappa=0.0, step=0)
+        selection.score_all(batches, lambda micro: read(micro)["states"].to(device))
+        return selection.scores  # (B, T)
+
+    def measured(name: str) -> Tensor:
+        if name in VOCABULARY:
+            return passes.per_token(batches, rollouts.lengths, lambda micro: read(micro)[name])  # (B, T)
+        return measure({name}, passes, batches, rollouts)[0][name]  # (B, T)
+
     makers: dict[str, Callable[[], Tensor]] = {
-        "surprisal": lambda: -rollouts.logp_engine,
         "position (early)": lambda: -place,
         "random": lambda: noise,
     }
-    asked = rollouts.problems
-    for name in MEASURES:
-        annotated = name not in ("critical", "filler") or all(problem.critical for problem in asked)
-        if annotated and (name != "residual" or config.lora.rank):
-            makers[name] = partial(_measured, name, passes, batches, rollouts)
-    for name, mi in readings(config.mi, solutions=all(problem.solution for problem in asked)):
-        for twin, control in (("", "none"), (WRONG, "shuffled")):
-            changed = config.model_copy(update={"mi": mi.model_copy(update={"gold_control": control})})
-            makers[name + twin] = partial(_scores, changed, sharded, prompter, problems, rollouts, device)
-    if unknown := set(only) - makers.keys():
-        raise UserError(f"--signals: {', '.join(sorted(unknown))} unknown: there are {', '.join(makers)}")
-    for name, make in makers.items():
-        if not only or name in only:
-            yield name, make().where(inside, torch.nan)
+    makers |= {name: partial(measured, name) for name in MEASURES}
+    for name, mi in readings(config.mi, solutions=True):
+        makers[name] = partial(scores, mi)
+        makers[name + WRONG] = partial(scores, mi.model_copy(update={"gold_control": "shuffled"}))
+    return {name: partial(_within, makers[name], inside) for name in named(config, rollouts.problems, only)}
 
 
-def _measured(name: str, passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts) -> Tensor:
-    return measure({name}, passes, batches, rollouts)[0][name]  # (B, T)
-
-
-def _scores(
-    config: Config,
-    sharded: Sharded,
-    prompter: Prompter,
-    problems: Sequence[Problem],
-    rollouts: Rollouts,
-    device: torch.device,
-) -> Tensor:
-    passes, selector = Passes(config, sharded, prompter, device, problems), TokenSelector(config)
-    selection = selector.begin(rollouts, passes.gold_states(rollouts.problems), kappa=0.0, step=0)
-    selection.score_all(passes.batches_of(rollouts), passes.states)
-    return selection.scores  # (B, T)
+def _within(make: Callable[[], Tensor], inside: Tensor) -> Tensor:
+    return make().where(inside, torch.nan)  # (B, T)

@@ -44,12 +44,11 @@ def rank_correlation(score: Numbers, value: Numbers) -> float:
 
 def share_caught(score: Numbers, value: Numbers, rollout: NDArray[np.int64], fraction: float) -> float:
     """Share of the sum of ``value`` at the round(fraction n) highest scores, at least one, of every rollout (n,)."""
-    caught = 0.0
-    for each in np.unique(rollout):
-        own = np.flatnonzero(rollout == each)
-        count = max(1, round(fraction * len(own)))
-        caught += float(value[own[np.argsort(-score[own], kind="stable")[:count]]].sum())
-    return caught / max(float(value.sum()), 1e-12)
+    order = np.lexsort((-score, rollout))  # of each rollout from its highest score down, equal ones as they stand
+    _, first, sizes = np.unique(rollout[order], return_index=True, return_counts=True)
+    place = np.arange(len(order)) - np.repeat(first, sizes)  # (n,)
+    count = np.repeat(np.maximum(1, np.round(fraction * sizes)), sizes)  # (n,)
+    return float(value[order[place < count]].sum()) / max(float(value.sum()), 1e-12)
 
 
 @dataclass(frozen=True)
@@ -89,33 +88,66 @@ STATISTICS: dict[str, Statistic] = {
 }
 
 
-def bootstrap(
-    score: Numbers, credit: Credit, statistic: Statistic, *, resamples: int = 200, seed: int = 0
-) -> tuple[float, float, float]:
-    """The statistic and the 2.5 and 97.5 % quantiles over questions drawn with replacement.
+RESAMPLES = 200
+Resample = tuple[NDArray[np.int64], Credit]  # rows of the questions drawn, and what is known of them
 
-    A resample in which it is not defined is left out.
-    """
+
+def resamples(credit: Credit, *, seed: int = 0) -> list[Resample]:
+    """Questions drawn with replacement, as many as there are."""
     draw = np.random.default_rng(seed)
     rows_of = [np.flatnonzero(credit.question == q) for q in range(int(credit.question.max()) + 1)]
     found = []
-    for _ in range(resamples):
+    for _ in range(RESAMPLES):
         drawn = draw.integers(len(rows_of), size=len(rows_of))
         rows = np.concatenate([rows_of[q] for q in drawn])
         copy = np.repeat(np.arange(len(drawn)), [len(rows_of[q]) for q in drawn])
-        found.append(statistic(score[rows], credit.take(rows, copy)))
+        found.append((rows, credit.take(rows, copy)))
+    return found
+
+
+def bootstrap(
+    score: Numbers, credit: Credit, statistic: Statistic, drawn: Sequence[Resample]
+) -> tuple[float, float, float]:
+    """The statistic and its 2.5 and 97.5 % quantiles over resamples; one in which it is not defined is left out."""
+    found = [statistic(score[rows], known) for rows, known in drawn]
     kept = [value for value in found if value == value]
     low, high = np.quantile(kept, [0.025, 0.975]) if kept else (np.nan, np.nan)
     return statistic(score, credit), float(low), float(high)
 
 
+WRONG = " (wrong gold)"  # behind the name of a signal that has another question's gold
+
+
+def filled(values: Numbers) -> Numbers:
+    """With a token that a signal does not measure as its lowest."""
+    finite = values[np.isfinite(values)]
+    return np.where(np.isfinite(values), values, finite.min() if len(finite) else 0.0)
+
+
+def twins(signals: dict[str, Numbers], credit: Credit) -> str:
+    """AUROC with the right gold, with the wrong one, and their difference on the same resamples, largest first."""
+    cells, drawn = [], resamples(credit)
+    for name in signals:
+        if name + WRONG not in signals:
+            continue
+        right, wrong = filled(signals[name]), filled(signals[name + WRONG])
+        values = [auroc(right, credit.decides), auroc(wrong, credit.decides)]
+        found = [auroc(right[r], c.decides) - auroc(wrong[r], c.decides) for r, c in drawn]
+        low, high = np.nanquantile(found, [0.025, 0.975])
+        difference = values[0] - values[1]
+        cells.append(
+            (difference, [name, *(f"{v:.2f}" for v in values), f"{difference:+.2f} ({low:+.2f} to {high:+.2f})"])
+        )
+    columns = ["signal", "right gold", "wrong gold", "difference"]
+    return markdown(columns, [cell for _, cell in sorted(cells, key=lambda each: -each[0])])
+
+
 def table(signals: dict[str, Numbers], credit: Credit, names: Sequence[str] = tuple(STATISTICS)) -> str:
     """A line a signal, best AUROC first. A token that a signal does not measure counts as its lowest."""
-    cells = []
+    cells, drawn = [], resamples(credit)
     for name, values in signals.items():
-        finite = values[np.isfinite(values)]
-        score = np.where(np.isfinite(values), values, finite.min() if len(finite) else 0.0)
-        found = [bootstrap(score, credit, STATISTICS[each]) for each in names]
+        score = filled(values)
+        found = [bootstrap(score, credit, STATISTICS[each], drawn) for each in names]
         order = found[0][0] if found[0][0] == found[0][0] else -1.0
         cells.append((order, [name, *(f"{value:.2f} ({low:.2f}–{high:.2f})" for value, low, high in found)]))
     return markdown(["signal", *names], [cell for _, cell in sorted(cells, key=lambda each: -each[0])])

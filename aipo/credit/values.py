@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,17 +17,31 @@ from aipo.rollouts import Rollouts
 
 @dataclass(frozen=True)
 class Valued:
-    """The rollouts of one question with the values of their prefixes.
+    """The judged rollouts of one question and, once they are valued, the values of their prefixes.
 
     ``cuts[i]`` are the lengths of prefixes of completion i, from 0 to its own length; ``values[i]`` their V.
     """
 
     question: str
     completions: list[Completion]
-    correct: list[bool]
+    judged: list[float]  # 1 right, 0 wrong, NaN without a verdict
     texts: list[str]
-    cuts: list[list[int]]
-    values: list[list[float]]  # the last is the completion's own reward, 0 or 1; NaN where no answer had a verdict
+    cuts: list[list[int]] = field(default_factory=list)
+    values: list[list[float]] = field(default_factory=list)  # the last is ``judged``; NaN where no answer had a verdict
+
+    @staticmethod
+    def drawn(rollouts: Rollouts) -> Valued:
+        """Of one question's judged rollouts, without values."""
+        return Valued(rollouts.problems[0].id, rollouts.completions, rollouts.judged_correct.tolist(), rollouts.texts)
+
+    @property
+    def correct(self) -> list[bool]:
+        return [right == 1 for right in self.judged]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether right ones are among them, and wrong ones."""
+        return {0.0, 1.0} <= set(self.judged)
 
     def row(self) -> dict[str, Any]:
         """As a line of a log, which :meth:`of` reads."""
@@ -37,8 +51,9 @@ class Valued:
     @staticmethod
     def of(row: dict[str, Any]) -> Valued:
         completions = [Completion(*each) for each in row["completions"]]
-        values = [[float("nan") if v is None else v for v in each] for each in row["values"]]
-        return Valued(**(row | {"completions": completions, "values": values}))
+        values = [_numbers(each) for each in row["values"]]
+        judged = _numbers(row["judged"])
+        return Valued(**(row | {"completions": completions, "judged": judged, "values": values}))
 
     def rollouts(self, problem: Problem, prompt: list[int]) -> Rollouts:
         return Rollouts(
@@ -47,12 +62,16 @@ class Valued:
             completions=self.completions,
             group_size=len(self.completions),
             ids=torch.arange(len(self.completions)),
-            rewards=torch.tensor([float(right) for right in self.correct]),
+            rewards=torch.tensor(self.judged),
             correct=torch.tensor(self.correct, dtype=torch.bool),
             texts=self.texts,
             advantages=torch.zeros(len(self.completions)),
             used=torch.ones(len(self.completions), dtype=torch.bool),
         )
+
+
+def _numbers(values: list[float | None]) -> list[float]:
+    return [float("nan") if value is None else value for value in values]
 
 
 def cuts_of(length: int, stride: int) -> list[int]:
@@ -65,10 +84,15 @@ def value_prefixes(
 ) -> Valued:
     """V of the prefixes of one question's judged rollouts: the share of right answers among continuations.
 
-    All prefixes are asked for at once, so that an engine with a prefix cache reads each token once.
+    All prefixes are asked for at once, so that an engine with a prefix cache reads each token once; one that several
+    rollouts begin with is asked for once.
     """
     cuts = [cuts_of(len(c.token_ids), stride) for c in rollouts.completions]
-    pairs = [(row, cut) for row, own in enumerate(cuts) for cut in own[:-1]]
+    first: dict[tuple[int, ...], tuple[int, int]] = {}  # rollout and cut that a prefix was met at
+    for row, own in enumerate(cuts):
+        for cut in own[:-1]:
+            first.setdefault(tuple(rollouts.completions[row].token_ids[:cut]), (row, cut))
+    pairs = list(first.values())
     # a rollout of the question for each prefix: every one then has random streams of its own
     expanded = Rollouts(
         problems=rollouts.problems,
@@ -79,11 +103,12 @@ def value_prefixes(
     )
     places = torch.tensor([cut for _, cut in pairs])  # (n,)
     right, _ = collector.continue_from(expanded, places, sampling, samples=continuations, stream="credit")  # (n,)
-    found = iter((right / continuations).tolist())
-    own = rollouts.judged_correct.tolist()  # B
-    values = [[*(next(found) for _ in each[:-1]), last] for each, last in zip(cuts, own)]
-    correct = rollouts.correct.tolist()
-    return Valued(rollouts.problems[0].id, rollouts.completions, correct, rollouts.texts, cuts, values)
+    found = dict(zip(first, (right / continuations).tolist()))
+    values = [
+        [*(found[tuple(completion.token_ids[:cut])] for cut in own[:-1]), last]
+        for completion, own, last in zip(rollouts.completions, cuts, rollouts.judged_correct.tolist())
+    ]
+    return replace(Valued.drawn(rollouts), cuts=cuts, values=values)
 
 
 def changes(values: Tensor, continuations: int) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from aipo.config.data import Source
@@ -22,6 +22,8 @@ HUB = "hub:"
 CHUNK = 2**16  # characters read at a time: of text that is not UTF-8, as many rows may lie before the one named
 BATCH = 1000  # rows of Parquet read at a time
 JSON_SUFFIXES = (".jsonl", ".json")
+NO_VALUE = (UnicodeDecodeError, OverflowError, KeyError)
+"""What pyarrow raises of text that is none, of dates that Python does not have, and of time zones that nobody has."""
 
 Found = tuple[str, int, Any, bool]
 """file, row from 1, what stands there, and whether its columns have types (a number then has kept its digits)"""
@@ -39,22 +41,22 @@ def _every_row(source: Source) -> Iterator[Found]:
 
 def _files(source: Source) -> list[tuple[str, str]]:
     """The files of a source: what they are called, and where they are read from (``streaming``: on the hub)."""
-    path = Path(source.path).expanduser()
-    if path.is_file():
-        return [(str(path), str(path))]
-    if not source.path.startswith(HUB) and not path.is_dir():
+    path = os.path.expanduser(source.path)
+    if os.path.isfile(path):
+        return [(path, path)]
+    if not source.path.startswith(HUB) and not os.path.isdir(path):
         raise UserError(
             f"data file {source.path} does not exist: put a JSONL file there, one object a line with question and "
             f"answer, or name a hub set as {HUB}OWNER/NAME"
         )
     datasets = _library()
-    place = source.path.removeprefix(HUB) if source.path.startswith(HUB) else str(path.resolve())
+    place = source.path.removeprefix(HUB) if source.path.startswith(HUB) else os.path.realpath(path)
     try:
         found = datasets.load_dataset_builder(place, name=source.subset, revision=source.revision).config.data_files
-    except (OSError, ValueError) as error:  # not there, not reached, or no such subset
+    except Exception as error:  # of all kinds: not there, not reached, no such subset, a README or a zip that is none
         raise UserError(f"{source.path} cannot be read as a set of the hub ({_reason(error)})") from error
     if source.split not in (found or {}):
-        there = ", ".join(found or {}) or "none"
+        there = ", ".join(map(str, found or {})) or "none"
         raise UserError(f"{source.path} has no split {source.split!r} (there: {there}): set split to one of them")
     files = [str(file) for file in found[source.split]]
     if odd := [file for file in files if not file.endswith((".parquet", *JSON_SUFFIXES))]:
@@ -67,9 +69,18 @@ def _files(source: Source) -> list[tuple[str, str]]:
 
 
 def _parquet(file: str, place: str) -> Iterator[Found]:
-    with _readable(file, "Parquet"):
-        for row, content in enumerate(_stream("parquet", place, batch_size=BATCH), start=1):
-            yield file, row, content, True
+    row = 0
+    try:
+        with _readable(file, "Parquet"):
+            for row, content in enumerate(_stream("parquet", place, batch_size=BATCH), start=1):
+                yield file, row, content, True
+    except NO_VALUE as error:  # somewhere in the batch after that row: once more, one by one
+        with suppress(*NO_VALUE):
+            for row, _ in enumerate(_stream("parquet", place, batch_size=1), start=1):  # noqa: B007
+                pass
+        raise UserError(
+            f"{file}, row {row + 1}: holds a value that cannot be read ({_reason(error)}); mend it or remove its column"
+        ) from error
 
 
 def _jsonl(file: str, place: str) -> Iterator[Found]:
@@ -104,6 +115,7 @@ def _stream(form: str, place: str, **options: Any) -> Any:
 def _library() -> Any:
     import datasets  # imported here: half a second that the embedded problems do not need
 
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else it asks the hub, and waits for it, at every file from here
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, by us
     return datasets
@@ -113,7 +125,7 @@ def _library() -> Any:
 def _readable(file: str, form: str) -> Iterator[None]:
     try:
         yield
-    except UnicodeDecodeError:
+    except NO_VALUE:
         raise
     except (OSError, ValueError) as error:  # of pyarrow too
         raise UserError(f"{file} cannot be read as {form} ({_reason(error)}): is it whole?") from error

@@ -43,6 +43,7 @@ def write_batch(folder: Path, step: int, rollouts: Rollouts, selection: Selectio
         "truncated": rollouts.truncated,
         "rewards": rollouts.rewards,
         "correct": rollouts.correct,
+        "lineage": rollouts.lineage,
         "extra_tokens": rollouts.extra_tokens,
         "mask": unpad(selection.mask, rollouts.lengths),  # (N,)
     }
@@ -134,6 +135,7 @@ def _rollouts(share: dict[str, Any], problems: Mapping[str, Problem]) -> Rollout
         rewards=share["rewards"],
         correct=share["correct"],
         texts=[""] * len(lengths),
+        lineage=share["lineage"],
         extra_tokens=share["extra_tokens"],
     )
 

@@ -325,8 +325,11 @@ def run_identity(config: Mapping[str, Any], *, may_change: Collection[str], **fa
     return json.loads(json.dumps(kept | facts))  # tuples become lists, as they are in the saved copy
 
 
-def compare_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Raise UserError naming every key in which a checkpoint and the run that wants to resume it differ."""
+def compare_identity(saved: Mapping[str, Any], current: Mapping[str, Any], *, wanted: str = "--resume") -> None:
+    """Raise UserError naming every key in which a checkpoint and the run that wants to use it differ.
+
+    ``wanted`` is for what it is wanted, as the message begins.
+    """
     absent = object()
 
     def show(value: Any) -> str:
@@ -338,7 +341,7 @@ def compare_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
         if (was := saved.get(key, absent)) != (now := current.get(key, absent))
     ]
     if differences:
-        raise UserError("--resume: the checkpoint belongs to another run: " + "; ".join(differences))
+        raise UserError(f"{wanted}: the checkpoint belongs to another run: {'; '.join(differences)}")
 
 
 def rng_state() -> dict[str, Any]:

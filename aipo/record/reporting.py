@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import chain
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -10,9 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from aipo import distributed
 from aipo.loss import LossTerms
+from aipo.metrics import diversity
 from aipo.problems.prompts import token_names
 from aipo.rollouts import Rollouts
 from aipo.selection import Selection
+
+DIVERSITY_SAMPLE = 4
+"""questions of a step of which it is measured: 3 s at most for 8 completions of 10,000 tokens each"""
 
 
 def add_up(sums: dict[str, float], terms: LossTerms, entropy: Tensor) -> None:
@@ -28,7 +34,7 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
     lengths = rollouts.lengths
     mine = dict(local) | {
         "tokens": float(lengths.sum()),
-        "used_tokens": float(lengths[rollouts.used].sum()),
+        "used_tokens": float(lengths[rollouts.used].sum() - rollouts.repeated().sum()),
         "generated": float(lengths.sum()) + rollouts.extra_tokens,
         "rollouts": float(len(lengths)),
         "truncated": float(rollouts.truncated.sum()),
@@ -37,9 +43,9 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
         **by_source(rollouts),
     }
     questions = [problem.id for problem in rollouts.problems]
-    parts = distributed.gather_objects((mine, phases, questions))
+    parts = distributed.gather_objects((mine, phases, questions, diverse(rollouts)))
     total: defaultdict[str, float] = defaultdict(float)
-    for part, _, _ in parts:
+    for part, *_ in parts:
         for key, value in part.items():
             total[key] += value
 
@@ -47,8 +53,10 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
         return total[key] / total[count] if total[count] else 0.0
 
     sources = sorted(key.removeprefix("rollouts of ") for key in total if key.startswith("rollouts of "))
-    seconds = {phase: max(part.get(phase, 0.0) for _, part, _ in parts) for phase in phases}
+    seconds = {phase: max(part.get(phase, 0.0) for _, part, *_ in parts) for phase in phases}
     world = len(parts)
+    sample = sorted(chain(*(measured for *_, measured in parts)), key=lambda each: each[0])[:DIVERSITY_SAMPLE]
+    varied = [values for _, values in sample if values]
     twin = total["wrong_gold_either"] > 0  # else nothing was compared
     return {
         **{k: v / world for k, v in total.items() if k.startswith("reward/")},
@@ -59,7 +67,8 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
         **({"rollout/early_exits": per("exit_tokens", "tokens")} if total.get("exit_tokens") else {}),
         **{f"source/{name}/share": per(f"rollouts of {name}", "rollouts") for name in sources},
         **{f"source/{name}/correct": per(f"correct of {name}", f"judged of {name}") for name in sources},
-        "rollout/questions": float(len({question for _, _, part in parts for question in part})),
+        **{f"diversity/{key}": fmean(values[key] for values in varied) for key in (varied[0] if varied else ())},
+        "rollout/questions": float(len({question for _, _, part, _ in parts for question in part})),
         "rollout/length_mean": per("tokens", "rollouts"),
         "rollout/tokens": total["generated"],
         **{f"dynamic/{k}": total[f"dynamic_{k}"] / world for k in ("tries", "kept") if f"dynamic_{k}" in total},
@@ -81,10 +90,18 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
         "mismatch/gap": per("mismatch_gap", "selected"),
         **({"mismatch/dropped": per("mismatch_dropped", "selected")} if "mismatch_dropped" in total else {}),
         "mismatch/weight_mean": per("mismatch_weight", "selected"),
-        "mismatch/weight_max": max(part.get("weight_max", 0.0) for part, _, _ in parts),
+        "mismatch/weight_max": max(part.get("weight_max", 0.0) for part, *_ in parts),
         **{f"time/{phase}_s": value for phase, value in seconds.items()},
         "speed/tokens_per_s": total["generated"] / max(sum(seconds.values()), 1e-9),
     }
+
+
+def diverse(rollouts: Rollouts) -> list[tuple[int, dict[str, float]]]:
+    """How different the completions are of this rank's share of a sample of questions, random and the same whatever
+    the number of ranks: (a number to sort all by, measures)."""
+    n, drawn = rollouts.group_size, rollouts.each_completion
+    first = sorted((number, q) for q, number in enumerate(rollouts.ids[::n].tolist()))[:DIVERSITY_SAMPLE]
+    return [(number, diversity(drawn[q * n : (q + 1) * n])) for number, q in first]
 
 
 def by_source(rollouts: Rollouts) -> dict[str, float]:
@@ -99,15 +116,19 @@ def by_source(rollouts: Rollouts) -> dict[str, float]:
 
 
 def rollout_rows(
-    rollouts: Rollouts, selection: Selection, tokenizer: PreTrainedTokenizerBase, count: int
+    rollouts: Rollouts, selection: Selection, tokenizer: PreTrainedTokenizerBase, count: int, budget: int
 ) -> list[dict[str, Any]]:
-    """A sample of this rank's rollouts with the MI and mask of each token; those of the update first."""
+    """At most ``count`` of this rank's rollouts and ``budget`` tokens, with MI and mask of each; those of the update
+    first."""
     shown = [i for i in range(len(rollouts.texts)) if not rollouts.question_of(i).protected]
     order = sorted(shown, key=lambda i: (not rollouts.used[i], -abs(rollouts.advantages[i])))
     rows = []
     for i in order[:count]:
         problem, completion = rollouts.question_of(i), rollouts.completions[i]
         length = len(completion.token_ids)
+        budget -= length
+        if budget < 0:
+            break
         rows.append(
             {
                 "question": problem.question,

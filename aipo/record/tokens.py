@@ -18,6 +18,7 @@ from torch import Tensor
 from aipo import distributed
 from aipo.advantage import constant_groups
 from aipo.config import Config
+from aipo.curriculum import Curriculum
 from aipo.layout import MicroBatch
 from aipo.loss import LossInputs, importance_weights, k3
 from aipo.problems.problem import Problem
@@ -39,17 +40,18 @@ UNKNOWN = "�"
 
 class TokenRecorder:
     """Keeps the figures of some groups while a step goes by: :meth:`start`, :meth:`see` each micro-batch,
-    :meth:`write`. Works on rank 0, for its own rollouts; does nothing elsewhere.
+    :meth:`write`. Works on rank 0, for its own rollouts; does nothing elsewhere. The curriculum says in which
+    bucket a question is; without one it is in none.
     """
 
-    def __init__(self, config: Config, prompter: Prompter) -> None:
+    def __init__(self, config: Config, prompter: Prompter, curriculum: Curriculum | None) -> None:
         tracking, rollout = config.tracking, config.rollout
         self.groups = tracking.rollouts_per_step if distributed.rank() == 0 else 0
         self.budget = int(tracking.tokens_mb * 2**20 / config.optim.steps / BYTES_PER_TOKEN)  # tokens a step
         rule, cap, floor = rollout.importance_correction, rollout.importance_cap, rollout.importance_floor
         self.correction: dict[str, Any] = {"rule": rule, "cap": cap, "floor": floor}
         self.drops_by_reward = config.advantage.drop_constant_groups == "reward"
-        self.prompter = prompter
+        self.prompter, self.curriculum = prompter, curriculum
         self.rows: list[int] = []  # of the batch, as recorded
         self.figures: dict[str, Tensor] = {}  # (R, T) each, NaN where there is none
 
@@ -72,6 +74,8 @@ class TokenRecorder:
         self.place[self.rows] = torch.arange(len(self.rows))
         self.figures = {name: values[self.rows] for name, values in signals.items()}
         self.measured = set(signals)
+        drawn = [problem.id for batch in (rollouts, dropped) if batch for problem in batch.problems]
+        self.buckets = {i: self.curriculum.bucket(i) if self.curriculum else None for i in drawn}  # as it was drawn
 
     @torch.no_grad()
     def see(self, micro: MicroBatch, inputs: LossInputs, entropy: Tensor, mask: Tensor) -> None:
@@ -106,7 +110,7 @@ class TokenRecorder:
     def write(self, tracker: Tracker, step: int, selection: Selection) -> None:
         """What was kept, into the run folder: some rollouts as lines of JSON, the groups as Parquet."""
         if self.groups:
-            rows = rollout_rows(self.rollouts, selection, self.prompter.tokenizer, self.groups)
+            rows = rollout_rows(self.rollouts, selection, self.prompter.tokenizer, self.groups, self.budget)
             tracker.log_rollouts(step, rows, self.table(selection))
 
     def table(self, selection: Selection) -> pyarrow.Table:
@@ -114,7 +118,8 @@ class TokenRecorder:
         import pyarrow as pa
 
         flat = {"mi": selection.scores[self.rows], "mask": selection.mask[self.rows], **self.figures}  # (R, T) each
-        tables = [_table(self.prompter, self.rollouts, self.rows, flat, [self.reason(i) for i in self.rows])]
+        reasons = [self.reason(i) for i in self.rows]
+        tables = [_table(self.prompter, self.rollouts, self.rows, flat, reasons, self.buckets)]
         if self.dropped is not None and self.aside:
             width = int(self.dropped.lengths[self.aside].max())
             none = torch.full((len(self.aside), width), torch.nan)  # (R, T)
@@ -124,8 +129,8 @@ class TokenRecorder:
                 for i in self.aside
             ]
             plain = {"mi": none, "mask": none > 0}
-            more = _table(self.prompter, self.dropped, self.aside, plain, reasons, first=len(self.rollouts.problems))
-            tables.append(more)
+            first = len(self.rollouts.problems)
+            tables.append(_table(self.prompter, self.dropped, self.aside, plain, reasons, self.buckets, first=first))
         return pa.concat_tables(tables, promote_options="permissive")
 
     def reason(self, row: int) -> str:
@@ -147,6 +152,7 @@ def _table(
     rows: Sequence[int],
     figures: Mapping[str, Tensor],
     reasons: Sequence[str],
+    buckets: Mapping[str, str | None],
     *,
     first: int = 0,
 ) -> pyarrow.Table:
@@ -170,6 +176,7 @@ def _table(
         "sample": pa.array([i % n for i in rows], pa.int32()),
         "group_size": pa.array([n] * len(rows), pa.int32()),
         "question_id": [problem.id for problem in problems],
+        "bucket": pa.array([buckets[problem.id] for problem in problems], pa.string()),
         "question": [problem.question for problem in problems],
         "prompt": [prompter.tokenizer.decode(rollouts.prompts[i // n]) for i in rows],
         "answer": [problem.answer for problem in problems],

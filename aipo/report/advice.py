@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from aipo.report.load import Row, Run
+from aipo.report.page import percent
 from aipo.report.selected import mean, spread
 from aipo.rollout.check import TOLERANCE
 
@@ -94,7 +95,7 @@ def gaming(run: Run, _: Sample) -> Advice | None:
 def truncation(run: Run, sample: Sample) -> Advice | None:
     if (both := ends(run, "rollout/truncated")) is None:
         return None
-    words = f"{both[0]:.1%} → {both[1]:.1%} of completions are cut at rollout.max_tokens (alarm: 20 %)"
+    words = f"{percent(both[0])} → {percent(both[1])} of completions are cut at rollout.max_tokens (alarm: 20 %)"
     step = next((step for step, row in reversed(sample) if row["finish_reason"] == "length"), None)
     return Advice("Truncation", words, both[1] > 0.2, "cut off, without an answer, no verdict", step)
 
@@ -112,7 +113,7 @@ def mismatch(run: Run, _: Sample) -> Advice | None:
 def signal(run: Run, sample: Sample) -> Advice | None:
     if (both := ends(run, "rollout/used")) is None:
         return None
-    words = f"{both[0]:.0%} → {both[1]:.0%} of the rollouts are in the update (alarm: under 30 %)"
+    words = f"{percent(both[0], 0)} → {percent(both[1], 0)} of the rollouts are in the update (alarm: under 30 %)"
     step = next((step for step, row in reversed(sample) if not row["used"]), None)
     return Advice("Groups without signal", words, both[1] < 0.3, "rollouts in the update", step)
 
@@ -122,13 +123,12 @@ def otf(run: Run, _: Sample) -> Advice | None:
     if both is None or rule in (None, "all"):
         return None
     panel = "share of tokens trained on (OTF), of all generated"
+    share = f"{percent(both[0])} → {percent(both[1])} of the tokens"
     if rule in ("top_fraction", "random"):
         target = run.config["mask.fraction"]
-        words = f"{both[0]:.1%} → {both[1]:.1%} of the tokens, target {target:.0%} (alarm: off by a quarter)"
+        words = f"{share}, target {percent(target, 0)} (alarm: off by a quarter)"
         return Advice("OTF far from its target", words, abs(both[1] - target) > target / 4, panel)
-    words = (
-        f"{both[0]:.1%} → {both[1]:.1%} of the tokens (alarm: under 5 % or over 60 %: a threshold is to take a tail)"
-    )
+    words = f"{share} (alarm: under 5 % or over 60 %: a threshold is to take a tail)"
     return Advice("OTF far from its target", words, not 0.05 <= both[1] <= 0.6, panel)
 
 
@@ -147,7 +147,7 @@ def loops(run: Run, sample: Sample) -> Advice | None:
     if not looping:
         return None
     late = [loop for _, loop in looping[-max(len(looping) // 5, 1) :]]
-    words = f"{mean(late):.1%} of late completions repeat {LOOP} tokens {TIMES} times or more (alarm: 10 %)"
+    words = f"{percent(mean(late))} of late completions repeat {LOOP} tokens {TIMES} times or more (alarm: 10 %)"
     step = next((step for step, loop in reversed(looping) if loop), None)
     return Advice("Repetition", words, mean(late) > 0.1, step=step)
 
@@ -164,7 +164,7 @@ def language(run: Run, sample: Sample) -> Advice | None:
         return None
     other = mean([a != b for _, a, b in told])
     step = next((step for step, a, b in reversed(told) if a != b), None)
-    words = f"{other:.1%} of completions are written mostly in another script than their question (alarm: 5 %)"
+    words = f"{percent(other)} of completions are written mostly in another script than their question (alarm: 5 %)"
     return Advice("Another language than the prompt's", words, other > 0.05, step=step)
 
 
@@ -182,7 +182,8 @@ def verifier(run: Run, _: Sample) -> Advice | None:
     ]
     if not run.series("reward/timed_out"):
         return None
-    words = f"{shares[0]:.2%} of checks took too long, {shares[1]:.2%} killed their process (alarm: 0.5 % together)"
+    late, killed = (percent(share, 2) for share in shares)
+    words = f"{late} of checks took too long, {killed} killed their process (alarm: 0.5 % together)"
     return Advice("Verifier", words, sum(shares) > 0.005, "cut off, without an answer, no verdict")
 
 

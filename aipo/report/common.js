@@ -27,7 +27,7 @@ function visible(text) {
 function short(value, percent = false) {
   if (value === null || value === undefined) return "–";
   if (percent) return (100 * value).toFixed(1) + " %";
-  if (value !== 0 && (Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3)) return value.toExponential(2);
+  if (value !== 0 && (Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3)) return value.toExponential(2).replace(/\.?0+e/, "e");
   return String(+value.toPrecision(4));
 }
 

@@ -52,7 +52,7 @@ function aligned(panel, weight) {
 // From least to most with some air; shares stay between 0 and 1.
 function heights(panel, low, high) {
   if (low === null || low === undefined) return [0, 1];
-  const flat = high - low < 1e-6 * Math.max(Math.abs(low), Math.abs(high)); // but for rounding
+  const flat = high - low < 1e-4 * Math.max(Math.abs(low), Math.abs(high)); // but for rounding
   const air = flat || low === high ? Math.abs(low) * 0.1 || (panel.percent ? 0.05 : 1) : (high - low) * 0.08;
   const least = low >= 0 ? Math.max(low - air, 0) : low - air;
   return [least, panel.percent && high <= 1 ? Math.min(high + air, 1) : high + air];

@@ -85,6 +85,7 @@ def packed(step: int, rows: list[Row], vocabulary: dict[str, int]) -> Row:
         "question": cut(first["question"]),
         "prompt": cut(first["prompt"]),
         "answer": cut(first["answer"]),
+        "bucket": first.get("bucket"),
         "size": first["group_size"],
         "rollouts": [rollout(row, vocabulary) for row in rows],
     }

@@ -18,8 +18,8 @@ from aipo.record.jsonl import read_jsonl
 Row = dict[str, Any]  # of a table
 
 FIXED = {
-    "group", "sample", "group_size", "question_id", "question", "prompt", "answer", "extracted", "completion", "reward",
-    "correct", "advantage", "used", "reason", "finish_reason", "token_ids", "tokens",
+    "group", "sample", "group_size", "question_id", "bucket", "question", "prompt", "answer", "extracted", "completion",
+    "reward", "correct", "advantage", "used", "reason", "finish_reason", "token_ids", "tokens",
 }  # fmt: skip
 """columns of a recorded rollout; all others are figures, a value a token"""
 

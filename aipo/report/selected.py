@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from aipo.curriculum import NAMES
 from aipo.mask import count_peaks
 from aipo.report.load import Row, Run
 
@@ -39,8 +40,7 @@ def describe(run: Run) -> dict[str, Any] | None:
         "places": [places(early), places(late)],
         "runs": [run_lengths(early), run_lengths(late)],
         "density": density(every),
-        "peaks": [peak_counts(part, run) for part in (early, late)],
-        "cuts": run.config.get("curriculum.cuts") if run.config.get("curriculum.bucket_by") == "count" else None,
+        "peaks": peaks(early, late, run),
     }
 
 
@@ -120,15 +120,27 @@ def density(rows: list[Row]) -> dict[str, Any] | None:
     }
 
 
-def peak_counts(rows: list[Row], run: Run) -> dict[str, float]:
-    """Share of completions by their number of MI's peaks (at ``mask.kappa_start``); empty where nothing was scored."""
+def peaks(early: list[Row], late: list[Row], run: Run) -> dict[str, Any] | None:
+    """How many peaks of MI (at ``mask.kappa_start``) the completions of each bucket have, easiest first: ``counts``,
+    and by bucket the share of completions with each count, early and late. Without a curriculum, or where the record
+    does not know of buckets, all questions are one. None where nothing was scored."""
     kappa = run.config.get("mask.kappa_start", 0.3)
     statistic, tau = run.config.get("mask.statistic", "mean_std"), run.config.get("mask.tau", 1.5)
     probe = run.config.get("curriculum.probe_tokens", 512)
-    found: defaultdict[int, int] = defaultdict(int)
-    for row in rows:
-        scores = [value for value in (row.get("mi") or [])[:probe] if value is not None]
-        if scores:
-            found[count_peaks(torch.tensor(scores), kappa=kappa, statistic=statistic, tau=tau)] += 1
-    total = sum(found.values())
-    return {str(count): round(found[count] / total, 4) for count in sorted(found)}
+    found: defaultdict[str | None, list[Counter[int]]] = defaultdict(lambda: [Counter(), Counter()])
+    for place, rows in enumerate((early, late)):
+        for row in rows:
+            scores = [value for value in (row.get("mi") or [])[:probe] if value is not None]
+            if scores:
+                count = count_peaks(torch.tensor(scores), kappa=kappa, statistic=statistic, tau=tau)
+                found[row.get("bucket")][place][count] += 1
+    if not found:
+        return None
+    every = {count for parts in found.values() for part in parts for count in part}
+    counts = range(min(every), max(every) + 1)
+    buckets = []
+    for bucket in (*NAMES, None):
+        if bucket in found:
+            shares = [[round(part[n] / max(part.total(), 1), 4) for n in counts] for part in found[bucket]]
+            buckets.append((bucket or "all questions", shares))
+    return {"counts": [str(n) for n in counts], "buckets": buckets}

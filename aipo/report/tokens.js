@@ -94,7 +94,7 @@ function render() {
   const few = now.size && now.rollouts.length < now.size ? ` (${now.rollouts.length} of ${now.size} recorded)` : "";
   host.append(element("div", { class: "question" },
     element("p", {}, element("b", {}, element("bdi", {}, ...visible(now.question)))),
-    element("p", { class: "quiet" }, `step ${now.step}, group ${now.group + 1}: ${right} of ${now.rollouts.length} right${few}, answer `, element("bdi", {}, ...visible(now.answer))),
+    element("p", { class: "quiet" }, `step ${now.step}, group ${now.group + 1}: ${right} of ${now.rollouts.length} right${few}${now.bucket ? ", " + now.bucket : ""}, answer `, element("bdi", {}, ...visible(now.answer))),
     prompt));
   const range = span(view.map);
   const shown = now.rollouts.map((rollout, place) => [rollout, place]).filter(([rollout]) => passes(rollout));

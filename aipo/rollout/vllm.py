@@ -123,6 +123,8 @@ class VllmEngine:
         # vLLM reads these when it is imported. In-process only: a weight iterator cannot cross processes.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings speak of choices made here on purpose
+        if not self._on_gpu:  # it compiles the rank of a token's log-probability, with a C++ compiler, for each shape
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         if self._distributed:  # what vLLM's external launcher reads
             os.environ.setdefault("RANK", str(dist.get_rank()))
             os.environ.setdefault("LOCAL_RANK", "0")

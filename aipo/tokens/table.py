@@ -42,19 +42,25 @@ from aipo.tokens.early_exit import (
 # -- measures --------------------------------------------------------------------------------------------------------
 
 
+Of = Callable[[Passes, Sequence[MicroBatch], Rollouts, Mapping[str, Tensor]], tuple[Tensor, int]]
+"""... and what earlier measures said, (B, T) each -> (B, T), tokens read beyond them"""
+
+
 @dataclass(frozen=True)
 class Measure:
     """How one number a token is had from forward passes without gradient."""
 
-    of: Callable[[Passes, Sequence[MicroBatch], Rollouts], tuple[Tensor, int]]  # -> (B, T), tokens read beyond them
+    of: Of
     passes: float  # forward passes over the batch; the early exits' depend on stride and lengths
     meaning: str
 
 
-def by_micro_batch(read: Callable[[Passes, MicroBatch], Tensor]) -> Callable[..., tuple[Tensor, int]]:
+def by_micro_batch(read: Callable[[Passes, MicroBatch], Tensor]) -> Of:
     """A measure that looks at one micro-batch alone: (N,), from the same number of passes whatever it holds."""
 
-    def of(passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts) -> tuple[Tensor, int]:
+    def of(
+        passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts, known: Mapping[str, Tensor]
+    ) -> tuple[Tensor, int]:
         return passes.per_token(batches, rollouts.lengths, lambda micro: read(passes, micro)), 0
 
     return of
@@ -72,6 +78,10 @@ def _energy(passes: Passes, micro: MicroBatch) -> Tensor:
     return passes.sharded.forward(micro, full=True)["energy"]
 
 
+def _gap(passes: Passes, micro: MicroBatch) -> Tensor:
+    return passes.sharded.forward(micro, full=True)["gap"]
+
+
 def _residual(passes: Passes, micro: MicroBatch) -> Tensor:
     states = passes.states(micro)  # (N, d)
     with adapters_off(passes.sharded.policy.model):
@@ -86,10 +96,14 @@ def _attention(passes: Passes, micro: MicroBatch) -> Tensor:
 
 
 @torch.no_grad()
-def _information(passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts) -> tuple[Tensor, int]:
+def _information(
+    passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts, known: Mapping[str, Tensor]
+) -> tuple[Tensor, int]:
     reading = passes.config.advantage.information
     if reading == "next_token":
-        entropy, _ = MEASURES["entropy"].of(passes, batches, rollouts)  # (B, T)
+        entropy = known.get("entropy")  # (B, T)
+        if entropy is None:
+            entropy, _ = MEASURES["entropy"].of(passes, batches, rollouts, known)
         ends = torch.arange(entropy.shape[1] + 1) == rollouts.lengths[:, None]  # (B, T + 1)
         behind = torch.nn.functional.pad(entropy, (0, 1), value=math.nan)  # (B, T + 1)
         return smoothed_gain(behind.masked_fill(ends, 0.0)), 0
@@ -113,20 +127,19 @@ def _information(passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollou
     return gain, sum(len(tree.tokens) for tree in trees)
 
 
-def _surprisal(passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts) -> tuple[Tensor, int]:
+def _surprisal(
+    passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts, known: Mapping[str, Tensor]
+) -> tuple[Tensor, int]:
     drawn = rollouts.logp_engine  # (B, T)
     return passes.per_token(batches, rollouts.lengths, lambda micro: -micro.ragged_of(drawn)), 0
 
 
-def _stake(passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts) -> tuple[Tensor, int]:
-    entropy, read = MEASURES["entropy"].of(passes, batches, rollouts)  # (B, T)
-    return entropy * rollouts.advantages.abs()[:, None], read
-
-
-def _annotated(value: float) -> Callable[..., tuple[Tensor, int]]:
+def _annotated(value: float) -> Of:
     """``value`` at the tokens that the problem says decide its answer, ``1 - value`` at all others; no pass."""
 
-    def of(passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts) -> tuple[Tensor, int]:
+    def of(
+        passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts, known: Mapping[str, Tensor]
+    ) -> tuple[Tensor, int]:
         lengths = rollouts.lengths.tolist()
         values = torch.full((len(lengths), max([*lengths, 1])), math.nan)  # (B, T)
         for row in (row for micro in batches for row in micro.rows.tolist()):
@@ -141,11 +154,11 @@ MEASURES = {
     "entropy": Measure(by_micro_batch(_entropy), 1, "of the policy over the whole vocabulary, nats"),
     "certainty": Measure(by_micro_batch(_certainty), 1, "KL from the uniform distribution to the policy (INTUITOR)"),
     "energy": Measure(by_micro_batch(_energy), 1, "squared norm of its log-probability's gradient by the logits (OTB)"),
+    "gap": Measure(by_micro_batch(_gap), 1, "log-probability of the most probable token less that of the next, nats"),
     "residual": Measure(by_micro_batch(_residual), 2, "norm of what adapters change in the hidden state (ARCA)"),
     "attention": Measure(by_micro_batch(_attention), 1, "normalised entropy of the row that predicts the token"),
     "information": Measure(_information, math.nan, "how far a token lowers the entropy of an early answer (IAPO)"),
     "surprisal": Measure(_surprisal, 0, "minus its log-probability where it was drawn, nats"),
-    "stake": Measure(_stake, 1, "entropy times the size of the completion's advantage: for mask.scope batch"),
     "critical": Measure(_annotated(1.0), 0, "1 where the problem says that a token decides its answer (an oracle)"),
     "filler": Measure(_annotated(0.0), 0, "1 at all other tokens"),
 }
@@ -156,10 +169,13 @@ def measure(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Each named measure, (B, T) float32, NaN in rollouts that no micro-batch holds, in padding, and where nothing is
     measured; and sums for the log. A collective."""
-    found = {name: MEASURES[name].of(passes, batches, rollouts) for name in sorted(names)}
-    signals = {name: values for name, (values, _) in found.items()}
+    signals: dict[str, Tensor] = {}
+    read = 0
+    for name in sorted(names):  # the same order on all ranks; the entropy before the information made of it
+        signals[name], more = MEASURES[name].of(passes, batches, rollouts, signals)
+        read += more
     sums = _unevenness(rollouts, signals) | _information_sums(signals)
-    return signals, sums | {"exit_tokens": float(sum(read for _, read in found.values()))}
+    return signals, sums | {"exit_tokens": float(read)}
 
 
 def _information_sums(signals: Mapping[str, Tensor]) -> dict[str, float]:

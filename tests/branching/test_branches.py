@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from aipo.branching.branches import (
     Branch,
+    Paths,
     bottleneck_scores,
     branch_point,
+    branches_by_round,
     join,
-    join_branches,
     keep_best,
+    kept_tokens,
     mean_log_prob,
-    plan_branches,
 )
 from aipo.problems.datasets import Problem
 from aipo.rollout import Completion, HfEngine, Request, Sampling
@@ -43,9 +44,13 @@ def base_rollouts() -> Rollouts:
     return Rollouts(problems, PROMPTS, completions, 2, torch.arange(4), texts=list("wxyz"))
 
 
-def plan(base: Rollouts, **changes) -> list[Branch]:
-    options = {"samples": 5, "max_tokens": 8, "pick": "argmax", "seed": 1, "stream": "step 3"}
-    return plan_branches(base, -base.logp_engine, **options | changes)
+def paths(base: Rollouts, signal: torch.Tensor | None = None, **changes) -> Paths:
+    options = {"max_tokens": 8, "pick": "argmax", "seed": 1, "stream": "step 3"}
+    return Paths(base, -base.logp_engine if signal is None else signal, **options | changes)
+
+
+def plan(base: Rollouts, *, samples: int = 5, **changes) -> list[Branch]:
+    return paths(base, **changes).plan(samples - base.group_size)
 
 
 def test_branch_point_by_hand():
@@ -91,8 +96,7 @@ def test_plan_looks_at_completion_tokens_only_and_at_the_given_signal():
     signal = -base.logp_engine
     signal[0, 4:] = 1e9  # behind the end
     signal[1] = torch.tensor([0.0, 0.0, 0.0, 5.0, 0.0, 0.0])
-    branches = plan_branches(base, signal, samples=4, max_tokens=8, pick="argmax", seed=1, stream="s")
-    assert [b.cut for b in branches[:2]] == [1, 3]
+    assert [b.cut for b in paths(base, signal).plan(2)[:2]] == [1, 3]
 
 
 def test_plan_depends_on_seed_stream_and_question_alone():
@@ -109,13 +113,57 @@ def test_plan_depends_on_seed_stream_and_question_alone():
         assert [b.request.seed for b in other] != [b.request.seed for b in both]
         assert [b.cut for b in other] != [b.cut for b in both]
     few = dataclasses.replace(base, problems=[], prompts=[], completions=[], ids=base.ids[:0])
-    assert plan_branches(few, torch.zeros(0, 1), samples=4, max_tokens=8, seed=0, stream="s") == []
+    nothing = paths(few, torch.zeros(0, 1))
+    assert nothing.plan(2) == nothing.join([], [], str).completions == []
 
 
-@pytest.mark.parametrize("samples", [1, 2])
-def test_plan_needs_room(samples):
-    with pytest.raises(ValueError, match="nothing to branch"):
-        plan(base_rollouts(), samples=samples)
+def test_kept_tokens_by_hand():
+    def kept(signal: list[float], **options) -> int:
+        return kept_tokens(signal, fraction=0.05, pick="argmax", seed=0, **options)
+
+    signal = [4.0, 1.0, 3.0, 2.0, 5.0]
+    assert kept(signal) == 4  # the last is drawn anew
+    assert kept(signal, cut="after") == 1  # behind the last there is nothing: the first, which stays
+    assert kept(signal, cut="after", skip=1) == 3
+    assert kept(signal[:4], skip=1) == 2
+    assert kept([4.0, 1.0], cut="after", skip=1) == 1  # no other token than the first
+    assert kept([4.0, 1.0], skip=3) == 1
+    assert kept([4.0], cut="after") == kept([4.0], skip=1) == 0
+
+
+@given(
+    st.lists(st.floats(0, 10), min_size=1, max_size=40),
+    st.sampled_from(["before", "after"]),
+    st.integers(0, 50),
+    st.integers(0, 99),
+)
+def test_something_is_left_to_draw(signal, cut, skip, seed):
+    """A branch never keeps everything, and its branch point is no token skipped unless there is no other."""
+    kept = kept_tokens(signal, fraction=0.3, pick="uniform", cut=cut, skip=skip, seed=seed)
+    assert 0 <= kept < len(signal)
+    at = kept - (cut == "after")
+    assert at >= min(skip, len(signal) - 1 - (cut == "after"))
+
+
+def test_branches_by_round_by_hand():
+    assert branches_by_round(2, 8, 3) == [2, 2, 2]  # the authors': 2 rollouts, 3 rounds
+    assert branches_by_round(2, 8, 1) == [6]
+    assert branches_by_round(4, 12, 2) == [4, 4]
+    assert branches_by_round(2, 7, 2) == [4, 1]  # three turns: two, then one of a single branch
+    for base, samples in ((2, 1), (2, 2), (0, 4)):
+        with pytest.raises(ValueError, match="nothing to branch"):
+            branches_by_round(base, samples, 1)
+    with pytest.raises(ValueError, match="are 3 turns, not 4 rounds"):
+        branches_by_round(2, 8, 4)
+
+
+@given(st.integers(1, 6), st.integers(1, 30), st.data())
+def test_rounds_share_the_branches(base, more, data):
+    rounds = data.draw(st.integers(1, -(-more // base)))
+    counts = branches_by_round(base, base + more, rounds)
+    assert sum(counts) == more
+    assert min(counts) > 0
+    assert all(count % base == 0 for count in counts[:-1])  # each path had its turn before a round begins
 
 
 def test_join_by_hand():
@@ -123,11 +171,13 @@ def test_join_by_hand():
     assert whole == Completion([10, 90, 50, 51], [-0.1, -0.9, -0.5, -0.51], "length")
 
 
-def test_join_branches_orders_by_question():
+def test_branches_join_their_question():
     base = base_rollouts()
-    branches = plan(base, samples=3)
+    all_paths = paths(base)
+    branches = all_paths.plan(1)
     rests = [completion([60], "length"), completion([70, 2], "stop")]
-    joined = join_branches(base, branches, rests, decode=lambda ids: f"<{len(ids)}>")
+    new = all_paths.join(branches, rests, decode=lambda ids: f"<{len(ids)}>")
+    joined = all_paths.rollouts
     assert joined.group_size == 3
     assert [c.token_ids for c in joined.completions] == [
         [10, 90, 20, 2],
@@ -139,8 +189,79 @@ def test_join_branches_orders_by_question():
     ]
     assert [c.finish_reason for c in joined.completions] == ["stop", "stop", "length", "stop", "length", "stop"]
     assert joined.texts == ["w", "x", "<2>", "y", "z", "<2>"]
-    assert joined.ids.tolist() == [0, 1, branches[0].request.seed, 2, 3, branches[1].request.seed]
+    first, second = (branch.request.seed for branch in branches)
+    assert joined.ids.tolist() == [0, 1, first, 2, 3, second]
     assert joined.logp_engine.shape == (6, 6)
+    assert joined.lineage == [((0, 4),), ((1, 5),), ((0, 1), (first, 2)), ((2, 1),), ((3, 6),), ((second, 2),)]
+    assert joined.extra_tokens == -1  # the one token that the first branch kept was not drawn twice
+    assert (new.completions, new.group_size) == ([joined.completions[2], joined.completions[5]], 1)
+
+
+def chain(signals: list[list[float]], rounds: int, skip: int) -> list[tuple[int, int]]:
+    """The authors' loop over one path, slowly: (which of the paths drawn is branched, tokens it keeps), by round.
+
+    But for the last token, which they do not except: behind it nothing is left to draw.
+
+    ``signals``: entropies that the base path and each branch drew, in the order drawn.
+    """
+    begins, active, found = [0], 0, []  # tokens a path has from earlier ones
+    for number in range(1, rounds + 1):
+        own = signals[active]
+        best = skip if len(own) > skip + 1 else max(len(own) - 2, 0)
+        for t in range(best, len(own) - 1):
+            if own[t] > own[best]:
+                best = t
+        kept = begins[active] + (best + 1 if len(own) > 1 else 0)
+        found.append((active, kept))
+        begins.append(kept)
+        if sum(signals[number]) / len(signals[number]) > sum(own) / len(own):
+            active = number
+    return found
+
+
+@given(st.lists(st.lists(st.integers(0, 9).map(float), min_size=1, max_size=7), min_size=4, max_size=4))
+def test_rounds_against_the_authors_loop(signals):
+    """Three rounds of one path: where each branch comes from, what it keeps, and that it is its parent's beginning."""
+    first = Completion([100 + t for t in range(len(signals[0]))], [0.0] * len(signals[0]), "stop")
+    base = Rollouts([Problem("a", "qa", "1")], [[5]], [first], 1, torch.tensor([7]), texts=["w"])
+    made = paths(base, torch.tensor([signals[0]]), max_tokens=40, cut="after", skip=1)
+    found, drawn = [], [first]
+    for number in (1, 2, 3):
+        (branch,) = made.plan(1)
+        own = len(signals[number])
+        rest = Completion([100 * (number + 1) + t for t in range(own)], [0.0] * own, "stop")
+        found.append((branch.parent, branch.cut))
+        new = made.join([branch], [rest], str)
+        drawn.append(new.completions[0])
+        assert drawn[-1].token_ids == drawn[branch.parent].token_ids[: branch.cut] + rest.token_ids
+        assert list(branch.request.prompt_ids) == [5, *drawn[branch.parent].token_ids[: branch.cut]]
+        made.go_on(new, torch.tensor([[0.0] * branch.cut + signals[number]]))
+    assert found == chain(signals, 3, skip=1)
+    assert made.rollouts.completions == drawn
+    for completed, lineage in zip(drawn, made.rollouts.lineage):
+        start = 0
+        for who, end in lineage:  # a token says who drew it: hundreds count the requests
+            number = 1 if who == 7 else made.rollouts.ids.tolist().index(who) + 1
+            assert {token // 100 for token in completed.token_ids[start:end]} == {number}
+            start = end
+        assert start == len(completed.token_ids)
+
+
+def test_several_branches_of_a_round_send_their_path_on_from_the_least_sure():
+    base = base_rollouts()
+    made = paths(base, torch.ones(4, 6))
+    branches = made.plan(4)  # two of each path
+    rests = [completion([token]) for token in (50, 51, 52, 53, 54, 55, 56, 57)]
+    new = made.join(branches, rests, str)
+    signal = torch.zeros(8, new.logp_engine.shape[1])
+    for row, (branch, value) in enumerate(zip(branches, [0.5, 2.0, 0.9, 3.0, 2.0, 1.0, 4.0, 1.0])):
+        signal[row, : branch.cut] = 99.0  # of the beginning, which the parent drew
+        signal[row, branch.cut] = value
+    made.go_on(new, signal)
+    # question a: its first path stays, its second goes on from sample 5, the surer of two was 2.0; question b: the
+    # first goes on from sample 4, and the second stays, since 1.0 is not less sure
+    assert made.active == [[0, 5], [4, 1]]
+    assert [b.parent for b in made.plan(2)] == [0, 5, 6 + 4, 6 + 1]
 
 
 def test_branches_of_an_engine_share_the_prefix_and_fit_the_budget(tmp_path):
@@ -150,8 +271,10 @@ def test_branches_of_an_engine_share_the_prefix_and_fit_the_budget(tmp_path):
     prompts = [[5] * 12, [7] * 12]  # prompt and budget fill the context: a branch may not ask for more
     requests = [Request(prompts[i // 2], i) for i in range(4)]
     base = Rollouts(problems, prompts, engine.generate(requests, sampling), 2, torch.arange(4), texts=[""] * 4)
-    branches = plan_branches(base, -base.logp_engine, samples=6, max_tokens=20, fraction=0.5, seed=0, stream="step 0")
-    joined = join_branches(base, branches, engine.generate([b.request for b in branches], sampling), str)
+    made = paths(base, max_tokens=20, fraction=0.5, pick="uniform", seed=0, stream="step 0")
+    branches = made.plan(4)
+    made.join(branches, engine.generate([b.request for b in branches], sampling), str)
+    joined = made.rollouts
     assert len(joined.completions) == 12
     for i, branch in enumerate(branches):
         parent, whole = base.completions[branch.parent], joined.completions[i // 4 * 6 + 2 + i % 4]

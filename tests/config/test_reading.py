@@ -318,6 +318,7 @@ def test_every_bad_value_is_named() -> None:
         (["mask.prefix_start=0.5"], "mask.prefix_start (0.5) must not exceed mask.prefix_end (0.35)"),
         (["branch.enabled=true", "branch.base=8"], "leaves no branch among"),
         (["branch.enabled=true", "branch.total=6"], "branch.total must not be below"),
+        (["branch.enabled=true", "branch.base=3", "branch.rounds=3"], "are more than the 2 branches of each"),
         (["branch.enabled=true", "branch.latent=norm_kv"], "needs rollout.engine: hf"),
         (["rollout.async_depth=1", "branch.enabled=true"], "branch.signal: entropy asks the policy"),
         (

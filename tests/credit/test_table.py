@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from aipo.credit.table import Credit, auroc, average_precision, bootstrap, rank_correlation, share_caught, table
+from aipo.credit.table import (
+    WRONG,
+    Credit,
+    auroc,
+    average_precision,
+    bootstrap,
+    rank_correlation,
+    resamples,
+    share_caught,
+    table,
+    twins,
+)
 
 scores = st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=40)
 
@@ -66,10 +77,23 @@ def test_the_interval_is_around_the_value_and_narrows() -> None:
     widths = []
     for known in (few, many):
         score = np.abs(known.delta) + np.random.default_rng(2).normal(size=len(known.delta)) * 0.5
-        value, low, high = bootstrap(score, known, STATISTICS["AUROC"])
+        value, low, high = bootstrap(score, known, STATISTICS["AUROC"], resamples(known))
         assert low <= value <= high
         widths.append(high - low)
     assert widths[1] < widths[0]
+
+
+def test_the_difference_from_the_twin_is_of_the_same_questions() -> None:
+    """Two that err alike differ surely, although the interval of each holds the other's value."""
+    known = credit(400)
+    draw = np.random.default_rng(4)
+    common = np.abs(known.delta) + draw.normal(size=400) * 0.6
+    signals = {"a": common + np.abs(known.delta) * 0.1, "a" + WRONG: common, "b": draw.random(400)}
+    lines = twins(signals, known).splitlines()[2:]
+    assert len(lines) == 1
+    right, wrong, difference = lines[0].strip("| ").split(" | ")[1:]
+    assert float(difference.split()[0]) == pytest.approx(float(right) - float(wrong), abs=0.011)
+    assert difference.split("(")[1].startswith("+")
 
 
 def test_the_table_puts_the_best_first_and_takes_unmeasured_tokens_for_the_lowest() -> None:

@@ -44,7 +44,7 @@ def test_a_row_comes_back() -> None:
     import json
 
     valued = Valued(
-        "q", [Completion([1, 2], [-0.5, -1.0], "stop")], [True], ["a b"], [[0, 1, 2]], [[0.5, float("nan"), 1]]
+        "q", [Completion([1, 2], [-0.5, -1.0], "stop")], [1.0], ["a b"], [[0, 1, 2]], [[0.5, float("nan"), 1]]
     )
     again = Valued.of(json.loads(json.dumps(plain(valued.row()))))
     assert again.completions == valued.completions

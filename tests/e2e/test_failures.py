@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,21 +39,24 @@ def start(command: list[str], **environment: str) -> subprocess.CompletedProcess
     return processes.run(["/bin/sh", "-c", 'exec "$0" "$@" 2>&1', *command], cwd=ROOT, env=environment)
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_nothing_is_compiled(arguments: list[str], offload: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("engine", "offload"), [("hf", True), ("vllm", False)])
+def test_nothing_is_compiled(arguments: list[str], engine: str, offload: bool, tmp_path: Path) -> None:
     """No compiler, no ninja, and the lock of a compilation that was killed: a step is trained, by a bare python."""
     extensions = tmp_path / "extensions"
     (extensions / "deepspeed_shm_comm").mkdir(parents=True)
     (extensions / "deepspeed_shm_comm" / "lock").touch()
     (tmp_path / "bin").mkdir()
-    more = [f"runs={tmp_path}", "name=run", f"sharding.offload_optimizer={offload}"]
+    (tmp_path / "bin" / "lscpu").symlink_to(str(shutil.which("lscpu")))  # vLLM asks it for the cores
+    more = [f"runs={tmp_path}", "name=run", f"sharding.offload_optimizer={offload}", f"rollout.engine={engine}"]
     done = start(
         [sys.executable, "train.py", *arguments, *more],
         PATH=str(tmp_path / "bin"),
         TORCH_EXTENSIONS_DIR=str(extensions),
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
     )
     assert done.returncode == 0, done.stdout[-5000:]
     assert [path.name for path in extensions.rglob("*")] == ["deepspeed_shm_comm", "lock"]
+    assert not [path for path in (tmp_path / "inductor").rglob("*") if path.is_file()]
     assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").open()] == [0, 1]
 
 

@@ -25,7 +25,7 @@ AHEAD, QUADRANT = "aipo+rollout.async_depth=1", "dapo_ft+mask.rule=quadrant"
 MORE_AHEAD = [
     "dapo+rollout.async_depth=1",
     "pppo+rollout.async_depth=1",
-    "iib_lpo+rollout.async_depth=1+branch.signal=logprob+branch.base=2+branch.total=4",
+    "iib_lpo+rollout.async_depth=1+branch.signal=logprob+branch.base=2+branch.total=4+branch.rounds=1",
 ]
 
 
@@ -153,7 +153,7 @@ def test_branches_with_latents(model: Path, data: Path, tmp_path: Path) -> None:
     assert "held-out continuations" in done.stdout
     for latent in ("norm_kv", "residual"):
         keys = {"name": latent, "branch.latent": latent, "branch.latent_path": latents, "branch.base": 2}
-        keys |= {"branch.total": 6, "optim.steps": 1}
+        keys |= {"branch.total": 6, "branch.rounds": 2, "optim.steps": 1}
         keys |= {"reward.rule": "certainty"}  # a real number: no two rollouts have the same, so there is a gradient
         train("--config", str(config), "--method", "iib_lpo", *(f"{k}={v}" for k, v in keys.items()))
         line = last(tmp_path, latent)

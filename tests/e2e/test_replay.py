@@ -125,7 +125,9 @@ def test_what_cannot_be_replayed_is_said(plain: Path, tmp_path: Path) -> None:
     identity.write_text(identity.read_text().replace('"world_size": 1', '"world_size": 3'))
     seal(identity.parent, 4, None)
     (run / "replay" / "step-000001-rank-0.pt").rename(run / "replay" / "step-000005-rank-0.pt")
-    with pytest.raises(UserError, match="world_size is 3 in the checkpoint"):
+    with pytest.raises(
+        UserError, match=r"replay of .*copy: the checkpoint belongs to another run: world_size is 3 in the checkpoint"
+    ):
         replay(run, 5, CPU)
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aipo.config.data import Columns, Source, TrainSource
 from aipo.errors import UserError
 from aipo.problems.datasets import Problem, fingerprint, load_mix, load_problems
 from aipo.problems.readers import rows_of
+from bench import wrong_data
 
 
 def jsonl(path: Path, *rows: object) -> str:
@@ -109,6 +114,43 @@ def test_parquet_that_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     with pytest.raises(UserError, match=r"p\.parquet cannot be read as Parquet \(.*\): is it whole\?"):
         load_problems(str(tmp_path / "p.parquet"), split="train")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_value_that_cannot_be_read_is_of_a_row(tmp_path: Path) -> None:
+    """Also beyond the rows that are read together, and where its column is not asked for."""
+    rows = 2500
+    days = pa.array([0] * 2222 + [10**9] + [0] * (rows - 2223), pa.date32())  # year 2,739,877
+    columns = {"question": [f"q{i}" for i in range(rows)], "answer": ["1"] * rows, "day": days}
+    path = parquet(tmp_path / "far.parquet", **columns)
+    with pytest.raises(UserError, match=r"far\.parquet, row 2223: holds a value that cannot be read \(days=1000000000"):
+        load_problems(path, split="train")
+    assert len(load_problems(Source(path=path, rows=2000), split="train").problems) == 2000
+
+
+@given(st.lists(st.tuples(st.integers(0), st.integers(1, 255)), min_size=1, max_size=3), st.integers(0), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_damaged_parquet_is_one_line_or_read(flips: list[tuple[int, int]], end: int, cut: bool) -> None:
+    with TemporaryDirectory() as temporary:
+        path = Path(temporary) / "damaged.parquet"
+        parquet(path, question=[f"q{i}" for i in range(50)], answer=[str(i) for i in range(50)])
+        content = bytearray(path.read_bytes())
+        for place, bits in flips:
+            content[place % len(content)] ^= bits
+        path.write_bytes(content[: end % len(content)] if cut else content)
+        assert not wrong_data.complaint(path, [path.name], may_pass=True)
+
+
+@pytest.mark.parametrize("name", ["hub:", "hub:../x", "x" * 5000, "~nobody-of-that-name/a.jsonl"])
+def test_a_path_that_can_be_none(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"does not exist|cannot be read as a set of the hub"):
+        load_problems(name, split="train")
+
+
+def test_every_kind_of_fault_is_one_line(tmp_path: Path) -> None:
+    tried, wrong = wrong_data.everything(tmp_path, random.Random(0), count=0)
+    assert not wrong
+    assert min(tried[form] for form in ("JSONL", "Parquet", "hub folder")) > 20
 
 
 def test_a_folder_of_the_hub_has_splits(hub: Path) -> None:

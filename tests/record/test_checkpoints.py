@@ -302,9 +302,14 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
         resolve(tmp_path, "auto")
 
 
-@given(st.sampled_from(["trainer.json", "weights/rank0.pt", "manifest.json"]), st.integers(0), st.integers(0, 7))
-@settings(max_examples=60, deadline=None)
-def test_one_flipped_bit_is_seen_and_its_file_named(name, place, bit):
+@given(
+    st.sampled_from(["trainer.json", "weights/rank0.pt", "manifest.json"]),
+    st.sampled_from(["flipped", "cut", "removed"]),
+    st.integers(0),
+    st.integers(0, 7),
+)
+@settings(max_examples=200, deadline=None)
+def test_whatever_is_damaged_is_named_and_the_one_before_taken(name, how, place, bit):
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         store = CheckpointStore(folder, keep_last=2)
@@ -312,8 +317,12 @@ def test_one_flipped_bit_is_seen_and_its_file_named(name, place, bit):
             store.save(step, shard(step))
         path = folder / "step-000002" / name
         content = bytearray(path.read_bytes())
-        content[place % len(content)] ^= 1 << bit
-        path.write_bytes(content)
+        place %= len(content)
+        if how == "flipped":
+            content[place] ^= 1 << bit
+        path.write_bytes(content[:place] if how == "cut" else content)
+        if how == "removed":
+            path.unlink()
         assert name in (damage(folder / "step-000002") or "nothing")
         assert resolve(folder, "auto") == folder / "step-000001"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aipo.problems.datasets import Problem
-from aipo.record.reporting import reduce_metrics, rollout_rows
+from aipo.record.reporting import diverse, reduce_metrics, rollout_rows
 from aipo.rollout.base import Completion
 from aipo.rollouts import Rollouts
 from tests.tiny import tiny_tokenizer
@@ -37,7 +37,7 @@ def selector(rollouts: Rollouts) -> Any:
 
 def test_the_sample_has_rollouts_of_the_update_with_large_advantages_first() -> None:
     rollouts = batch("a", "b")
-    rows = rollout_rows(rollouts, selector(rollouts), tiny_tokenizer(), 3)
+    rows = rollout_rows(rollouts, selector(rollouts), tiny_tokenizer(), 3, budget=100)
     assert [row["completion"] for row in rows] == ["completion 1", "completion 2", "completion 0"]
     assert len(rows[0]["tokens"]) == len(rows[0]["mi"]) == len(rows[0]["mask"]) == 2
     assert rows[0]["question"] == "question of a"
@@ -47,13 +47,13 @@ def test_a_model_with_more_rows_than_tokens() -> None:
     tokenizer = tiny_tokenizer()
     rollouts = batch("a")
     rollouts.completions[1] = Completion([10, len(tokenizer) + 7], [-0.5] * 2, "stop")
-    tokens = rollout_rows(rollouts, selector(rollouts), tokenizer, 1)[0]["tokens"]
+    tokens = rollout_rows(rollouts, selector(rollouts), tokenizer, 1, budget=100)[0]["tokens"]
     assert tokens == [tokenizer.convert_ids_to_tokens(10), f"<no token {len(tokenizer) + 7}>"]
 
 
 def test_text_that_must_not_get_out_does_not() -> None:
     rollouts = batch("gpqa_diamond/1", "b")
-    rows = rollout_rows(rollouts, selector(rollouts), tiny_tokenizer(), 10)
+    rows = rollout_rows(rollouts, selector(rollouts), tiny_tokenizer(), 10, budget=100)
     assert {row["question"] for row in rows} == {"question of b"}
 
 
@@ -69,3 +69,24 @@ def test_otf_is_of_what_the_update_read_and_the_cost_share_of_all_that_was_gener
     assert logged["reward/trained"] == pytest.approx(6 / 4)
     assert logged["rollout/used"] == pytest.approx(3 / 4)
     assert logged["speed/tokens_per_s"] == pytest.approx(10)
+
+
+def test_tokens_that_branches_share_count_once_in_the_otf() -> None:
+    rollouts = batch("a", "b")
+    rollouts.lineage = [((0, 1),), ((0, 1), (1, 2)), ((2, 3),), ((2, 3), (3, 4))]
+    logged = reduce_metrics(rollouts, {"selected": 5.0}, {"rollout": 2.0})
+    assert logged["rollout/used_tokens"] == 1 + 1 + 3
+    assert logged["mask/otf"] == pytest.approx(1)
+
+
+def test_diversity_is_a_mean_over_questions_with_long_completions() -> None:
+    rollouts = batch("a", "b", "c")  # 1 and 2, 3 and 4, 5 and 6 tokens, each one token over and over
+    logged = reduce_metrics(rollouts, {}, {"rollout": 1.0})
+    assert logged["diversity/distinct_1"] == pytest.approx(2 / 11)
+    assert logged["diversity/distinct_4"] == pytest.approx(2 / 5)
+    assert logged["diversity/repetition_4"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert logged["diversity/self_bleu"] == 0
+    many = batch("a", "b", "c")
+    many.ids = torch.tensor([5, 0, 1, 0, 4, 0])  # the same four questions whatever the number of ranks
+    assert [number for number, _ in diverse(many)] == [1, 4, 5]
+    assert not [key for key in reduce_metrics(batch("a"), {}, {"rollout": 1.0}) if key.startswith("diversity/")]

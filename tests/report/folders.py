@@ -32,7 +32,8 @@ def rollout(tokens: list[str], seed: int, **more: Any) -> dict[str, Any]:
     mask = [draw.random() < 0.3 for _ in tokens]
     figure = lambda: [draw.random() if m else None for m in mask]  # noqa: E731
     return {
-        "group": 0, "sample": 0, "group_size": 2, "question_id": "q", "question": "1 + 1 =", "prompt": "user: 1 + 1 =",
+        "group": 0, "sample": 0, "group_size": 2, "question_id": "q", "bucket": "easy",
+        "question": "What is 1 + 1?", "prompt": "user: What is 1 + 1?",
         "answer": "2", "extracted": "2", "completion": "".join(tokens), "reward": 1.0, "correct": True,
         "advantage": 0.5, "used": True, "reason": "", "finish_reason": "stop", "token_ids": list(range(count)),
         "tokens": tokens, "mi": [draw.random() for _ in tokens], "mask": mask, "logp": figure(), "ratio": figure(),
@@ -41,8 +42,16 @@ def rollout(tokens: list[str], seed: int, **more: Any) -> dict[str, Any]:
     } | more  # fmt: skip
 
 
-def make_run(folder: Path, *, steps: int = 12, texts: tuple[str, ...] = (), change: float = 0.3, **keys: str) -> Path:
-    """A run of ``steps`` steps, of whose rollouts the first says each of ``texts`` in its own group."""
+def make_run(
+    folder: Path,
+    *,
+    steps: int = 12,
+    said: str = " 1 + 1 is \\boxed{2}",
+    texts: tuple[str, ...] = (),
+    change: float = 0.3,
+    **keys: str,
+) -> Path:
+    """A run of ``steps`` steps whose rollouts say ``said``; in the first, each of ``texts`` has a group as well."""
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in {"optim__steps": str(steps), **keys}.items()]
     config = load_config("smollm2_135m.yaml", [*overrides, f"name={folder.name}", f"runs={folder.parent}"])
     prepare_run_folder(folder, "none", config_text=dump_config(config), command=["train.py", "--config", "x"]).release()
@@ -62,6 +71,7 @@ def make_run(folder: Path, *, steps: int = 12, texts: tuple[str, ...] = (), chan
             }
             metrics |= {"rollout/used": 0.6, "rollout/truncated": 0.0, "mismatch/gap": 0.01, "loss/skipped_steps": 0.0}
             metrics |= {"policy/grad_norm": draw.random(), "reward/timed_out": 0.0, "reward/killed": 0.0}
+            metrics |= {f"curriculum/questions_{name}": 100.0 for name in ("easy", "medium", "hard")}
         if step in (0, steps):
             right = 0.2 + change * done
             metrics |= {"validation/accuracy": right, "validation/accuracy_low": right - 0.1}
@@ -73,7 +83,7 @@ def make_run(folder: Path, *, steps: int = 12, texts: tuple[str, ...] = (), chan
         tracker.log(step, metrics)
         if step:
             rows = []
-            for group, text in enumerate((" 1 + 1 is \\boxed{2}", *(texts if step == 1 else ()))):
+            for group, text in enumerate((said, *(texts if step == 1 else ()))):
                 words = [text[i : i + 4] for i in range(0, len(text), 4)]
                 for sample in range(2):
                     more = {"group": group, "sample": sample, "correct": sample == 0, "reward": 1.0 - sample}

@@ -101,17 +101,54 @@ def test_hostile_completions_show_as_text_and_change_nothing(page: Page, tmp_pat
     assert page.run("typeof window.hacked") == "undefined"
     assert page.run(elements) == 2
     assert page.run("document.querySelectorAll('img, iframe, object, embed').length") == 0
-    page.run("show(1)")
-    shown = page.run("document.querySelector('.text').textContent")
-    assert shown == HOSTILE[0]
-    page.run("show(5)")
-    shown = page.run("document.querySelector('.text').textContent")
-    assert shown.startswith("⟨202E⟩right to left⟨202C⟩")
-    page.run("show(6)")
-    assert page.run("document.querySelector('.text').textContent").startswith("a⟨00⟩b⟨07⟩c⟨1B⟩[31mred⟨7F⟩")
+    shown = []
+    for place in range(1, len(HOSTILE) + 1):
+        page.run(f"show({place})")
+        shown.append(page.run("document.querySelector('.text').textContent"))
+    names = ("script", "its end", "attribute", "template", "right to left", "control", "emoji", "comment", "long")
+    said = dict(zip(names, zip(shown, HOSTILE), strict=True))
+    for name in ("script", "its end", "attribute", "template", "emoji", "comment"):
+        assert said[name][0] == said[name][1]
+    assert said["right to left"][0] == "⟨202E⟩right to left⟨202C⟩ שלום עולם مرحبا"
+    assert said["control"][0] == "a⟨00⟩b⟨07⟩c⟨1B⟩[31mred⟨7F⟩⟨2028⟩⟨2029⟩⟨FEFF⟩"
+    assert said["long"][0].endswith("48000 more tokens")
     page.run("show(9)")
     assert page.run("document.querySelectorAll('.rollout .text span').length") <= 2 * 2000
     assert page.run("document.documentElement.scrollWidth") <= 1280
+
+
+def test_a_run_at_the_scale_of_the_paper_stays_small(page: Page, tmp_path: Path) -> None:
+    """500 steps, each with as many tokens as tracking.tokens_mb leaves to it: two rollouts of 12,000."""
+    text = "".join(f"{n % 7919:04d}" for n in range(12_000))
+    folder = make_run(tmp_path / "long", steps=500, texts=(text,))
+    first = folder / "rollouts" / "step-000001.parquet"
+    for step in range(2, 501):
+        (path := first.with_name(f"step-{step:06d}.parquet")).unlink()
+        path.hardlink_to(first)
+    path = report([folder])
+    assert path.stat().st_size < 5_000_000
+    page.open(path)
+    assert page.run("data.runs[0].series['reward/mean'][0].length") == 500
+    page.click("#panels .panel .u-over", x=0.98)
+    assert page.run("group().step") == 500
+    page.run("show(1)")
+    assert page.run("document.querySelectorAll('.rollout').length") == 2
+    assert "in the run folder" in page.run("document.getElementById('left-out').textContent")
+
+
+def test_on_paper(page: Page, tmp_path: Path) -> None:
+    """Charts as wide as their panels, two beside each other, nothing to press, and what was folded is open."""
+    page.open(report([make_run(tmp_path / "run")]), width=700)
+    page.call("Emulation.setEmulatedMedia", media="print")
+    widths = page.run(
+        "[...document.querySelectorAll('#panels .chart')].map((each) => [each.clientWidth,"
+        " each.querySelector('canvas').getBoundingClientRect().width])"
+    )
+    assert all(chart == pytest.approx(canvas, abs=1) for chart, canvas in widths)
+    assert page.run("document.getElementById('panels').clientWidth") > 2 * widths[0][0]
+    assert page.run("document.querySelector('.toolbar').offsetHeight") == 0
+    assert page.run("document.querySelector('.advice .fine').checkVisibility({contentVisibilityAuto: true})")
+    page.call("Emulation.setEmulatedMedia", media="")
 
 
 def test_an_evaluation(page: Page, tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
+import runpy
+import shutil
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,16 @@ import pytest
 
 from aipo.errors import UserError
 from aipo.report import groups
-from aipo.report.advice import advise, loops_in, script
+from aipo.report.advice import RULES, Advice, advise, loops_in, script
+from aipo.report.curves import panels
 from aipo.report.evaluation_report import evaluation_report
 from aipo.report.load import load_run, read_rollouts
 from aipo.report.page import visible
 from aipo.report.run_report import differences, report
-from aipo.report.selected import describe, places, run_lengths, words
+from aipo.report.selected import describe, peaks, places, run_lengths, words
 from aipo.report.verdict import judge
 from tests.report.folders import HOSTILE, make_evaluation, make_run, rollout
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 5_000_000  # bytes
 
 
@@ -75,33 +77,70 @@ def test_a_run_that_got_worse_or_has_no_validation(tmp_path: Path) -> None:
     assert "<h2>Curves" in report([bare]).read_text()
 
 
-def test_advice_is_silent_on_a_sound_run_and_names_what_went_wrong(run: Path, tmp_path: Path) -> None:
+# what goes wrong -> metrics of a step, given which share of the run is done
+SICK: dict[str, Callable[[float], dict[str, float]]] = {
+    "Entropy collapse": lambda done: {"policy/entropy": 1.0 - 0.95 * done},
+    "Length collapse": lambda done: {"rollout/length_mean": 20 - 15 * done},
+    "Length growth": lambda done: {"rollout/length_mean": 20 + 40 * done},
+    "Collapse of a bucket": lambda done: {"curriculum/questions_hard": 100 - 95 * done},
+    "Reward without correctness": lambda done: {
+        "reward/mean": 0.2 + done,
+        "reward/correct": 0.2,
+        "reward/format": done,
+    },
+    "Truncation": lambda done: {"rollout/truncated": done},
+    "Engine against trainer": lambda done: {"mismatch/gap": 0.2 * done},
+    "Groups without signal": lambda done: {"rollout/used": 0.6 - 0.5 * done},
+    "OTF far from its target": lambda done: {"mask/otf": 0.7},
+    "κ stuck": lambda done: {"mask/kappa": 0.3},
+    "Verifier": lambda done: {"reward/timed_out": 0.004, "reward/killed": 0.004},
+    "Skipped steps": lambda done: {"loss/skipped_steps": float(done == 0.5)},
+}
+
+
+def found_in(run: Path) -> dict[str, Advice]:
+    return {advice.title: advice for advice in advise(load_run(run)) if advice.wrong}
+
+
+def test_advice_is_silent_on_a_sound_run(run: Path) -> None:
     sound = advise(load_run(run))
+    assert len(sound) == len(RULES) == 13
     assert not [advice.title for advice in sound if advice.wrong]
-    assert len(sound) >= 9
-    sick = make_run(tmp_path / "sick", steps=20, change=0.0, mask__rule="top_fraction")
+
+
+@pytest.mark.parametrize("title", SICK)
+def test_advice_names_what_went_wrong_and_shows_where(run: Path, tmp_path: Path, title: str) -> None:
+    sick = shutil.copytree(run, tmp_path / "sick")
     lines = [json.loads(line) for line in (sick / "metrics.jsonl").read_text().splitlines()]
-    for line in lines[1:]:
-        done = line["step"] / 20
-        line |= {"policy/entropy": 1.0 - 0.95 * done, "rollout/length_mean": 20 - 15 * done, "reward/mean": 0.2 + done}
-        line |= {
-            "rollout/truncated": done,
-            "mismatch/gap": 0.2,
-            "rollout/used": 0.1,
-            "mask/otf": 0.6,
-            "mask/kappa": 0.3,
-        }
-        line |= {"reward/format": done, "reward/killed": 0.02, "loss/skipped_steps": float(line["step"] == 7)}
-        line |= {f"curriculum/questions_{n}": c for n, c in (("easy", 100), ("medium", 99), ("hard", 1))}
-    (sick / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = {advice.title: advice for advice in advise(load_run(sick)) if advice.wrong}
-    assert set(found) == {
-        "Entropy collapse", "Length collapse", "Collapse of a bucket", "Reward without correctness", "Truncation",
-        "Engine against trainer", "Groups without signal", "OTF far from its target", "Verifier", "Skipped steps",
-    }  # fmt: skip
-    assert found["Skipped steps"].step == 7
-    (sick / "config.yaml").write_text((sick / "config.yaml").read_text().replace("top_fraction", "threshold"))
-    assert "κ stuck" in {advice.title for advice in advise(load_run(sick)) if advice.wrong}
+    changed = [line | (SICK[title](line["step"] / 12) if line["step"] else {}) for line in lines]
+    (sick / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+    found = found_in(sick)
+    assert set(found) == {title}
+    assert found[title].panel in {panel["title"] for panel in panels([load_run(sick)])}
+    if title == "Skipped steps":
+        assert found[title].step == 6
+        assert found[title].words.endswith("1 of 12 steps had an update skipped that was not finite: 6")
+
+
+@pytest.mark.parametrize(
+    ("title", "said"),
+    [
+        ("Repetition", " and so it goes on" * 40),
+        ("Another language than the prompt's", "答案是二加二等于四 \\boxed{2}"),
+    ],
+)
+def test_advice_reads_the_rollouts(tmp_path: Path, title: str, said: str) -> None:
+    found = found_in(make_run(tmp_path / "sick", said=said))
+    assert set(found) == {title}
+    assert found[title].step == 12
+
+
+def test_the_target_of_otf_is_that_of_the_rule(tmp_path: Path) -> None:
+    keys = {"mask__rule": "top_fraction", "mask__fraction": "0.3"}
+    assert not found_in(make_run(tmp_path / "met", **keys))
+    missed = found_in(make_run(tmp_path / "missed", **keys | {"mask__fraction": "0.5"}))
+    assert missed["OTF far from its target"].words.startswith("30.0 % → 30.0 % of the tokens, target 50 %")
+    assert not found_in(make_run(tmp_path / "all", mask__rule="all"))
 
 
 def test_every_curve_that_advice_points_to_is_there(run: Path) -> None:
@@ -130,7 +169,23 @@ def test_statistics_of_a_recorded_run(run: Path) -> None:
     assert found is not None
     assert found["steps"] == [1, 2, 11, 12]
     assert sum(found["density"]["counts"]) == found["density"]["pairs"] if found["density"] else True
-    assert sum(found["peaks"][0].values()) == pytest.approx(1, abs=1e-3)
+    ((bucket, shares),) = found["peaks"]["buckets"]  # all of its questions are easy
+    assert bucket == "easy"
+    assert [sum(part) for part in shares] == pytest.approx([1, 1], abs=1e-3)
+
+
+def test_peaks_are_counted_by_bucket(run: Path) -> None:
+    spiky = [0.0] * 4 + [1.0] + [0.0] * 5
+    rows = [
+        rollout(["a"] * 20, 0, bucket=bucket, mi=spiky * count + [None] * (20 - 10 * count))
+        for bucket, count in (("hard", 2), ("easy", 1), ("easy", 2), (None, 1))
+    ]
+    found = peaks(rows[:3], rows[3:], load_run(run))
+    assert found == {
+        "counts": ["1", "2"],
+        "buckets": [("easy", [[0.5, 0.5], [0, 0]]), ("hard", [[0, 1], [0, 0]]), ("all questions", [[0, 0], [1, 0]])],
+    }
+    assert peaks([rollout(["a"], 0, mi=[None])], [], load_run(run)) is None
 
 
 def test_one_file_that_asks_for_nothing_and_is_small(run: Path) -> None:
@@ -205,7 +260,9 @@ def test_an_evaluation_has_its_page(tmp_path: Path) -> None:
         evaluation_report([a, b, a])
 
 
-def test_what_cannot_be_reported_is_said(tmp_path: Path) -> None:
+def test_what_cannot_be_reported_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match="is no run folder"):
         report([tmp_path])
     (tmp_path / "metrics.jsonl").write_text("")
@@ -214,11 +271,13 @@ def test_what_cannot_be_reported_is_said(tmp_path: Path) -> None:
     (tmp_path / "step-000001.parquet").write_text("not parquet")
     with pytest.raises(UserError, match=r"step-000001\.parquet is damaged"):
         read_rollouts(tmp_path / "step-000001.parquet")
-    done = subprocess.run(
-        [sys.executable, "-m", "aipo.report", str(tmp_path / "nowhere")], cwd=ROOT, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "error: " in done.stderr
+    monkeypatch.setattr(sys, "argv", ["aipo.report", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("aipo.report", run_name="__main__")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
 
 
 def test_visible_names_what_cannot_be_seen() -> None:

@@ -106,19 +106,12 @@ def test_entropy_and_certainty(path: Path, rollouts: Rollouts) -> None:
         assert found["entropy"][row, len(ids) :].isnan().all()
 
 
-def test_surprisal_and_stake(path: Path, rollouts: Rollouts) -> None:
-    """-log p as the engine drew the token; H |A|, so that no token counts where a completion has no advantage."""
-    rollouts.advantages[2] = 0.0
-    here = passes(path, policy_of(path), config())
-    found = {name: measured(name, here, rollouts) for name in ("surprisal", "stake")}
+def test_surprisal(path: Path, rollouts: Rollouts) -> None:
+    """-log p as the engine drew the token."""
+    found = measured("surprisal", passes(path, policy_of(path), config()), rollouts)
     for row, ids in enumerate(COMPLETIONS):
-        prompt = PROMPTS[row // 2]
-        logits = plain_logits(path, prompt + ids)
-        for t in range(len(ids)):
-            assert found["surprisal"][row, t] == 0.5 * (t + 1)
-            expected = entropy(logits[len(prompt) - 1 + t]) * abs(float(rollouts.advantages[row]))
-            assert found["stake"][row, t] == pytest.approx(expected, abs=1e-4)
-        assert found["stake"][row, len(ids) :].isnan().all()
+        assert found[row, : len(ids)].tolist() == [0.5 * (t + 1) for t in range(len(ids))]
+        assert found[row, len(ids) :].isnan().all()
 
 
 def test_information(path: Path, rollouts: Rollouts) -> None:
@@ -158,6 +151,19 @@ def test_information_as_published(path: Path, rollouts: Rollouts) -> None:
                 earlier = h[t - 1] if t else 0.0
                 assert found[row, t] == pytest.approx((h[t] + earlier) / 2 - h[t + 1], abs=2e-4)
             assert found[row, len(ids) :].isnan().all()
+
+
+def test_the_policys_entropy_is_measured_once(path: Path, rollouts: Rollouts) -> None:
+    """Where both information and confidence are made of it: one forward pass a micro-batch, and the same values."""
+    here = passes(path, policy_of(path), config("advantage.tokens=information", "advantage.information=next_token"))
+    every, read = batches(), []
+    forward = here.sharded.forward
+    here.sharded.forward = lambda *a, **k: read.append(a) or forward(*a, **k)  # type: ignore[func-returns-value, method-assign]
+    both, _ = measure({"information", "entropy"}, here, every, rollouts)
+    assert len(read) == len(every)
+    for name in ("information", "entropy"):
+        alone, _ = measure({name}, here, every, rollouts)
+        torch.testing.assert_close(both[name], alone[name], equal_nan=True, rtol=0, atol=0)
 
 
 def test_residual_and_attention(path: Path, rollouts: Rollouts) -> None:
