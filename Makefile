@@ -57,8 +57,9 @@ bench: setup  ## time and memory of a step, the head, MI, rollouts and the plann
 	python -m aipo.problems.embedded
 	for part in step head mi rollout memory; do python bench/$$part.py --quick; done
 
-# two workers of one thread each: small tensors gain nothing from threads
-UNITS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE pytest -m 'not e2e' -n 2
+# two workers of one thread each: small tensors gain nothing from threads; each takes files as they stand, so that what
+# a file makes is made once, and helps the other at the end
+UNITS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE pytest -m 'not e2e' --ignore tests/e2e -n 2 --dist worksteal
 
 # two files of tests at a time, each with its share of the cores; a GPU is not shared
 CORES := $(shell nproc)

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from tqdm.std import TqdmDefaultWriteLock
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = {
@@ -187,6 +188,8 @@ def start(
     """Fork a run. ``inside`` is called in each rank before it begins: what is to be wrong there."""
     if psutil.Process().num_threads() > 1:  # what a thread holds at a fork is held in the child for ever
         raise RuntimeError(f"not the one thread that may fork; of Python's there are {threading.enumerate()}")
+    if hasattr(TqdmDefaultWriteLock, "mp_lock"):  # a semaphore: a run killed while it draws holds it for all later ones
+        raise RuntimeError("a progress bar was drawn in the process that forks: its lock is shared with all runs")
     ours, theirs = os.pipe()
     port = _free_port()
     pids = []

@@ -63,7 +63,7 @@ class Bed:
 
     def __init__(self, work: Path, minutes: float = float("inf")) -> None:
         self.work, self.deadline = work, time.monotonic() + 60 * minutes
-        self.inputs = faults.in_child(lambda: make_inputs(work / "inputs"))  # it starts a thread, for its progress bar
+        self.inputs = faults.in_child(lambda: make_inputs(work / "inputs"))  # it draws a bar: faults.start
         self.expected: dict[int, dict[str, bytes]] = {}
         self.seconds: dict[int, float] = {}
         self.spans: dict[str, list[float]] = {}
@@ -335,6 +335,7 @@ def growth(bed: Bed, draw: random.Random, count: int) -> Row:
                 seen.append(resources(process, folder))
     if (code := run.reap()) != (3 if stopped else 0):
         return Row(name, 0, "", wrong=[f"ended with {code}: {bed.last(name)}"])
+    (bed.work / "growth.jsonl").write_text("".join(json.dumps(each) + "\n" for each in seen))
     quarter = len(seen) // 4
     first, last = seen[quarter // 2 : quarter], seen[-quarter:]
     wrong, told = [], []
@@ -441,6 +442,8 @@ def record(row: Row) -> None:
     lines = [f"# bench/soak.py on {machine()}", "", "| part | times | what | wrong |", "|---|---|---|---|"]
     for each in sorted(sums.values(), key=lambda each: [*PARTS].index(each.part)):
         lines.append(f"| {each.part} | {each.count:,} | {each.what} | {len(each.wrong)} |")
+    if found := [wrong for each in sums.values() for wrong in each.wrong]:
+        lines += ["", "What was wrong:", "", *(f"- {wrong}" for wrong in found)]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

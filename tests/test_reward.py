@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -164,49 +163,69 @@ def loops(problem, completion):
 """
 
 
-@pytest.fixture
-def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "graders.py").write_text(FUNCTIONS)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+@pytest.fixture(scope="module")
+def functions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The module that workers import them from."""
+    folder = tmp_path_factory.mktemp("functions")
+    (folder / "graders.py").write_text(FUNCTIONS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        yield
 
 
-def grader(name: str, **keys: float) -> Rewarder:
-    config = RewardConfig(function=f"graders:{name}", overlong_buffer=20, workers=1, timeout_s=0.5, **keys)  # type: ignore[arg-type]
-    return Rewarder({"": config}, max_tokens=100)
-
-
-@pytest.mark.usefixtures("functions")
-def test_a_function_takes_the_place_of_the_verifier() -> None:
-    problem = Problem("1", "four", "B", "choice", options=("x", "y"), solution="s", origin="o")
-    rewarder = grader("length", correctness=0.8, format=0.2)
-    rewards, correct, metrics = rewarder.score([problem] * 3, ["ab", "abcd", "Answer: B"], [9, 9, 9])
+@pytest.fixture(scope="module")
+def graded(functions: None) -> Iterator[Rewarder]:
+    """By origin, in one process: what it is given by one test changes nothing for the next."""
+    plain = RewardConfig(overlong_buffer=20, workers=1, timeout_s=20.0)
+    configs = {
+        "": plain,
+        "mixed": RewardConfig(overlong_buffer=20, correctness=0.5, length=0.5),
+        "length": RewardConfig(function="graders:length", overlong_buffer=20),
+        "weighed": RewardConfig(function="graders:length", overlong_buffer=20, correctness=0.8, format=0.2),
+        "picky": RewardConfig(function="graders:picky", overlong_buffer=20),
+    }
+    rewarder = Rewarder(configs, max_tokens=100)
+    yield rewarder
     rewarder.close()
+
+
+def test_a_function_takes_the_place_of_the_verifier(graded: Rewarder) -> None:
+    problem = Problem("1", "four", "B", "choice", options=("x", "y"), solution="s", origin="weighed")
+    rewards, correct, metrics = graded.score([problem] * 3, ["ab", "abcd", "Answer: B"], [9, 9, 9])
     torch.testing.assert_close(rewards, torch.tensor([0.8 * 0.5, 0.8, 0.8 * 9 / 4 + 0.2]))
     assert correct.tolist() == [False, True, True]  # 1 or more
     assert metrics["reward/correct"] == pytest.approx(2 / 3)
 
 
-@pytest.mark.usefixtures("functions")
-def test_what_a_function_raises_names_the_rollout() -> None:
-    rewarder = grader("picky")
-    for text, says in (
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
         ("else", r"KeyError: 'else' \(.*graders.py, line 14\)"),
         ("none", "it returned None, which is not a finite number"),
         ("nan", "it returned nan, which is not"),
         ("text", "it returned '1', which is not"),
-    ):
-        fine = rewarder.submit(Problem("q7", "q", "5"), "half", 9, 2)
-        broken = rewarder.submit(Problem("q7", "q", "5"), text, 9, 3)
-        assert rewarder.collect([fine])[0].tolist() == [0.5]
-        with pytest.raises(TrainingError, match=rf"graders:picky failed on sample 4 of question q7: .*{says}"):
-            rewarder.collect([fine, broken])
-        assert rewarder.score([Problem("q7", "q", "5")], ["right"], [9])[1].tolist() == [True]  # its process lives on
-    rewarder.close()
+    ],
+)
+def test_what_a_function_raises_names_the_rollout(graded: Rewarder, text: str, says: str) -> None:
+    problem = Problem("q7", "q", "5", origin="picky")
+    fine, broken = graded.submit(problem, "half", 9, 2), graded.submit(problem, text, 9, 3)
+    assert graded.collect([fine])[0].tolist() == [0.5]
+    with pytest.raises(TrainingError, match=rf"graders:picky failed on sample 4 of question q7: .*{says}"):
+        graded.collect([fine, broken])
+    assert graded.score([problem], ["right"], [9])[1].tolist() == [True]  # its process lives on
+
+
+def test_each_origin_has_its_own_reward(graded: Rewarder) -> None:
+    origins = ["length", "", "mixed", "length", "else"]
+    problems = [Problem(str(i), "four", "5", origin=origin) for i, origin in enumerate(origins)]
+    rewards, _, _ = graded.score(problems, ["ab", r"\boxed{5}", r"\boxed{5}", "abcd", r"\boxed{6}"], [90] * 5)
+    torch.testing.assert_close(rewards, torch.tensor([0.5, 1.0, 0.5 + 0.5 * 0.5, 1.0, 0.0]))
 
 
 @pytest.mark.usefixtures("functions")
 def test_a_function_that_hangs_or_crashes_gives_no_verdict() -> None:
-    rewarder = grader("loops")
+    config = RewardConfig(function="graders:loops", overlong_buffer=20, workers=1, timeout_s=0.5)
+    rewarder = Rewarder({"": config}, max_tokens=100)
     problem = Problem("1", "q", "5")
     rewards, correct, metrics = rewarder.score([problem] * 5, ["loop", "fine", "crash", "hoard", "well"], [9] * 5)
     rewarder.close()
@@ -216,20 +235,8 @@ def test_a_function_that_hangs_or_crashes_gives_no_verdict() -> None:
     assert metrics["reward/correct"] == 1.0
 
 
-@pytest.mark.usefixtures("functions")
-def test_each_origin_has_its_own_reward() -> None:
-    plain = RewardConfig(overlong_buffer=20, workers=1, timeout_s=20.0)
-    mixed = RewardConfig(overlong_buffer=20, correctness=0.5, length=0.5)
-    own = RewardConfig(function="graders:length", overlong_buffer=20)
-    rewarder = Rewarder({"": plain, "a": mixed, "b": own}, max_tokens=100)
-    problems = [Problem(str(i), "four", "5", origin=origin) for i, origin in enumerate(["b", "", "a", "b", "else"])]
-    rewards, _, _ = rewarder.score(problems, ["ab", r"\boxed{5}", r"\boxed{5}", "abcd", r"\boxed{6}"], [90] * 5)
-    rewarder.close()
-    torch.testing.assert_close(rewards, torch.tensor([0.5, 1.0, 0.5 + 0.5 * 0.5, 1.0, 0.0]))
-
-
 @contextmanager
-def load(each: int = 2) -> Iterator[None]:
+def load(each: int = 3) -> Iterator[None]:
     """``each`` busy processes a core, every one in a session of its own, as a scheduler may share by sessions."""
     spin = [sys.executable, "-c", "while True: pass"]
     busy = [subprocess.Popen(spin, start_new_session=True) for _ in range(each * len(os.sched_getaffinity(0)))]
@@ -245,27 +252,28 @@ def load(each: int = 2) -> Iterator[None]:
 @pytest.mark.skipif(sys.platform != "linux", reason="sched_getaffinity")
 @pytest.mark.usefixtures("functions")
 def test_a_busy_machine_changes_no_reward() -> None:
-    """The limit is CPU time: what takes two thirds of it is judged although it takes longer than it by the clock."""
+    """The limit is CPU time: what takes half of it is judged although it takes longer than it by the clock."""
     limit = 0.3
-    plain = RewardConfig(overlong_buffer=20, workers=2, timeout_s=limit)
-    configs = {"": plain, "burns": plain.model_copy(update={"function": "graders:burns"})}
-    problems = [Problem("1", "q", r"\sqrt{8}")] * 4 + [Problem("2", "q", "5", origin="burns")] * 4
-    texts = [r"\boxed{2\sqrt{2}}", r"\boxed{2\sqrt{3}}", r"\boxed{\sum_{n=1}^{10^9} n!}", "nothing"]
-    texts += ["0.2", "0.19", "0.18", "1000"]
+    usual = RewardConfig(overlong_buffer=20, workers=2, timeout_s=limit)
+    configs = {"": usual, "burns": usual.model_copy(update={"function": "graders:burns"})}
+    plain, burns = Problem("1", "q", r"\sqrt{8}"), Problem("2", "q", "5", origin="burns")
+    problems = [*[plain] * 3, *[burns] * 3, plain, burns]  # what ends a worker comes last: none has to start under load
+    texts = [r"\boxed{2\sqrt{2}}", r"\boxed{2\sqrt{3}}", "nothing", "0.15", "0.14", "0.13"]
+    texts += [r"\boxed{\sum_{n=1}^{10^9} n!}", "1000"]
 
     def scored(around: AbstractContextManager[None]) -> tuple[list[float], list[bool], dict[str, float], float]:
         rewarder = Rewarder(configs, max_tokens=100)
-        rewarder.score(problems[4:6], ["0", "0.01"], [9] * 2)  # workers have started
+        rewarder.score(problems[3:5], ["0", "0.01"], [9] * 2)  # workers have started
         with around:
             start = time.monotonic()
-            assert rewarder.score(problems[4:6], texts[4:6], [9] * 2)[0].tolist() == [1.0, 1.0]
+            assert rewarder.score(problems[3:5], texts[3:5], [9] * 2)[0].tolist() == [1.0, 1.0]
             took = time.monotonic() - start
             rewards, correct, metrics = rewarder.score(problems, texts, [9] * 8)
         rewarder.close()
         return rewards.nan_to_num(-1.0).tolist(), correct.tolist(), metrics, took
 
     rewards, correct, metrics, _ = scored(nullcontext())
-    assert rewards == [1.0, 0.0, -1.0, 0.0, 1.0, 1.0, 1.0, -1.0]
+    assert rewards == [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, -1.0, -1.0]
     assert metrics["reward/timed_out"] == 0.25
     again = scored(load())
     assert again[:3] == (rewards, correct, metrics)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from aipo.branching.branches import branch_point
+from aipo.branching.branches import kept_tokens
 from aipo.branching.cvae import HIDDEN, LATENT, Latents, explained, fit
 from aipo.config import Config, load_config
 from aipo.errors import UserError
@@ -30,9 +30,9 @@ def collect_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Rollouts of the model itself, each cut at one of its most surprising tokens -> x, y (n, width).
 
-    A rollout is cut by its surprisal, which every engine reports.
+    It is cut as ``branch`` says, by the surprisal, which every engine reports.
     """
-    rollout = config.rollout
+    rollout, branch = config.rollout, config.branch
     options: dict[str, Any] = {
         "max_model_len": config.data.max_prompt_tokens + rollout.max_tokens,
         "end_token_ids": sorted(inputs.prompter.end_ids),
@@ -55,7 +55,15 @@ def collect_pairs(
     states = HfEngine(inputs.model_path, **options)
     sequences = [[*r.prompt_ids, *c.token_ids] for r, c in zip(requests, completions)]
     cuts = [
-        len(request.prompt_ids) + branch_point([-p for p in completion.logprobs], seed=request.seed)
+        len(request.prompt_ids)
+        + kept_tokens(
+            [-p for p in completion.logprobs],
+            fraction=branch.fraction,
+            pick=branch.pick,
+            cut=branch.cut,
+            skip=branch.skip,
+            seed=request.seed,
+        )
         for request, completion in zip(requests, completions)
     ]
     means, block = [], 256

@@ -17,17 +17,7 @@ Estimator = Literal["coordinate", "pointwise", "position"]
 Features = Literal["random", "orthogonal", "quadrature"]
 Normalize = Literal["none", "layernorm", "zscore"]
 Measured = Literal[  # the names of aipo.tokens.table
-    "entropy",
-    "certainty",
-    "energy",
-    "gap",
-    "residual",
-    "attention",
-    "information",
-    "surprisal",
-    "stake",
-    "critical",
-    "filler",
+    "entropy", "certainty", "energy", "gap", "residual", "attention", "information", "surprisal", "critical", "filler"
 ]
 
 

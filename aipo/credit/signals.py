@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from aipo.advantage import group_advantages
 from aipo.config import Config
 from aipo.config.base import Features
 from aipo.config.sections import MIConfig
@@ -74,7 +72,6 @@ def all_signals(
     Args:
         problems: among which the wrong golds are found; those of the rollouts may be others.
     """
-    rollouts = replace(rollouts, advantages=group_advantages(rollouts.rewards, rollouts.group_size))
     passes = Passes(config, sharded, prompter, device)
     batches = passes.batches_of(rollouts)
     inside = token_grid(rollouts.lengths, int(rollouts.lengths.max()))  # (B, T)

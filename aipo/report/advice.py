@@ -104,7 +104,7 @@ def mismatch(run: Run, _: Sample) -> Advice | None:
     if (both := ends(run, "mismatch/gap")) is None:
         return None
     words = (
-        f"{both[0]:.4f} → {both[1]:.4f} nats a token between engine and trainer (alarm: {TOLERANCE}, or three times)"
+        f"{both[0]:.2g} → {both[1]:.2g} nats a token between engine and trainer (alarm: {TOLERANCE}, or three times)"
     )
     wrong = both[1] > TOLERANCE or (both[1] > 3 * both[0] and both[1] > 0.02)
     return Advice("Engine against trainer", words, wrong, "engine against trainer, nats")

@@ -121,7 +121,7 @@ function startCurves() {
     width = innerWidth;
     charts.forEach(({ chart, host }) => chart.setSize({ width: Math.max(host.clientWidth, 120), height: 190 }));
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  for (const change of ["(prefers-color-scheme: dark)", "print"]) matchMedia(change).addEventListener("change", redraw);
   document.addEventListener("click", (event) => {
     const link = event.target.closest("[data-panel]");
     if (!link) return;

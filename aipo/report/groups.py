@@ -10,6 +10,7 @@ from aipo.report.load import FIXED, Row, Run
 
 BUDGET = 2_800_000  # bytes of JSON for all groups of a page
 LONGEST = 4_000  # tokens of a rollout, and characters of a text, that are shown
+FEWEST, GROUPS = 200, 16  # where so many groups would not fit, less of each rollout is shown, but not fewer tokens
 DIGITS = 3
 
 
@@ -38,16 +39,18 @@ FIGURES = {
 def collect(run: Run, budget: int = BUDGET) -> dict[str, Any]:
     """``{vocabulary, groups, left_out}``: tokens are numbers of the vocabulary, figures rounded to three digits.
 
-    Where not all fits, steps are thinned out evenly, and of a step that is left the first groups stay.
+    Where not all fits, rollouts lose their middles, then steps are thinned out evenly, and of a step that is left the
+    first groups stay.
     """
     files = run.recorded()
     vocabulary: dict[str, int] = {}
     groups: list[Row] = []
-    used = 0
-    for step in order(list(files)):
+    used, steps = 0, order(list(files))
+    longest = min((tokens_shown(rows, budget) for step in steps[:1] for rows in run.groups(step)), default=LONGEST)
+    for step in steps:
         for rows in run.groups(step):
             known = len(vocabulary)
-            group = packed(step, rows, vocabulary)
+            group = packed(step, rows, vocabulary, longest)
             used += len(json.dumps([group, list(vocabulary)[known:]]))
             if used > budget and groups:
                 break
@@ -75,7 +78,14 @@ def order(steps: list[int]) -> list[int]:
     return [*taken, *sorted(rest)]
 
 
-def packed(step: int, rows: list[Row], vocabulary: dict[str, int]) -> Row:
+def tokens_shown(rows: list[Row], budget: int) -> int:
+    """How much of a rollout there is room for, if all groups are like this one."""
+    share = budget / GROUPS / len(json.dumps(packed(0, rows, {}, LONGEST)))
+    longest = min(max(len(row["tokens"]) for row in rows), LONGEST)
+    return LONGEST if share >= 1 else max(FEWEST, int(longest * share))
+
+
+def packed(step: int, rows: list[Row], vocabulary: dict[str, int], longest: int) -> Row:
     """A group as the page's script reads it."""
     first = rows[0]
     return {
@@ -87,24 +97,27 @@ def packed(step: int, rows: list[Row], vocabulary: dict[str, int]) -> Row:
         "answer": cut(first["answer"]),
         "bucket": first.get("bucket"),
         "size": first["group_size"],
-        "rollouts": [rollout(row, vocabulary) for row in rows],
+        "rollouts": [rollout(row, vocabulary, longest) for row in rows],
     }
 
 
-def rollout(row: Row, vocabulary: dict[str, int]) -> Row:
+def rollout(row: Row, vocabulary: dict[str, int], longest: int) -> Row:
+    """``gap``: after how many tokens how many are left out; None where all are there."""
     tokens = [
         token.replace("Ġ", " ").replace("Ċ", "\n") if row["question_id"] is None else token for token in row["tokens"]
     ]
     figures = {
-        name: [number(value) for value in values[:LONGEST]]
+        name: [number(value) for value in ends(values, longest)]
         for name, values in row.items()
         if name not in FIXED and isinstance(values, list) and any(value is not None for value in values)
     }
-    figures["mask"] = [int(value) for value in row["mask"][:LONGEST]]
+    figures["mask"] = [int(value) for value in ends(row["mask"], longest)]
     return {
         "sample": row["sample"],
-        "tokens": [vocabulary.setdefault(cut(token, 200), len(vocabulary)) for token in tokens[:LONGEST]],
+        "tokens": [vocabulary.setdefault(cut(token, 200), len(vocabulary)) for token in ends(tokens, longest)],
         "length": len(tokens),
+        "gap": [longest - longest // 2, len(tokens) - longest] if len(tokens) > longest else None,
+        "selected": sum(row["mask"]),
         "figures": figures,
         "reward": number(row["reward"]),
         "correct": row["correct"],
@@ -114,6 +127,11 @@ def rollout(row: Row, vocabulary: dict[str, int]) -> Row:
         "reason": row["reason"],
         "truncated": row["finish_reason"] == "length",
     }
+
+
+def ends(values: list[Any], count: int) -> list[Any]:
+    """Without the middle of a longer list: ``count`` values, half of them its last."""
+    return values if len(values) <= count else values[: count - count // 2] + values[-(count // 2) :]
 
 
 def number(value: float | None) -> float | int | None:

@@ -51,6 +51,7 @@ function drawText(rollout, range, all) {
   const only = find("only").checked, wanted = find("search").value.toLowerCase();
   const count = all ? rollout.tokens.length : Math.min(rollout.tokens.length, SHOWN);
   for (let i = 0; i < count; i++) {
+    if (i === rollout.gap?.[0]) box.append(element("i", { class: "control" }, ` … ${rollout.gap[1]} more tokens are in the run folder … `));
     const text = source().vocabulary[rollout.tokens[i]];
     const span = element("span", {}, ...(text === "" ? ["·"] : visible(text)));
     if (mask[i]) span.classList.add("on");
@@ -60,25 +61,24 @@ function drawText(rollout, range, all) {
     span.dataset.i = i;
     box.append(span);
   }
-  const left = rollout.length - count;
-  if (left > 0 && count < rollout.tokens.length) {
+  const left = rollout.tokens.length - count;
+  if (left > 0) {
     const more = element("button", {}, `${left} more tokens`);
     more.addEventListener("click", () => box.replaceWith(drawText(rollout, range, true)));
     box.append(" ", more);
-  } else if (left > 0) box.append(element("i", { class: "control" }, ` … ${left} more tokens are in the run folder`));
+  }
   box.rollout = rollout;
   return box;
 }
 
 function card(rollout, place, range) {
   const kinds = ["rollout", rollout.correct ? "right" : "false", rollout.used ? "" : "dropped", place === view.rollout ? "current" : ""];
-  const selected = rollout.figures.mask.filter(Boolean).length;
   const head = element("header", {},
     element("b", {}, `${rollout.correct ? "✓ right" : "✗ wrong"} · sample ${rollout.sample + 1}`),
     element("span", {}, "reward ", element("b", {}, short(rollout.reward)), `, advantage ${short(rollout.advantage)}`),
     element("span", {}, "extracted ", element("b", {}, element("bdi", {}, ...(rollout.extracted === null ? ["nothing"] : visible(rollout.extracted)))),
       ", compared with ", element("bdi", {}, ...visible(group().answer))),
-    element("span", {}, `${rollout.length} tokens, ${selected} selected${rollout.truncated ? ", cut off" : ""}`),
+    element("span", {}, `${rollout.length} tokens, ${rollout.selected} selected${rollout.truncated ? ", cut off" : ""}`),
     rollout.used ? null : element("span", { class: "down" }, `not in the update${rollout.reason ? ": " + rollout.reason : ""}`));
   const made = element("article", { class: kinds.filter(Boolean).join(" ") }, head, drawText(rollout, range, false));
   made.dataset.place = place;
@@ -187,7 +187,7 @@ function tip(event) {
     .map(([name, values]) => element("tr", {}, element("th", {}, label(name)), element("td", {}, `${short(values[i])} ${data.figures[name]?.unit ?? ""}`)));
   const text = source().vocabulary[rollout.tokens[i]];
   box.replaceChildren(element("b", {}, "“", element("bdi", {}, ...visible(text.replace(/\n/g, "⏎").slice(0, 60))), "”"),
-    ` token ${i + 1}, ${rollout.figures.mask[i] ? "selected" : "not selected"}`, element("table", {}, ...rows));
+    ` token ${i + 1 + (rollout.gap && i >= rollout.gap[0] ? rollout.gap[1] : 0)}, ${rollout.figures.mask[i] ? "selected" : "not selected"}`, element("table", {}, ...rows));
   const at = span.getBoundingClientRect();
   box.style.left = Math.max(4, Math.min(at.left, innerWidth - box.offsetWidth - 8)) + "px";
   box.style.top = (at.bottom + box.offsetHeight + 8 < innerHeight ? at.bottom + 6 : at.top - box.offsetHeight - 6) + "px";

@@ -95,20 +95,15 @@ def _attention(passes: Passes, micro: MicroBatch) -> Tensor:
     return attention.entropy
 
 
-def _known_entropy(
-    passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts, known: Mapping[str, Tensor]
-) -> tuple[Tensor, int]:
-    """Once, for all that need it."""
-    return (known["entropy"], 0) if "entropy" in known else MEASURES["entropy"].of(passes, batches, rollouts, known)
-
-
 @torch.no_grad()
 def _information(
     passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts, known: Mapping[str, Tensor]
 ) -> tuple[Tensor, int]:
     reading = passes.config.advantage.information
     if reading == "next_token":
-        entropy, _ = _known_entropy(passes, batches, rollouts, known)  # (B, T)
+        entropy = known.get("entropy")  # (B, T)
+        if entropy is None:
+            entropy, _ = MEASURES["entropy"].of(passes, batches, rollouts, known)
         ends = torch.arange(entropy.shape[1] + 1) == rollouts.lengths[:, None]  # (B, T + 1)
         behind = torch.nn.functional.pad(entropy, (0, 1), value=math.nan)  # (B, T + 1)
         return smoothed_gain(behind.masked_fill(ends, 0.0)), 0
@@ -139,13 +134,6 @@ def _surprisal(
     return passes.per_token(batches, rollouts.lengths, lambda micro: -micro.ragged_of(drawn)), 0
 
 
-def _stake(
-    passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts, known: Mapping[str, Tensor]
-) -> tuple[Tensor, int]:
-    entropy, read = _known_entropy(passes, batches, rollouts, known)  # (B, T)
-    return entropy * rollouts.advantages.abs()[:, None], read
-
-
 def _annotated(value: float) -> Of:
     """``value`` at the tokens that the problem says decide its answer, ``1 - value`` at all others; no pass."""
 
@@ -171,7 +159,6 @@ MEASURES = {
     "attention": Measure(by_micro_batch(_attention), 1, "normalised entropy of the row that predicts the token"),
     "information": Measure(_information, math.nan, "how far a token lowers the entropy of an early answer (IAPO)"),
     "surprisal": Measure(_surprisal, 0, "minus its log-probability where it was drawn, nats"),
-    "stake": Measure(_stake, 1, "entropy times the size of the completion's advantage: for mask.scope batch"),
     "critical": Measure(_annotated(1.0), 0, "1 where the problem says that a token decides its answer (an oracle)"),
     "filler": Measure(_annotated(0.0), 0, "1 at all other tokens"),
 }

@@ -45,7 +45,7 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_values_signals_and_tables(bed: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(bed)
     monkeypatch.setattr("aipo.distributed.launch", lambda work: work(torch.device("cpu")))
-    monkeypatch.setattr("aipo.credit.table.RESAMPLES", 20)  # test_table.py has the intervals
+    monkeypatch.setattr("aipo.credit.table.RESAMPLES", 2)  # test_table.py has the intervals
     assert main(["--config", str(CONFIG), *SMALL]) == 0
     text = capsys.readouterr().out
     tokens = pd.read_parquet("out/tokens.parquet")
@@ -62,14 +62,15 @@ def test_values_signals_and_tables(bed: Path, monkeypatch: pytest.MonkeyPatch, c
     # resumed: the last two questions are lost, one in the middle of its line, and the others stay as they are
     lines = Path("out/values.jsonl").read_text().splitlines(keepends=True)
     Path("out/values.jsonl").write_text("".join(lines[:3]) + lines[3][:50])
-    assert main(["--config", str(CONFIG), *SMALL]) == 0
+    few = "--signals=critical,random"
+    assert main(["--config", str(CONFIG), *SMALL, few]) == 0
     again = Path("out/values.jsonl").read_text().splitlines(keepends=True)
     assert again[:3] == lines[:3]
     assert all(0 < sum(line["judged"]) < len(line["judged"]) for line in map(json.loads, again))
     kept = ("question", "cuts", "values")
     for before, after in zip(map(json.loads, lines), map(json.loads, again), strict=True):
         assert [before[key] for key in kept] == [after[key] for key in kept]
-    assert main(["--config", str(CONFIG), "--questions", "6", *SMALL[2:]]) == 0  # one more
+    assert main(["--config", str(CONFIG), "--questions", "6", *SMALL[2:], few]) == 0  # one more
     assert Path("out/values.jsonl").read_text().splitlines(keepends=True)[:5] == again
     assert main(["--config", str(CONFIG), *SMALL[:-3], "8", "--out", "out"]) == 2
     assert "other settings made" in capsys.readouterr().err

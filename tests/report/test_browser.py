@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from aipo.report import groups
 from aipo.report.evaluation_report import evaluation_report
 from aipo.report.run_report import report
 from tests.report.browser import Page, browser
@@ -111,7 +112,9 @@ def test_hostile_completions_show_as_text_and_change_nothing(page: Page, tmp_pat
         assert said[name][0] == said[name][1]
     assert said["right to left"][0] == "⟨202E⟩right to left⟨202C⟩ שלום עולם مرحبا"
     assert said["control"][0] == "a⟨00⟩b⟨07⟩c⟨1B⟩[31mred⟨7F⟩⟨2028⟩⟨2029⟩⟨FEFF⟩"
-    assert said["long"][0].endswith("48000 more tokens")
+    assert said["long"][0].endswith("2000 more tokens")
+    page.click(".rollout .text button")
+    assert "46000 more tokens are in the run folder" in page.run("document.querySelector('.text').textContent")
     page.run("show(9)")
     assert page.run("document.querySelectorAll('.rollout .text span').length") <= 2 * 2000
     assert page.run("document.documentElement.scrollWidth") <= 1280
@@ -131,8 +134,14 @@ def test_a_run_at_the_scale_of_the_paper_stays_small(page: Page, tmp_path: Path)
     assert page.run("data.runs[0].series['reward/mean'][0].length") == 500
     page.click("#panels .panel .u-over", x=0.98)
     assert page.run("group().step") == 500
+    assert page.run("stepsOf(0).length") >= groups.GROUPS // 2
     page.run("show(1)")
     assert page.run("document.querySelectorAll('.rollout').length") == 2
+    shown, gap = page.run("[group().rollouts[0].tokens.length, group().rollouts[0].gap]")
+    assert shown + gap[1] == 12_000
+    page.run("document.querySelector('.text span:last-of-type').scrollIntoView({block: 'center'})")
+    page.hover(".text span:last-of-type")
+    assert "token 12000," in page.run("document.getElementById('tip').textContent")
     assert "in the run folder" in page.run("document.getElementById('left-out').textContent")
 
 

@@ -217,6 +217,8 @@ def test_what_is_left_out_where_it_does_not_fit(run: Path) -> None:
     steps = {group["step"] for group in part["groups"]}
     assert {1, 12} <= steps
     assert part["steps_left_out"] == 12 - len(steps) > 0
+    assert groups.ends([1, 2, 3, 4, 5], 3) == [1, 2, 5]
+    assert groups.ends([1, 2, 3], 3) == [1, 2, 3]
     assert groups.order(list(range(1, 10)))[:3] == [9, 1, 5]
     assert sorted(groups.order(list(range(50)))) == list(range(50))
     assert groups.order([4]) == [4]

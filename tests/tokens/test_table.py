@@ -106,19 +106,12 @@ def test_entropy_and_certainty(path: Path, rollouts: Rollouts) -> None:
         assert found["entropy"][row, len(ids) :].isnan().all()
 
 
-def test_surprisal_and_stake(path: Path, rollouts: Rollouts) -> None:
-    """-log p as the engine drew the token; H |A|, so that no token counts where a completion has no advantage."""
-    rollouts.advantages[2] = 0.0
-    here = passes(path, policy_of(path), config())
-    found = {name: measured(name, here, rollouts) for name in ("surprisal", "stake")}
+def test_surprisal(path: Path, rollouts: Rollouts) -> None:
+    """-log p as the engine drew the token."""
+    found = measured("surprisal", passes(path, policy_of(path), config()), rollouts)
     for row, ids in enumerate(COMPLETIONS):
-        prompt = PROMPTS[row // 2]
-        logits = plain_logits(path, prompt + ids)
-        for t in range(len(ids)):
-            assert found["surprisal"][row, t] == 0.5 * (t + 1)
-            expected = entropy(logits[len(prompt) - 1 + t]) * abs(float(rollouts.advantages[row]))
-            assert found["stake"][row, t] == pytest.approx(expected, abs=1e-4)
-        assert found["stake"][row, len(ids) :].isnan().all()
+        assert found[row, : len(ids)].tolist() == [0.5 * (t + 1) for t in range(len(ids))]
+        assert found[row, len(ids) :].isnan().all()
 
 
 def test_information(path: Path, rollouts: Rollouts) -> None:
