@@ -14,8 +14,11 @@ def settle() -> None:
     if asked.isdecimal() and int(asked) > threads and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"OMP_NUM_THREADS={asked} exceeds the cores of a rank: {threads} used", file=sys.stderr, flush=True)
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    # threads that spin while they wait take the core from what else runs there: a verifier, a second rank, a browser
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin while they wait take the core from what else runs there: a verifier, a second rank, a browser.
+    # GNU's OpenMP spins for microseconds before it sleeps, as vLLM's many small operations wait no longer than that.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def cpu_threads() -> int:

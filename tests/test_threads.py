@@ -57,25 +57,26 @@ def test_no_number_of_threads(eight_cores, monkeypatch, asked) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.parametrize(
-    ("launcher", "asked", "policy", "threads"),
+    ("launcher", "asked", "policy", "spins", "threads"),
     [
-        ([sys.executable], {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE", 1),
-        (["accelerate", "launch"], {}, "PASSIVE", CORES),
+        ([sys.executable], {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE", None, 1),
+        (["accelerate", "launch"], {}, "PASSIVE", "2000", CORES),
         (
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
             {"OMP_NUM_THREADS": str(CORES)},
             "PASSIVE",
+            "2000",
             max(1, CORES // 2),
         ),
     ],
 )
-def test_openmp_is_told_in_time(tmp_path, launcher, asked, policy, threads) -> None:
+def test_openmp_is_told_in_time(tmp_path, launcher, asked, policy, spins, threads) -> None:
     """OpenMP says what it read, when it is loaded; then the run ends, for want of a model."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
     done = subprocess.run(
         [*launcher, "train.py", "--config", "tiny.yaml", f"model.path={tmp_path / 'absent'}"],
         cwd=ROOT,
-        env=environment | asked | {"OMP_DISPLAY_ENV": "TRUE"},
+        env=environment | asked | {"OMP_DISPLAY_ENV": "VERBOSE"},
         capture_output=True,
         text=True,
         check=False,
@@ -83,4 +84,5 @@ def test_openmp_is_told_in_time(tmp_path, launcher, asked, policy, threads) -> N
     assert "error: model" in done.stderr, done.stderr[-3000:]
     # the launchers import torch themselves, before the rank does: what was loaded last is the rank's
     assert re.findall(r"OMP_WAIT_POLICY = '(\w+)'", done.stderr)[-1] == policy
+    assert spins in (None, re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)[-1])
     assert re.findall(r"OMP_NUM_THREADS = '(\d+)'", done.stderr)[-1] == str(threads)
