@@ -49,7 +49,7 @@ reproduce: setup  ## a table or figure of the paper: NAME=table1 SCALE=laptop (h
 	python sweep.py $(SCALE)/$(NAME).yaml $(ARGS)
 
 CONFIG ?= smollm2_135m.yaml
-credit: setup  ## which tokens decide an answer, and which signals find them: CONFIG=... (15 minutes); ARGS="--samples 4"
+credit: setup  ## which tokens decide an answer, and which signals find them: CONFIG=... (10 minutes); ARGS="--samples 4"
 	python -m aipo.problems.embedded
 	python -m aipo.credit --config $(CONFIG) $(ARGS)
 
