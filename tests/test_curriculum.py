@@ -96,6 +96,11 @@ def test_peak_label():
     assert peak_label(torch.zeros(0), MaskConfig(), "rate") == 0
 
 
+def test_the_bucket_of_a_question():
+    assert [make().bucket(question) for question in ("h0", "e0", "m0")] == ["hard", "easy", "medium"]
+    assert make(enabled=False).bucket("h0") is None
+
+
 def test_a_small_bucket_is_said_with_its_remedy():
     assert make((60, 30, 10)).lopsided is None
     paper = make((2, 0, 98)).lopsided

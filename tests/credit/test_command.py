@@ -13,18 +13,20 @@ import pytest
 import torch
 
 from aipo.beds.__main__ import main as make_bed
-from aipo.config import load_config
+from aipo.config import Config, load_config
 from aipo.credit import gradients
 from aipo.credit.command import check, main
 from aipo.credit.frozen import FIXED, build
 from aipo.credit.signals import VOCABULARY, all_signals
 from aipo.credit.table import WRONG, Credit
 from aipo.errors import UserError
-from aipo.inputs import check_inputs
+from aipo.inputs import Inputs, check_inputs
 from aipo.layout import token_grid
 from aipo.passes import Passes
 from aipo.record.jsonl import read_jsonl
 from aipo.rollout import Sampling
+from aipo.rollouts import Rollouts
+from aipo.sharding import Sharded
 from aipo.tokens.table import measure
 
 CONFIG = Path(__file__).parents[2] / "configs" / "beds" / "chain.yaml"
@@ -100,15 +102,22 @@ def test_no_token_above_its_noise() -> None:
         check(still, 16)
 
 
-def test_every_signal_is_made_as_alone(bed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shared passes change nothing: each is the same when it is the only one, and the measures too."""
-    monkeypatch.chdir(bed)
+def frozen(*, questions: int, samples: int) -> tuple[Config, Inputs, Sharded, Rollouts]:
+    """The bed's model, and judged rollouts of its first training questions."""
     config = load_config(str(CONFIG), FIXED)
     inputs = check_inputs(config, world=1)
     collector, sharded = build(config, inputs, torch.device("cpu"))
     with closing(collector.engine), closing(collector.rewarder):
-        rollouts = collector.collect(inputs.problems[:4], Sampling.of(config.rollout), samples=2, stream="test")
+        drawn = inputs.problems[:questions]
+        rollouts = collector.collect(drawn, Sampling.of(config.rollout), samples=samples, stream="test")
         collector.judge(rollouts)
+    return config, inputs, sharded, rollouts
+
+
+def test_every_signal_is_made_as_alone(bed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared passes change nothing: each is the same when it is the only one, and the measures too."""
+    monkeypatch.chdir(bed)
+    config, inputs, sharded, rollouts = frozen(questions=4, samples=2)
     context = (config, sharded, inputs.prompter, inputs.problems, rollouts, torch.device("cpu"))
     together = {name: make() for name, make in all_signals(*context).items()}
     assert {"gap", "entropy", "attention", "information", "position (early)", "random"} <= together.keys()
@@ -163,11 +172,7 @@ def gradient_arguments(arguments: list[str]) -> tuple[Any, ...]:
 def test_gradients_add_up_and_cost_what_they_read(bed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of sum m A log pi by autograd over single sequences; and no selection costs more than all tokens."""
     monkeypatch.chdir(bed)
-    config = load_config(str(CONFIG), FIXED)
-    inputs = check_inputs(config, world=1)
-    collector, sharded = build(config, inputs, torch.device("cpu"))
-    with closing(collector.engine), closing(collector.rewarder):
-        rollouts = collector.collect(inputs.problems[:2], Sampling.of(config.rollout), samples=3, stream="test")
+    config, inputs, sharded, rollouts = frozen(questions=2, samples=3)
     rollouts.rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0])
     every = token_grid(rollouts.lengths, int(rollouts.lengths.max()))  # (B, T)
     mask = every & (torch.rand(every.shape, generator=torch.Generator().manual_seed(0)) < 0.4)

@@ -41,6 +41,8 @@ def test_the_sample_has_rollouts_of_the_update_with_large_advantages_first() -> 
     assert [row["completion"] for row in rows] == ["completion 1", "completion 2", "completion 0"]
     assert len(rows[0]["tokens"]) == len(rows[0]["mi"]) == len(rows[0]["mask"]) == 2
     assert rows[0]["question"] == "question of a"
+    for budget, count in ((1, 0), (4, 1), (5, 2)):  # they have 2, 3 and 1 tokens; what would be beyond ends it
+        assert rollout_rows(rollouts, selector(rollouts), tiny_tokenizer(), 3, budget=budget) == rows[:count]
 
 
 def test_a_model_with_more_rows_than_tokens() -> None:

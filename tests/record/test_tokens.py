@@ -19,6 +19,7 @@ from aipo.problems.problem import Problem
 from aipo.record.clock import Clock
 from aipo.record.tokens import BYTES_PER_TOKEN, answer_of, recorded_rows, token_texts
 from tests.record.test_reporting import batch
+from tests.test_curriculum import build
 from tests.test_trainer import LENGTHS, config_of, made
 from tests.tiny import make_tiny, tiny_tokenizer
 
@@ -66,6 +67,20 @@ def test_figures_are_those_of_the_model(model: Path) -> None:
             assert None not in row["mi"]
     assert [row["reason"] for row in rows if not row["used"]] == ["all of its group got the same verdict"]
     assert [row["used"] for row in rows] == rollouts.used.tolist()
+
+
+def test_the_bucket_is_the_one_that_a_question_was_drawn_from(model: Path) -> None:
+    trainer, rollouts = made(config_of(model, "tracking.rollouts_per_step=4"), model)
+    rollouts.rewards = torch.tensor([1.0, 0, 1, 0, 1, 1, 0, 1])
+    rollouts.correct = rollouts.rewards == 1
+    ids = [problem.id for problem in rollouts.problems]
+    labels = dict(zip(ids, (30, 5, 20, 5), strict=True))
+    curriculum = trainer.recorder.curriculum = build(ids, bucket_by="count")
+    curriculum.set_labels(labels)
+    selection, _ = trainer.update(rollouts, 0.1, 1.0, Clock())
+    curriculum.relabel(dict.fromkeys(ids, 20))
+    found = {row["question_id"]: row["bucket"] for row in trainer.recorder.table(selection).to_pylist()}
+    assert [found[question] for question in ids] == ["hard", "easy", "medium", "easy"]
 
 
 def test_recording_runs_no_forward_of_its_own(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
