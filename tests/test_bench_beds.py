@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from aipo.config import CONFIG_FOLDER, load_config
-from bench.beds import CONDITIONS, CONTROLS, area, contrasts, counts, table, twins
+from bench.beds import CONDITIONS, CONTROLS, area, best, contrasts, counts, table, twins
 
 BEDS = sorted(path.stem for path in (CONFIG_FOLDER / "beds").glob("*.yaml"))
 
@@ -55,3 +55,14 @@ def test_a_right_gold_is_told_beside_its_wrong_one() -> None:
     assert twins(made).startswith("Right against wrong gold: mi - mi_wrong_gold: +30.0 points, p ")
     assert "mi_low" not in twins(made)
     assert twins(rows({"mi": [0.9]})) == ""
+
+
+def test_the_signal_that_ended_highest_is_tested_against_all_others() -> None:
+    finals = {"oracle": [0.9, 0.9, 0.8], "all": [0.8, 0.9, 0.7], "random": [0.5, 0.6, 0.5], "entropy": [0.2, 0.1, 0.2]}
+    made = rows(finals | {"mi": [0.6, 0.7, 0.5], "mi_wrong_gold": [0.7, 0.8, 0.9]})
+    controls, signal = best(made).split("\n\n")
+    assert controls.startswith("The controls: oracle - all: +6.7 points, p ")
+    assert [pair.split(":")[0] for pair in signal.removeprefix("The signal that ended highest: ").split("; ")] == [
+        f"mi - {other}" for other in ("oracle", "all", "random", "entropy")
+    ]
+    assert best(rows({"random": [0.5]})) == ""

@@ -28,6 +28,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         kind = float if field.type == "float" else int
         parser.add_argument(f"--{field.name}", type=kind, help=f"default: {knob_defaults(field.name)}")
     parser.add_argument("--name", help="folder in data/beds (default: the world)")
+    parser.add_argument("--width", type=int, default=64, help="of the model: 64 is 0.2M parameters, 128 is 0.9M")
     parser.add_argument("--pretrain-steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
@@ -51,6 +52,8 @@ def turned(arguments: argparse.Namespace) -> Knobs:
             raise UserError(f"--{name}: {getattr(knobs, name)} is no share: take 0 to 1")
     if knobs.fillers < 0:
         raise UserError(f"--fillers: {knobs.fillers} is below 0")
+    if arguments.width < 8 or arguments.width % 8:  # four heads of an even size
+        raise UserError(f"--width: {arguments.width} is no multiple of 8")
     return knobs
 
 
@@ -65,27 +68,29 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def make(options: argparse.Namespace, knobs: Knobs) -> None:
-    from aipo.beds.base_policy import accuracy, pretrain, problems, save, small_llama, word_tokenizer  # torch: seconds
+    from aipo.beds import base_policy as base  # torch: seconds
 
     world, start = replace(WORLDS[options.world], knobs=knobs), time.perf_counter()
     folder = Path("data/beds") / (options.name or options.world)
     folder.mkdir(parents=True, exist_ok=True)
-    held_out = problems(world, SIZES["held_out"], seed=2)
+    held_out = base.problems(world, SIZES["held_out"], seed=2)
     asked = frozenset(" ".join(example.question) for example in held_out)
-    train = problems(world, SIZES["train"], seed=1, without=asked)
+    train = base.problems(world, SIZES["train"], seed=1, without=asked)
     for name, examples in (("train", train), ("held_out", held_out)):
         lines = (json.dumps(example.row()) + "\n" for example in examples)
         (folder / f"{name}.jsonl").write_text("".join(lines))
-    tokenizer = word_tokenizer(knobs.vocabulary())
-    model = small_llama(len(tokenizer), seed=options.seed)
+    tokenizer = base.word_tokenizer(knobs.vocabulary())
+    model = base.small_llama(len(tokenizer), width=options.width, seed=options.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; filler entropy {math.log(knobs.words):.2f} nats")
     settings = {"steps": options.pretrain_steps, "batch": options.batch, "lr": options.lr, "seed": options.seed}
-    pretrain(model, tokenizer, world, say=lambda line: print(line, flush=True), **settings)
-    right, seconds = accuracy(model, tokenizer, world, questions=2000), time.perf_counter() - start
-    save(model, tokenizer, folder / "model")
-    facts = {"world": options.world, **asdict(knobs), **settings, "accuracy": right}
+    base.pretrain(model, tokenizer, world, say=lambda line: print(line, flush=True), **settings)
+    right, seconds = base.accuracy(model, tokenizer, world, questions=2000), time.perf_counter() - start
+    base.save(model, tokenizer, folder / "model")
+    sigma = round(base.bandwidth(model, tokenizer, world), 1)
+    made = {"world": options.world, **asdict(knobs), "width": options.width, **settings}
+    facts = made | {"accuracy": right, "sigma": sigma}
     (folder / "bed.json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(f"{folder}: base policy right in {right:.1%} of 2000 samples, {seconds:.0f} s")
+    print(f"{folder}: base policy right in {right:.1%} of 2000 samples, median bandwidth {sigma}, {seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from aipo.beds.worlds import Example, World
 from aipo.errors import UserError
+from aipo.layout import micro_batches
+from aipo.mi import median_bandwidth
 from aipo.model.loading import save_model
+from aipo.policy import Policy
 
 END, PAD, UNKNOWN = "<end>", "<pad>", "<unknown>"
 # the words of the turns and nothing else: the question ends with the word that asks for the answer
@@ -112,6 +116,19 @@ def accuracy(
         )  # (B, P + T)
     boxes = torch.tensor([number[rf"\boxed{{{e.answer}}}"] for e in examples])  # (B,)
     return float((drawn[:, prompts.shape[1] :] == boxes[:, None]).any(1).float().mean())
+
+
+@torch.no_grad()
+def bandwidth(model: Any, tokenizer: PreTrainedTokenizerFast, world: World, *, questions: int = 64) -> float:
+    """Median heuristic over the coordinates of the states that scores read (:class:`aipo.policy.Policy`: before the
+    final norm, behind which they are far less wide), at demonstrations: what a fixed ``mi.sigma`` is to be near."""
+    draw, number = random.Random(1), tokenizer.get_vocab()
+    examples = [world.draw(draw, world.knobs) for _ in range(questions)]
+    prompts = [[number[word] for word in e.question] for e in examples]
+    completions = [[number[word] for word in e.demonstration] for e in examples]
+    (micro,) = micro_batches(prompts, completions, budget=sys.maxsize, packing=False)
+    states = Policy(model, temperature=1.0)(micro)["states"]  # (N, d)
+    return float(median_bandwidth(states.reshape(-1, 1)))
 
 
 def problems(world: World, count: int, *, seed: int, without: frozenset[str] = frozenset()) -> list[Example]:

@@ -77,7 +77,9 @@ def fork(draw: random.Random, knobs: Knobs) -> Example:
 
 
 def copy(draw: random.Random, knobs: Knobs) -> Example:
-    """Copy each digit, say the sum modulo 10 so far: long stretches that are nearly certain, and all of them matter."""
+    """Copy each digit, say the sum modulo 10 so far: what decides is nearly certain, long stretches of drawn words are
+    not. Two more digits, at the front, distract."""
+    distractors = [DIGITS[draw.randrange(10)] for _ in range(2)]
     terms = [draw.randrange(SMALL) for _ in range(knobs.steps)]
     text, said, true, critical = _Text(draw, knobs), 0, 0, []
     for i, term in enumerate(terms, start=1):
@@ -86,7 +88,7 @@ def copy(draw: random.Random, knobs: Knobs) -> Example:
         true, said = (true + term) % 10, text.noisy((said + copied) % 10, 10)
         critical += [len(text.words), len(text.words) + 1]
         text.words += [DIGITS[copied], DIGITS[said] if i < knobs.steps else BOXES[said]]
-    return Example(_spaced(terms, knobs.fillers + 2), text.words, str(true), critical)
+    return Example([*distractors, *_spaced(terms, knobs.fillers + 2)], text.words, str(true), critical)
 
 
 def _spaced(terms: list[int], stride: int) -> list[str]:
@@ -106,7 +108,7 @@ class World:
 WORLDS = {
     "chain": World(chain, Knobs(steps=4, fillers=3, words=16, fixed=0.0, noise=0.3), "a chain of modular sums"),
     "fork": World(fork, Knobs(steps=2, fillers=6, words=16, fixed=0.0, noise=0.9), "one token decides"),
-    "copy": World(copy, Knobs(steps=5, fillers=2, words=16, fixed=0.0, noise=0.15), "copied digits and their sums"),
+    "copy": World(copy, Knobs(steps=3, fillers=8, words=16, fixed=0.0, noise=0.2), "copied digits and their sums"),
 }
 
 
