@@ -9,8 +9,9 @@ from pathlib import Path
 import psutil
 
 EVERY = ("checkpoint.every", "validation.every", "tracking.plot_every")
-BOUNDS = {"RSS": 48 * 2**20, "shared memory": 0, "file handles": 2, "threads": 1, "folder": 16 * 2**10}
+BOUNDS = {"RSS": 16 * 2**20, "shared memory": 0, "file handles": 2, "threads": 1, "folder": 16 * 2**10}
 """Growth that is borne (:func:`grown`): bytes, number; of the folder bytes a step."""
+WARM = 50, 32 * 2**20  # steps in which a run comes to its size, and what RSS may grow by meanwhile
 
 
 def resources(process: psutil.Process, folder: Path) -> dict[str, float]:
@@ -26,8 +27,8 @@ def resources(process: psutil.Process, folder: Path) -> dict[str, float]:
     }
 
 
-def grown(seen: Sequence[Mapping[str, float]]) -> tuple[str, list[str]]:
-    """What grew over the steps, beside its bound, and what did by more.
+def grown(seen: Sequence[Mapping[str, float]], steps: int) -> tuple[str, list[str]]:
+    """What grew over so many steps, beside its bound, and what did by more.
 
     From the median of the second eighth, behind what is made at the start, to that of the last quarter.
     """
@@ -37,7 +38,9 @@ def grown(seen: Sequence[Mapping[str, float]]) -> tuple[str, list[str]]:
     for key, bound in BOUNDS.items():
         more = statistics.median(s[key] for s in last) - statistics.median(s[key] for s in first)
         if key == "folder":
-            more /= len(seen) * 11 / 16  # steps between the two medians, at 3/16 and 14/16
+            more /= steps * 11 / 16  # between the two medians, at 3/16 and 14/16
+        if key == "RSS" and steps / 8 < WARM[0]:
+            bound += WARM[1]
         if more > bound:
             wrong.append(f"growth: {key} grew by {more:.0f}, bound {bound}")
         unit, form, of = (2**20, ".1f", " MiB") if key in ("RSS", "shared memory") else (1, ".0f", "")

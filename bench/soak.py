@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from aipo.record.jsonl import read_jsonl  # noqa: E402
 from bench import faults, wrong_data  # noqa: E402
 from bench.growth import EVERY, grown, resources  # noqa: E402
 from bench.hostile import through_the_pool  # noqa: E402
@@ -266,10 +268,8 @@ def corruption(bed: Bed, draw: random.Random, count: int) -> Row:
         wrong_data.damage(bed.work / "runs" / name / file, draw)
         end = bed.finish(name, cache=bed.work / "caches" / "corrupted")
         text = bed.log(name).read_text(errors="replace")
-        if not any(file.name in line for line in text.splitlines()):
-            end.append(f"{name}: {file} was damaged, and no line says so")
-        elif "Traceback" in text:
-            end.append(f"{name}: {file} was damaged: traceback")
+        if missing := unsaid(text, file, newest):
+            end.append(f"{name}: {file} was damaged: {missing}")
         wrong += end
         done += 1
         print(f"  corruption: {done} of {count} {wrong}", flush=True)
@@ -277,6 +277,16 @@ def corruption(bed: Bed, draw: random.Random, count: int) -> Row:
             break
     how = f"times one of {len(files)} files of a checkpoint cut or a bit flipped: named, an older one taken, compared"
     return Row("corruption", done, how, wrong=wrong)
+
+
+def unsaid(text: str, file: Path, newest: Path) -> str:
+    """What a resumed run does not say of a file of its ``newest`` checkpoint, or beside it, that was damaged."""
+    if not any("damaged" in line and file.name in line for line in text.splitlines()):
+        return "no line says so"
+    resumed = re.search(r"^resumed after step (\d+)", text, re.M)
+    if newest.name in file.parts and not (resumed and int(resumed[1]) < int(newest.name.removeprefix("step-"))):
+        return "no older checkpoint was taken"
+    return "traceback" if "Traceback" in text else ""
 
 
 def data(bed: Bed, draw: random.Random, count: int) -> Row:
@@ -309,8 +319,9 @@ def growth(bed: Bed, draw: random.Random, count: int) -> Row:
     if (code := run.reap()) != (3 if stopped else 0):
         return Row(name, 0, "", wrong=[f"ended with {code}: {bed.last(name)}"])
     (bed.work / "growth.jsonl").write_text("".join(json.dumps(each) + "\n" for each in seen))
-    told, wrong = grown(seen)
-    return Row(name, len(seen), f"steps, first quarter to last: {told}", wrong=wrong)
+    steps = read_jsonl(folder / "metrics.jsonl")[-1]["step"]  # two that end at once are seen once
+    told, wrong = grown(seen, steps)
+    return Row(name, steps, f"steps of one run, first quarter to last: {told}", wrong=wrong)
 
 
 def hostile(bed: Bed, draw: random.Random, count: int) -> Row:

@@ -101,11 +101,25 @@ def test_the_soak_adds_rows_up_and_tells_what_grew() -> None:
     ]
     flat = {"RSS": 5e8, "shared memory": 0, "file handles": 20, "threads": 9, "folder": 0}
     steps = [flat | {"folder": 9000.0 * step, "RSS": 5e8 + 1e6 * min(step, 100)} for step in range(1000)]
-    told, wrong = grown(steps)
+    told, wrong = grown(steps, len(steps))
     assert not wrong  # what is made in the first eighth does not count
     assert told.startswith("RSS +0.0 MiB (bound ")
     assert "folder +9000 bytes a step (bound 16384)" in told
-    for key, each in (("RSS", 1e5), ("shared memory", 1), ("file handles", 0.1), ("threads", 0.1), ("folder", 1e4)):
-        _, wrong = grown([seen | {key: seen[key] + each * step} for step, seen in enumerate(steps)])
+    assert not grown([flat | {"RSS": 5e8 + 1e6 * step} for step in range(24)], 24)[1]  # a short run is only the start
+    for key, each in (("RSS", 3e4), ("shared memory", 1), ("file handles", 0.1), ("threads", 0.1), ("folder", 1e4)):
+        _, wrong = grown([seen | {key: seen[key] + each * step} for step, seen in enumerate(steps)], 1000)
         assert len(wrong) == 1
         assert wrong[0].startswith(f"growth: {key} grew by ")
+
+
+def test_the_soak_notices_damage_that_a_run_passes_over() -> None:
+    newest = Path("checkpoints/step-000006")
+    file = newest / "rank-0.pt"
+    said = f"checkpoint {newest} is damaged ({file} is not as it was written); looking for an earlier one\n"
+    assert soak.unsaid(said + "resumed after step 4 from there\n", file, newest) == ""
+    assert soak.unsaid(said + "resumed after step 4\nTraceback\n", file, newest) == "traceback"
+    for resumed in ("", "resumed after step 6 from there\n"):
+        assert soak.unsaid(said + resumed, file, newest) == "no older checkpoint was taken"
+    assert soak.unsaid(f"resumed after step 4; not {file}\n", file, newest) == "no line says so"
+    pointer = newest.parent / "latest"
+    assert soak.unsaid("checkpoints/latest is damaged\nresumed after step 6\n", pointer, newest) == ""
