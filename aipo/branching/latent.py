@@ -32,7 +32,7 @@ def collect_pairs(
 
     It is cut as ``branch`` says, by the surprisal, which every engine reports.
     """
-    rollout, branch = config.rollout, config.branch
+    rollout = config.rollout
     options: dict[str, Any] = {
         "max_model_len": config.data.max_prompt_tokens + rollout.max_tokens,
         "end_token_ids": sorted(inputs.prompter.end_ids),
@@ -55,15 +55,7 @@ def collect_pairs(
     states = HfEngine(inputs.model_path, **options)
     sequences = [[*r.prompt_ids, *c.token_ids] for r, c in zip(requests, completions)]
     cuts = [
-        len(request.prompt_ids)
-        + kept_tokens(
-            [-p for p in completion.logprobs],
-            fraction=branch.fraction,
-            pick=branch.pick,
-            cut=branch.cut,
-            skip=branch.skip,
-            seed=request.seed,
-        )
+        len(request.prompt_ids) + kept_tokens([-p for p in completion.logprobs], config.branch, seed=request.seed)
         for request, completion in zip(requests, completions)
     ]
     means, block = [], 256
