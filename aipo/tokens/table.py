@@ -66,20 +66,9 @@ def by_micro_batch(read: Callable[[Passes, MicroBatch], Tensor]) -> Of:
     return of
 
 
-def _entropy(passes: Passes, micro: MicroBatch) -> Tensor:
-    return passes.sharded.forward(micro, full=True)["entropy"]
-
-
-def _certainty(passes: Passes, micro: MicroBatch) -> Tensor:
-    return passes.sharded.forward(micro, full=True)["certainty"]
-
-
-def _energy(passes: Passes, micro: MicroBatch) -> Tensor:
-    return passes.sharded.forward(micro, full=True)["energy"]
-
-
-def _gap(passes: Passes, micro: MicroBatch) -> Tensor:
-    return passes.sharded.forward(micro, full=True)["gap"]
+def _vocabulary(name: str) -> Of:
+    """One of the numbers of :func:`aipo.policy.vocabulary_statistics`."""
+    return by_micro_batch(lambda passes, micro: passes.sharded.forward(micro, full=True)[name])
 
 
 def _residual(passes: Passes, micro: MicroBatch) -> Tensor:
@@ -151,10 +140,10 @@ def _annotated(value: float) -> Of:
 
 
 MEASURES = {
-    "entropy": Measure(by_micro_batch(_entropy), 1, "of the policy over the whole vocabulary, nats"),
-    "certainty": Measure(by_micro_batch(_certainty), 1, "KL from the uniform distribution to the policy (INTUITOR)"),
-    "energy": Measure(by_micro_batch(_energy), 1, "squared norm of its log-probability's gradient by the logits (OTB)"),
-    "gap": Measure(by_micro_batch(_gap), 1, "log-probability of the most probable token less that of the next, nats"),
+    "entropy": Measure(_vocabulary("entropy"), 1, "of the policy over the whole vocabulary, nats"),
+    "certainty": Measure(_vocabulary("certainty"), 1, "KL from the uniform distribution to the policy (INTUITOR)"),
+    "energy": Measure(_vocabulary("energy"), 1, "squared norm of its log-probability's gradient by the logits (OTB)"),
+    "gap": Measure(_vocabulary("gap"), 1, "log-probability of the most probable token less that of the next, nats"),
     "residual": Measure(by_micro_batch(_residual), 2, "norm of what adapters change in the hidden state (ARCA)"),
     "attention": Measure(by_micro_batch(_attention), 1, "normalised entropy of the row that predicts the token"),
     "information": Measure(_information, math.nan, "how far a token lowers the entropy of an early answer (IAPO)"),
