@@ -38,7 +38,7 @@ from aipo.record.slowness import Slowness
 from aipo.record.tracker import Tracker, peak_memory_bytes, prepare_run_folder
 from aipo.report.run_report import report
 from aipo.reward import Rewarder
-from aipo.rollout import make_engine, memory_options
+from aipo.rollout import engine_options, make_engine
 from aipo.rollout.check import check_weight_sync, engine_gap
 from aipo.rollout.collect import Collector
 from aipo.selection import TokenSelector
@@ -165,20 +165,14 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
     """Engine first, as long as its GPU is empty, then policy, optimizer, reference and the stages around them."""
     rank = distributed.rank()
     rollout = config.rollout
-    options: dict[str, Any] = {"dtype": config.model.dtype}
+    options = engine_options(config, inputs.prompter.end_ids, device)
     if rollout.mode == "server":
         urls = [rollout.server_url] if isinstance(rollout.server_url, str) else rollout.server_url
         options |= {"urls": urls, "name": config.model.path, "timeout": rollout.server_timeout_s}
     else:
-        options |= {"seed": config.seed + rank, "load_weights": False, **memory_options(rollout, device)}
+        options |= {"seed": config.seed + rank, "load_weights": False}
     progress.say(f"building the rollout engine ({rollout.engine}, {rollout.mode}) and the policy")
-    engine = make_engine(
-        "server" if rollout.mode == "server" else rollout.engine,
-        inputs.model_path,
-        max_model_len=config.data.max_prompt_tokens + rollout.max_tokens,
-        end_token_ids=sorted(inputs.prompter.end_ids),
-        **options,
-    )
+    engine = make_engine("server" if rollout.mode == "server" else rollout.engine, inputs.model_path, **options)
     engine.sleep()  # weights arrive by the first sync; until then its GPU memory serves the loading of the policy
     rewarder = Rewarder(config.rewards(), max_tokens=rollout.max_tokens, thinking=config.data.thinking)
     collector = Collector(engine, inputs.prompter, rewarder, seed=config.seed)

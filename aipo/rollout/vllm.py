@@ -216,16 +216,7 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
-            max_tokens=request.max_tokens or sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            seed=request.seed,
-            logprobs=0,  # of the drawn token only
-            detokenize=False,
-            ignore_eos=True,  # `end_token_ids` alone end a completion
-            stop_token_ids=self._end_token_ids,
+            **sampling_params(request, sampling, self._end_token_ids),
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args=None if sampling.intervention is None else {INTERVENTION: sampling.intervention},
         )
@@ -252,6 +243,22 @@ class VllmEngine:
             shutdown()
         del self._llm
         gc.collect()
+
+
+def sampling_params(request: Request, sampling: Sampling, end_token_ids: list[int]) -> dict[str, Any]:
+    """What vLLM is told of a request, in this process or as JSON."""
+    return {
+        "max_tokens": request.max_tokens or sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "seed": request.seed,
+        "logprobs": 0,  # of the drawn token only
+        "detokenize": False,
+        "ignore_eos": True,  # `end_token_ids` alone end a completion
+        "stop_token_ids": end_token_ids,
+    }
 
 
 def checkpoint_stream(
