@@ -29,7 +29,7 @@ from aipo.record.progress import Progress
 from aipo.rollout.base import Sampling
 from aipo.rollout.collect import Collector
 from aipo.rollouts import Rollouts
-from aipo.selection import TokenSelector
+from aipo.selection import Selection, TokenSelector
 
 Label = Callable[[Sequence[Problem]], dict[str, float]]
 """N_peak of each of this rank's questions of a block, which may be none; a collective"""
@@ -78,7 +78,7 @@ def label(
     rollouts = collector.collect(problems, sampling, samples=1, stream="label")
     collector.engine.sleep()
     collector.judge(rollouts)
-    selection = selector.begin(rollouts, passes.gold_states(problems), kappa=kappa, step=0)
+    selection = Selection(selector, rollouts, passes.gold_states(problems), kappa=kappa, step=0)
     selection.score_all(passes.batches_of(rollouts), passes.states)
     selector.load_state_dict(clean)
     return peaks(rollouts, selection.scores, config.curriculum, config.mask)

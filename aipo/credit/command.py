@@ -29,6 +29,7 @@ from aipo.errors import UserError
 from aipo.evaluation.benchmarks import load_benchmarks
 from aipo.inputs import Inputs, check_inputs
 from aipo.model.precision import choose
+from aipo.passes import Passes
 from aipo.problems.problem import Problem
 from aipo.problems.prompts import Prompter
 from aipo.record.jsonl import JsonlLog, read_jsonl
@@ -85,7 +86,7 @@ def run(config: Config, options: argparse.Namespace, folder: Path, device: torch
         frame, credit = rows(problems, valued, options.continuations, inputs.prompter)
         check(credit, options.continuations)
         signals: dict[str, np.ndarray[Any, Any]] = {}
-        makers = all_signals(config, sharded, inputs.prompter, problems, rollouts, device, only)
+        makers = all_signals(Passes(config, sharded, inputs.prompter, device), problems, rollouts, only)
         with progress.task("signals", len(makers)) as task:
             for name, make in makers.items():
                 signals[name] = stretches(make(), frame)
