@@ -9,7 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from aipo.errors import UserError
+from aipo.errors import UserError, exit_code
 from aipo.threads import settle
 
 EXAMPLES = """
@@ -110,6 +110,7 @@ def spread(gpus: int) -> None:
     os.execv(sys.executable, [sys.executable, *launcher, __file__, *rest])
 
 
+@exit_code
 def main() -> int:
     options = parse()
     try:
@@ -126,9 +127,6 @@ def main() -> int:
         from aipo.evaluation.benchmarking import run
 
         return distributed.launch(lambda _: run(options))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -23,7 +23,7 @@ from aipo.advantage import group_advantages
 from aipo.config import Config
 from aipo.credit.frozen import asked_signals, build, command, configured, prepare
 from aipo.credit.signals import all_signals, named
-from aipo.errors import UserError
+from aipo.errors import UserError, exit_code
 from aipo.evaluation.results import markdown
 from aipo.inputs import check_inputs
 from aipo.layout import token_grid
@@ -161,19 +161,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
+@exit_code
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        if options.times < TIMES:
-            raise UserError(
-                f"--times: {options.times} is below {TIMES}: the large batch would be as noisy as a small one"
-            )
-        config = configured(options)
-        folder = Path(options.out or Path("runs/credit") / f"{config.name}-gradients")
-        return distributed.launch(lambda device: run(config, options, folder, device))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.times < TIMES:
+        raise UserError(f"--times: {options.times} is below {TIMES}: the large batch would be as noisy as a small one")
+    config = configured(options)
+    folder = Path(options.out or Path("runs/credit") / f"{config.name}-gradients")
+    return distributed.launch(lambda device: run(config, options, folder, device))
 
 
 def run(config: Config, options: argparse.Namespace, folder: Path, device: torch.device) -> int:
