@@ -6,8 +6,6 @@ killed, and reused by every run with the same model, data and settings.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -24,6 +22,7 @@ from aipo.config.sections import CurriculumConfig, MaskConfig
 from aipo.curriculum import peak_label
 from aipo.passes import Passes
 from aipo.problems.datasets import Problem
+from aipo.record.checkpoints import digest
 from aipo.record.jsonl import JsonlLog, read_jsonl
 from aipo.record.progress import Progress
 from aipo.rollout.base import Sampling
@@ -86,8 +85,7 @@ def label(
 
 def label_folder(cache: Path, **facts: object) -> Path:
     """Where labels made from exactly these facts lie."""
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return cache / "labels" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    return cache / "labels" / digest(facts)
 
 
 def label_questions(

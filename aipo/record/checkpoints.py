@@ -8,6 +8,7 @@ writes it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -311,6 +312,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def digest(value: Any) -> str:
+    """16 hex digits of what JSON makes of a value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def run_identity(config: Mapping[str, Any], *, may_change: Collection[str], **facts: Any) -> dict[str, Any]:
