@@ -17,7 +17,6 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from aipo import distributed
-from aipo.config import Config
 from aipo.config.sections import CurriculumConfig, MaskConfig
 from aipo.curriculum import peak_label
 from aipo.passes import Passes
@@ -64,14 +63,15 @@ def peaks(rollouts: Rollouts, scores: Tensor, config: CurriculumConfig, mask: Ma
 
 
 def label(
-    problems: Sequence[Problem], config: Config, collector: Collector, passes: Passes, selector: TokenSelector
+    problems: Sequence[Problem], collector: Collector, passes: Passes, selector: TokenSelector
 ) -> dict[str, float]:
     """N_peak of some questions under the present policy at kappa_start; a collective.
 
     Completions are cut where no peak is counted any more, and running statistics stay as they were: a run that
     labels trains exactly as one that finds its labels made.
     """
-    kappa, clean, sampling = config.mask.kappa_start, selector.state_dict(), Sampling.of(config.rollout)
+    config, clean = passes.config, selector.state_dict()
+    kappa, sampling = config.mask.kappa_start, Sampling.of(config.rollout)
     sampling = replace(sampling, max_tokens=min(sampling.max_tokens, config.curriculum.probe_tokens))
     passes.wake(collector.engine)
     rollouts = collector.collect(problems, sampling, samples=1, stream="label")

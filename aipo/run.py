@@ -140,13 +140,7 @@ def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None
                 identity={k: v for k, v in inputs.identity.items() if k.startswith(depends)},
                 model=model_stamp(inputs.model_path),
             )
-            make = partial(
-                label,
-                config=config,
-                collector=trainer.collector,
-                passes=trainer.passes,
-                selector=trainer.selector,
-            )
+            make = partial(label, collector=trainer.collector, passes=trainer.passes, selector=trainer.selector)
             labels = label_questions(inputs.problems, make, folder, block=LABEL_BLOCK, progress=trainer.progress)
             trainer.curriculum.set_labels(labels)
             trainer.progress.say("questions by information peaks (N_peak):")
@@ -207,11 +201,7 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
             origins=[problem.origin for problem in inputs.problems],
             weights=config.weights(),
         ),
-        store=CheckpointStore(
-            config.folder / "checkpoints",
-            keep_last=config.checkpoint.keep_last,
-            rank=rank,
-        ),
+        store=CheckpointStore(config.folder / "checkpoints", keep_last=config.checkpoint.keep_last, rank=rank),
         tracker=Tracker(
             config.folder,
             active=rank == 0,

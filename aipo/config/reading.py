@@ -25,17 +25,13 @@ from aipo.errors import UserError
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 
 
-def keys(root: type[BaseModel] = Config) -> Iterator[tuple[str, Any]]:
+def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """All leaf keys in order, as (dotted name, pydantic field)."""
-
-    def walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, field in section.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                yield from walk(field.annotation, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", field
-
-    return walk(root, "")
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
 
 
 def type_name(annotation: Any) -> str:
@@ -62,14 +58,8 @@ def help_sources() -> str:
     """The same of the keys of a source."""
     common = {name for name, _ in keys(Source)}
     train, watch = ([each for each in keys(kind) if each[0] not in common] for kind in (TrainSource, WatchSource))
-    parts = [
-        _described(keys(Source)),
-        "  of data.train:",
-        _described(train),
-        "  of validation.watch:",
-        _described(watch),
-    ]
-    return "\n".join(parts)
+    parts = [_described(keys(Source)), "  of data.train:", _described(train)]
+    return "\n".join([*parts, "  of validation.watch:", _described(watch)])
 
 
 def _described(fields: Iterable[tuple[str, Any]]) -> str:

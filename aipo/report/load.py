@@ -79,15 +79,9 @@ def read_rollouts(path: Path) -> list[Row]:
             raise UserError(f"{path} is damaged ({error}): delete it") from None
     rows = read_jsonl(path)
     groups = {question: place for place, question in enumerate(dict.fromkeys(row["question"] for row in rows))}
+    unknown = {"question_id": None, "extracted": None, "group_size": None, "used": True, "reason": ""}
     return [
-        {
-            "prompt": row["question"],
-            "question_id": None,
-            "extracted": None,
-            "used": True,
-            "reason": "",
-            "group_size": None,
-        }
+        {"prompt": row["question"], **unknown}
         | row
         | {"group": groups[row["question"]], "sample": place, "mask": [bool(m) for m in row["mask"]]}
         for place, row in enumerate(rows)

@@ -199,19 +199,9 @@ class ServerEngine:
         sizes = [answer.result()["world_size"] for answer in asked]
         address, world = own_address(self._urls), 1 + sum(sizes)
         group = GROUPS[self._backend](address, world)
-        infos = [
-            {
-                "init_info": {
-                    "master_address": address,
-                    "master_port": group.port,
-                    "rank_offset": 1 + sum(sizes[:i]),
-                    "world_size": world,
-                    "packed": False,
-                }
-            }
-            for i in range(len(sizes))
-        ]
-        joining = self._start("init_weight_transfer_engine", *infos)
+        common = {"master_address": address, "master_port": group.port, "world_size": world, "packed": False}
+        infos = [common | {"rank_offset": 1 + sum(sizes[:i])} for i in range(len(sizes))]
+        joining = self._start("init_weight_transfer_engine", *({"init_info": info} for info in infos))
         self._finish([*joining, background(group.join)])
         return group
 
