@@ -24,12 +24,14 @@ from aipo.branching.branches import Paths, bottleneck_scores, branches_by_round,
 from aipo.branching.cvae import Latents
 from aipo.config import Config
 from aipo.errors import TrainingError
+from aipo.layout import TokenIds
 from aipo.mask import prefix_lengths
-from aipo.passes import Passes, Reference
+from aipo.passes import Passes
 from aipo.problems.datasets import Problem
 from aipo.rollout.base import Completion, Request, Sampling
 from aipo.rollout.collect import Collector
 from aipo.rollouts import Rollouts
+from aipo.sharding import Reference
 from aipo.tokens.early_exit import postfix_ids
 from aipo.tokens.table import measure
 
@@ -180,7 +182,7 @@ class Generation:
         postfix = postfix_ids(prompter.tokenizer, thinking=self.config.data.thinking)
         reasoned = [ids[:-1] if ids and ids[-1] in ends else ids for ids in drawn]
 
-        def mean(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
+        def mean(prompts: TokenIds, completions: TokenIds) -> Tensor:
             lengths = torch.tensor([len(completion) for completion in completions], dtype=torch.long)
             return mean_log_prob(self.passes.log_probs(prompts, completions), lengths)  # (B,)
 

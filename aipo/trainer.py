@@ -31,7 +31,7 @@ from aipo.layout import MicroBatch
 from aipo.loss import LossInputs, kl_priority, loss_terms
 from aipo.mask import prefix_share
 from aipo.metrics import Accuracy
-from aipo.passes import Passes, Reference
+from aipo.passes import Passes
 from aipo.problems.datasets import Problem
 from aipo.record.batches import BAD, REPLAY, forget_batches, write_batch
 from aipo.record.checkpoints import CheckpointStore, rng_state, set_rng_state
@@ -44,7 +44,7 @@ from aipo.rollout.check import TOLERANCE, GapGuard, lost_weights
 from aipo.rollout.collect import Collector
 from aipo.rollouts import Rollouts, balanced
 from aipo.selection import Selection, TokenSelector
-from aipo.sharding import Sharded, learning_rate
+from aipo.sharding import Reference, Sharded, learning_rate
 from aipo.tokens.table import measure, needed, shape
 
 

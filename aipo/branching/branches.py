@@ -102,14 +102,7 @@ class Paths:
     """
 
     def __init__(
-        self,
-        base: Rollouts,
-        signal: Tensor,
-        branch: BranchConfig,
-        *,
-        max_tokens: int,
-        seed: int,
-        stream: str,
+        self, base: Rollouts, signal: Tensor, branch: BranchConfig, *, max_tokens: int, seed: int, stream: str
     ) -> None:
         ids, lengths = base.ids.tolist(), base.lengths.tolist()
         self.rollouts = replace(base, lineage=[((i, n),) for i, n in zip(ids, lengths)])

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from aipo.config import CONFIG_FOLDER, Config, load_config
 from aipo.config.base import NonNegative, Positive, Section
-from aipo.config.reading import read_yaml
+from aipo.config.reading import layers
 from aipo.errors import UserError
 from aipo.evaluation.benchmarks import ALIASES
 from aipo.record.checkpoints import flatten
@@ -245,7 +245,7 @@ def load_campaign(path: Path) -> Campaign:
     Raises UserError with the key and the file that is wrong.
     """
     path = find_campaign(path)
-    tree = _tree(path)
+    tree = {k: v for _, content in layers(path, key="from", elsewhere=_elsewhere) for k, v in content.items()}
     known = Campaign.model_fields
     for key in tree:
         if key not in known:
@@ -292,17 +292,8 @@ def find_campaign(path: Path) -> Path:
     raise UserError(f"campaign {path} not found{_near(str(path), known)} (in configs/campaigns: {', '.join(known)})")
 
 
-def _tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise UserError(f"{path}: from: goes in a circle")
-    own = read_yaml(path)
-    source = own.pop("from", None)
-    if source is None:
-        return own
-    parent = path.parent / str(source)
-    if not parent.is_file():
-        raise UserError(f"{path}: from: {source} is not beside it")
-    return _tree(parent, (*seen, path.resolve())) | own
+def _elsewhere(name: str, asked_by: str) -> Path:
+    raise UserError(f"{asked_by}{name} is not beside it")
 
 
 def _condition(value: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -113,10 +113,10 @@ def load_config(name: str, overrides: Sequence[str] = (), *, method: str | None 
     own = []
     if method is not None:
         file = find_method(method)
-        *bases, itself = _layers(file)
+        *bases, itself = layers(file)
         own = [layer for layer in bases if Path(layer[0]).resolve().parent == CONFIG_FOLDER / "methods"] + [itself]
         values["name"] = f"{path.stem}-{file.stem}"
-    for layer, tree in [*_layers(path), *own, *map(_parse_override, overrides)]:
+    for layer, tree in [*layers(path), *own, *map(_parse_override, overrides)]:
         for key, value in _flatten(tree):
             _check_key(key, layer)
             values[key], origin[key] = value, layer
@@ -131,18 +131,23 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """(file, content) from the deepest base to the file itself."""
+def layers(
+    path: Path, *, key: str = "base", elsewhere: Callable[..., Path] = find_config, seen: tuple[Path, ...] = ()
+) -> list[tuple[str, dict[str, Any]]]:
+    """(file, content) from the deepest base to the file itself.
+
+    ``key`` names a file's base, which lies beside it or where ``elsewhere`` finds it.
+    """
     if path.resolve() in seen:
-        raise UserError(f"{path}: base: goes in a circle")
+        raise UserError(f"{path}: {key}: goes in a circle")
     tree = read_yaml(path)
-    base = tree.pop("base", None)
+    base = tree.pop(key, None)
     if base is None:
         return [(str(path), tree)]
     parent = path.parent / str(base)
     if not parent.is_file():
-        parent = find_config(str(base), asked_by=f"{path}: base: ")
-    return [*_layers(parent, (*seen, path.resolve())), (str(path), tree)]
+        parent = elsewhere(str(base), asked_by=f"{path}: {key}: ")
+    return [*layers(parent, key=key, elsewhere=elsewhere, seen=(*seen, path.resolve())), (str(path), tree)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

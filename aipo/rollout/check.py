@@ -12,6 +12,7 @@ import torch
 from aipo.config.training import GuardsConfig
 from aipo.distributed import gather_objects
 from aipo.errors import UserError
+from aipo.layout import TokenIds
 from aipo.rollout.base import Request, RolloutEngine, Sampling
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -61,13 +62,7 @@ def logprob_gap(engine_logprobs: Sequence[float], trainer_logprobs: Sequence[flo
     return (a - b).abs().mean().item()
 
 
-def engine_gap(
-    engine: RolloutEngine,
-    logprobs: Logprobs,
-    prompts: Sequence[Sequence[int]],
-    *,
-    seed: int = 0,
-) -> float:
+def engine_gap(engine: RolloutEngine, logprobs: Logprobs, prompts: TokenIds, *, seed: int = 0) -> float:
     """Mean absolute difference in nats between what the engine says of tokens that it draws and what the trainer says.
 
     A collective: one ``logprobs`` call a prompt on every rank. Where the engine can sleep it does so before the first
@@ -88,7 +83,7 @@ def check_weight_sync(
     engine: RolloutEngine,
     weights: Callable[[], Weights],
     logprobs: Logprobs,
-    prompts: Sequence[Sequence[int]],
+    prompts: TokenIds,
     *,
     seed: int = 0,
 ) -> float:

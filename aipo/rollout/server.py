@@ -32,7 +32,7 @@ from transformers import AutoConfig
 
 from aipo import distributed
 from aipo.errors import TrainingError, UserError
-from aipo.rollout.base import Completion, Request, Sampling, check_requests, parameter_names
+from aipo.rollout.base import Completion, OnDone, Request, Sampling, check_requests, parameter_names
 from aipo.rollout.vllm import checkpoint_stream, sampling_params
 
 if TYPE_CHECKING:
@@ -99,13 +99,7 @@ class ServerEngine:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # every request is a connection
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2**16)), hard))
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        *,
-        on_done: Callable[[int, Completion], None] | None = None,
-    ) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, *, on_done: OnDone = None) -> list[Completion]:
         """See :meth:`~aipo.rollout.base.RolloutEngine.generate`; all requests are sent at once."""
         if sampling.intervention is not None:
             raise ValueError("a rollout server cannot intervene: use an engine of this process")
@@ -115,9 +109,7 @@ class ServerEngine:
         except aiohttp.ClientError as error:
             raise TrainingError(f"the rollout server {self._url} went away ({error!r}): {RESTART}") from error
 
-    async def _draw(
-        self, requests: Sequence[Request], sampling: Sampling, on_done: Callable[[int, Completion], None] | None
-    ) -> list[Completion]:
+    async def _draw(self, requests: Sequence[Request], sampling: Sampling, on_done: OnDone) -> list[Completion]:
         done: list[Completion | None] = [None] * len(requests)
         # A connection that waits for the next step would be closed by the server just as it is used again.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)

@@ -6,7 +6,7 @@ import gc
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -17,7 +17,16 @@ import torch.distributed as dist
 
 from aipo.config.sections import RolloutConfig
 from aipo.errors import UserError
-from aipo.rollout.base import Completion, Request, Sampling, check_complete, check_requests, keep_rng, parameter_names
+from aipo.rollout.base import (
+    Completion,
+    OnDone,
+    Request,
+    Sampling,
+    check_complete,
+    check_requests,
+    keep_rng,
+    parameter_names,
+)
 from aipo.rollout.interventions import Intervention, intervene
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
@@ -165,13 +174,7 @@ class VllmEngine:
         self._request_ids = itertools.count()
         self.asleep = False
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        *,
-        on_done: Callable[[int, Completion], None] | None = None,
-    ) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, *, on_done: OnDone = None) -> list[Completion]:
         """See :meth:`~aipo.rollout.base.RolloutEngine.generate`."""
         if self.asleep:
             raise RuntimeError("the engine sleeps: sync weights before generating")

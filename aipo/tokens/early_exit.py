@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from aipo.layout import MicroBatch
+from aipo.layout import MicroBatch, TokenIds
 
 POSTFIX = "\nThe answer is \\boxed{"
 THINKING_POSTFIX = "\n</think>\n\n**Final Answer**\n\\boxed{"
@@ -29,8 +29,8 @@ def postfix_ids(tokenizer: PreTrainedTokenizerBase, *, thinking: bool) -> list[i
 
 
 def early_exit_trees(
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
+    prompts: TokenIds,
+    completions: TokenIds,
     postfix: Sequence[int],
     *,
     stride: int,
