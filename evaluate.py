@@ -101,13 +101,8 @@ def spread(gpus: int) -> None:
 
     if gpus > torch.cuda.device_count():
         raise UserError(f"--gpus {gpus}: this machine has {torch.cuda.device_count()}")
-    rest = sys.argv[1:]
-    for i, argument in enumerate(rest):
-        if argument == "--gpus" or argument.startswith("--gpus="):
-            del rest[i : i + (2 if argument == "--gpus" else 1)]
-            break
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
-    os.execv(sys.executable, [sys.executable, *launcher, __file__, *rest])
+    os.execv(sys.executable, [sys.executable, *launcher, __file__, *sys.argv[1:]])  # which has a RANK then
 
 
 @exit_code

@@ -28,6 +28,7 @@ from aipo.evaluation.results import markdown
 from aipo.inputs import check_inputs
 from aipo.layout import token_grid
 from aipo.mask import lowest
+from aipo.metrics import bootstrap_interval
 from aipo.model.precision import choose
 from aipo.passes import Passes
 from aipo.plan.flops import sizes, step_flops
@@ -117,10 +118,9 @@ def measure_batch(
     return found
 
 
-def interval(values: Sequence[float], *, resamples: int = 1000) -> str:
+def interval(values: Sequence[float]) -> str:
     """Mean and its 95 % interval, bootstrapped over batches."""
-    drawn = np.random.default_rng(0).choice(np.asarray(values), (resamples, len(values))).mean(1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    low, high = bootstrap_interval(values, 0, resamples=1000)
     return f"{np.mean(values):.3f} ({low:.3f} to {high:.3f})"
 
 
