@@ -14,15 +14,7 @@ from torch import Tensor
 
 from aipo.config.base import Estimator, Features, Normalize
 from aipo.config.sections import MIConfig
-from aipo.mi import (
-    FourierFeatures,
-    Sigma,
-    factor_scores,
-    gold_factors,
-    median_bandwidth,
-    positive,
-    token_bandwidths,
-)
+from aipo.mi import FourierFeatures, Sigma, factor_scores, gold_factors, median_bandwidth, positive, token_bandwidths
 from aipo.mi_normalized import normalized_scores
 
 

@@ -202,12 +202,7 @@ def trainable(policy: Policy) -> list[torch.nn.Parameter]:
 def make_optimizer(policy: Policy, config: Config, device: torch.device) -> torch.optim.AdamW:
     optim = config.optim
     return torch.optim.AdamW(
-        trainable(policy),
-        lr=optim.lr,
-        betas=optim.betas,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        fused=True,
+        trainable(policy), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
     )
 
 

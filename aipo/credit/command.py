@@ -237,11 +237,7 @@ def write_parquet(path: Path, columns: dict[str, Any]) -> None:
 
 
 def summary(
-    config: Config,
-    options: argparse.Namespace,
-    drawn: dict[str, Valued],
-    credit: Credit,
-    problems: Sequence[Problem],
+    config: Config, options: argparse.Namespace, drawn: dict[str, Valued], credit: Credit, problems: Sequence[Problem]
 ) -> str:
     decides = credit.decides
     right = [right for each in drawn.values() for right in each.correct]

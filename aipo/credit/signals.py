@@ -92,10 +92,7 @@ def all_signals(
             return passes.per_token(batches, rollouts.lengths, lambda micro: read(micro)[name])  # (B, T)
         return measure({name}, passes, batches, rollouts)[0][name]  # (B, T)
 
-    makers: dict[str, Callable[[], Tensor]] = {
-        "position (early)": lambda: -place,
-        "random": lambda: noise,
-    }
+    makers: dict[str, Callable[[], Tensor]] = {"position (early)": lambda: -place, "random": lambda: noise}
     makers |= {name: partial(measured, name) for name in MEASURES}
     for name, mi in readings(config.mi, solutions=True):
         makers[name] = partial(scores, mi)

@@ -146,11 +146,7 @@ def make_job(options: argparse.Namespace, say: Say) -> Job:
     suffixes = {"math": config.data.suffix if config else MATH_SUFFIX, "choice": CHOICE_SUFFIX}
     prompters = {
         kind: Prompter(
-            folder.tokenizer,
-            **prompt,
-            suffix=suffix,
-            max_prompt_tokens=context,
-            generation_config=folder.generation,
+            folder.tokenizer, **prompt, suffix=suffix, max_prompt_tokens=context, generation_config=folder.generation
         )
         for kind, suffix in suffixes.items()
     }

@@ -80,12 +80,7 @@ def engine_gap(engine: RolloutEngine, logprobs: Logprobs, prompts: TokenIds, *, 
 
 
 def check_weight_sync(
-    engine: RolloutEngine,
-    weights: Callable[[], Weights],
-    logprobs: Logprobs,
-    prompts: TokenIds,
-    *,
-    seed: int = 0,
+    engine: RolloutEngine, weights: Callable[[], Weights], logprobs: Logprobs, prompts: TokenIds, *, seed: int = 0
 ) -> float:
     """Sync strongly perturbed weights, then the true ones, and compare what the engine then draws with the trainer.
 
