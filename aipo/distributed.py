@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -166,11 +166,8 @@ def first_problem(error: Exception | None) -> str | None:
     A rank with an error gives the others as long as :func:`at_most` says: they may wait for it in another collective.
     """
     mine = None if error is None else f"{type(error).__name__}: {error}" + (f" (rank {rank()})" if rank() else "")
-    if error is None:
+    with nullcontext() if error is None else at_most(20, error):
         problems = gather_objects(mine)
-    else:
-        with at_most(20, error):
-            problems = gather_objects(mine)
     return next((problem for problem in problems if problem), None)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -235,14 +236,14 @@ def open_folder(plan: Job, options: argparse.Namespace, variant: str) -> Path:
     return folder
 
 
-class Evaluator:
-    """Draws what is missing. The engine is built when the first completion is, and serves all passes."""
+class Evaluator(ExitStack):
+    """Draws what is missing. The engine is built when the first completion is, and serves all passes until the end."""
 
     def __init__(self, options: argparse.Namespace, progress: Progress) -> None:
+        super().__init__()
         self.options, self.progress = options, progress
         self._engine: RolloutEngine | None = None
         self._verifier: Verifier | None = None
-        self._locks: list[FileLock] = []
 
     def results(self, plan: Job, folder: Path) -> Results:
         """Draw what ``folder`` lacks and sum up. All ranks call it together."""
@@ -260,7 +261,7 @@ class Evaluator:
             lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"{folder}: another evaluate.py works here: wait for it, or choose another --out") from None
-        self._locks.append(lock)
+        self.callback(lock.release)
 
     def _draw(self, plan: Job, folder: Path) -> None:
         files = CompletionFiles(folder)
@@ -304,16 +305,7 @@ class Evaluator:
                 interventions=bool(options.intervene),
                 **more,
             )
+            self.callback(self._engine.close)
             self._verifier = Verifier()
+            self.callback(self._verifier.close)
         return self._engine, self._verifier
-
-    def __enter__(self) -> Evaluator:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._verifier is not None:
-            self._verifier.close()
-        if self._engine is not None:
-            self._engine.close()
-        for lock in self._locks:
-            lock.release()

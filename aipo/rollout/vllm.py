@@ -7,7 +7,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -238,12 +238,10 @@ class VllmEngine:
         """Free the engine; the caller's process group stays."""
         from vllm.distributed import destroy_model_parallel
 
-        shutdown = self._llm.llm_engine.engine_core.shutdown
-        if self._distributed:  # vLLM would destroy every process group, the trainer's too
-            with patch("vllm.v1.engine.core.cleanup_dist_env_and_memory", destroy_model_parallel):
-                shutdown()
-        else:
-            shutdown()
+        # vLLM would destroy every process group, the trainer's too
+        spared = patch("vllm.v1.engine.core.cleanup_dist_env_and_memory", destroy_model_parallel)
+        with spared if self._distributed else nullcontext():
+            self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         gc.collect()
 
