@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import yaml
 
 from aipo.errors import UserError
-from aipo.record.checkpoints import flatten
+from aipo.record.checkpoints import flatten, step_of
 from aipo.record.jsonl import read_jsonl
 
 Row = dict[str, Any]  # of a table
@@ -61,10 +60,6 @@ class Run:
         rows = read_rollouts(self.recorded()[step])
         for group in dict.fromkeys(row["group"] for row in rows):
             yield [row for row in rows if row["group"] == group]
-
-
-def step_of(path: Path) -> int:
-    return int(re.sub(r"\D", "", path.stem))
 
 
 def read_rollouts(path: Path) -> list[Row]:
