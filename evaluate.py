@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 from aipo.errors import UserError, exit_code
+from aipo.startup import imports
 from aipo.threads import settle
 
 EXAMPLES = """
@@ -118,8 +119,9 @@ def main() -> int:
             spread(options.gpus)
         settle()
         warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.dist", category=FutureWarning)
-        from aipo import distributed
-        from aipo.evaluation.benchmarking import run
+        with imports():
+            from aipo import distributed
+            from aipo.evaluation.benchmarking import run
 
         return distributed.launch(lambda _: run(options))
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from aipo.errors import UserError
 from aipo.problems.contamination import find_overlaps, words
 from aipo.problems.datasets import Problem, Split, load_problems, reshuffled
+from aipo.problems.embedded import PROBLEMS
 from aipo.problems.rows import (
     SUFFIXES,
     Row,
@@ -226,8 +227,6 @@ def prepare(
     Raises UserError if the source cannot be had, a row is malformed, or the set has not the expected size.
     """
     if name in EMBEDDED:
-        from aipo.problems.embedded import PROBLEMS  # imported here: it brings reasoning-gym
-
         problems = load_problems(PROBLEMS, split=EMBEDDED[name]).problems
         report = Report(name, path_of(name, out), PROBLEMS, len(problems), problems, {}, [])
         _write(report, {"generated": PROBLEMS})
