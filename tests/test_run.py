@@ -43,12 +43,6 @@ def config_with(model: Path, data: Path, *overrides: str):  # type: ignore[no-un
     )
 
 
-@pytest.fixture(autouse=True)
-def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of a tiny run's time; tests/record/test_tracker.py and tests/e2e draw them."""
-    monkeypatch.setattr("aipo.record.tracker.draw_curves", lambda *_: None)
-
-
 @pytest.fixture
 def without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -243,10 +242,6 @@ class Verifier:
                 future.set_exception(error)
             else:
                 self._resolve(future, done.result())
-
-    def verify_all(self, items: Iterable[tuple[str, str, str]]) -> list[Verdict]:
-        """Verdicts for ``(gold, response, kind)``, in their order."""
-        return [future.result() for future in [self.submit(*item) for item in items]]
 
     def close(self) -> None:
         """Kill the workers. Futures still queued are cancelled, running ones fail. May be called twice."""

@@ -119,13 +119,13 @@ def test_every_signal_is_made_as_alone(bed: Path, monkeypatch: pytest.MonkeyPatc
     """Shared passes change nothing: each is the same when it is the only one, and the measures too."""
     monkeypatch.chdir(bed)
     config, inputs, sharded, rollouts = frozen(questions=4, samples=2)
-    context = (config, sharded, inputs.prompter, inputs.problems, rollouts, torch.device("cpu"))
+    passes = Passes(config, sharded, inputs.prompter, torch.device("cpu"))
+    context = (passes, inputs.problems, rollouts)
     together = {name: make() for name, make in all_signals(*context).items()}
     assert {"gap", "entropy", "attention", "information", "position (early)", "random"} <= together.keys()
     assert len([name for name in together if name.startswith("mi ")]) == 2 * 3 * (3 * 2 + 2 + 2)
     for name in ("mi coordinate random cca boxed", "mi position orthogonal answer" + WRONG):
         torch.testing.assert_close(all_signals(*context, only=[name])[name](), together[name], equal_nan=True)
-    passes = Passes(config, sharded, inputs.prompter, torch.device("cpu"))
     for name in VOCABULARY:
         alone = measure({name}, passes, passes.batches_of(rollouts), rollouts)[0][name]
         torch.testing.assert_close(together[name], alone, equal_nan=True)
