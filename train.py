@@ -9,6 +9,7 @@ import warnings
 
 from aipo.config import Config, dump_config, help_keys, help_sources, load_config
 from aipo.errors import UserError
+from aipo.startup import imports
 from aipo.threads import settle
 
 
@@ -71,8 +72,9 @@ def main() -> int:
             return dry_run(config, arguments)
         settle()
         warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.dist", category=FutureWarning)
-        from aipo import distributed  # torch and all that: only once the config is known to be right
-        from aipo.run import run
+        with imports():  # torch and all that: only once the config is known to be right
+            from aipo import distributed
+            from aipo.run import run
 
         return distributed.launch(lambda device: 0 if run(config, resume=arguments.resume, device=device) else 3)
     except UserError as error:

@@ -4,7 +4,7 @@ The map: what the paper (Chen et al., ACL 2026) numbers, and the name that imple
 
     eq. 1            aipo.scorer.TokenScorer.score, through aipo.mi.factor_scores; one at a time
                      aipo.mi.coordinate_scores, as printed aipo.mi.fast_hsic, in O(n^2) aipo.mi.exact_hsic
-                     aipo.scorer.pointwise_scores, aipo.scorer.position_scores: other readings of its samples
+                     aipo.scorer.batch_scores: other readings of its samples
                      aipo.mi_normalized.normalized_scores: the normalised form of the work it builds on
                      aipo.passes.Passes.gold_states: h*
     eq. 2            aipo.loss.loss_terms, unnormalised, as a step sums it up; aipo.loss.policy_loss, as printed

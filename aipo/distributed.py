@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,14 +67,8 @@ def start() -> torch.device:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        os.environ.update(
-            RANK="0",
-            LOCAL_RANK="0",
-            WORLD_SIZE="1",
-            LOCAL_WORLD_SIZE="1",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(cpu_threads())  # also where torch was imported before the environment was settled
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -172,11 +166,8 @@ def first_problem(error: Exception | None) -> str | None:
     A rank with an error gives the others as long as :func:`at_most` says: they may wait for it in another collective.
     """
     mine = None if error is None else f"{type(error).__name__}: {error}" + (f" (rank {rank()})" if rank() else "")
-    if error is None:
+    with nullcontext() if error is None else at_most(20, error):
         problems = gather_objects(mine)
-    else:
-        with at_most(20, error):
-            problems = gather_objects(mine)
     return next((problem for problem in problems if problem), None)
 
 

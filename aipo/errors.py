@@ -1,4 +1,13 @@
-"""The one kind of error that is the user's to repair."""
+"""The kinds of error that say what to do, and how a command ends by one."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+P = ParamSpec("P")
 
 
 class UserError(Exception):
@@ -7,3 +16,17 @@ class UserError(Exception):
 
 class TrainingError(Exception):
     """Training cannot go on; says why and what to try. Nothing that was saved is lost. Exit code 1."""
+
+
+def exit_code(main: Callable[P, int]) -> Callable[P, int]:
+    """The main function of a command: 2 where it raises UserError, which is printed."""
+
+    @functools.wraps(main)
+    def command(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2
+
+    return command

@@ -24,12 +24,14 @@ from aipo.branching.branches import Paths, bottleneck_scores, branches_by_round,
 from aipo.branching.cvae import Latents
 from aipo.config import Config
 from aipo.errors import TrainingError
+from aipo.layout import TokenIds
 from aipo.mask import prefix_lengths
-from aipo.passes import Passes, Reference
+from aipo.passes import Passes
 from aipo.problems.datasets import Problem
 from aipo.rollout.base import Completion, Request, Sampling
 from aipo.rollout.collect import Collector
 from aipo.rollouts import Rollouts
+from aipo.sharding import Reference
 from aipo.tokens.early_exit import postfix_ids
 from aipo.tokens.table import measure
 
@@ -141,17 +143,8 @@ class Generation:
         """Base rollouts, branches from where the policy was unsure, and the filter (IIB-LPO)."""
         branch, collector, keep = self.config.branch, self.collector, self.config.rollout.samples_per_question
         base = collector.collect(problems, self.sampling, samples=branch.base, stream=stream, submit=False)
-        paths = Paths(
-            base,
-            self._unsureness(base),
-            max_tokens=self.sampling.max_tokens,
-            fraction=branch.fraction,
-            pick=branch.pick,
-            cut=branch.cut,
-            skip=branch.skip,
-            seed=self.config.seed,
-            stream=stream,
-        )
+        most, seed = self.sampling.max_tokens, self.config.seed
+        paths = Paths(base, self._unsureness(base), branch, max_tokens=most, seed=seed, stream=stream)
         counts = branches_by_round(branch.base, branch.total or keep, branch.rounds)
         for number, count in enumerate(counts, 1):
             plan = paths.plan(count)
@@ -175,17 +168,9 @@ class Generation:
         engine: Any = self.collector.engine
         if not requests:
             return []
-        branch = self.config.branch
-        if self.latents is None or branch.latent == "none":
+        if self.latents is None:
             return engine.generate(requests, self.sampling)
-        injection = self.latents.injection(
-            engine,
-            [list(request.prompt_ids) for request in requests],
-            [request.seed for request in requests],
-            rule=branch.latent,
-            scale=branch.latent_scale,
-            half_life=branch.latent_half_life,
-        )
+        injection = self.latents.injection(engine, requests, self.config.branch)
         return engine.generate(requests, self.sampling, injection=injection)
 
     def _bottleneck(self, rollouts: Rollouts) -> Tensor:
@@ -197,7 +182,7 @@ class Generation:
         postfix = postfix_ids(prompter.tokenizer, thinking=self.config.data.thinking)
         reasoned = [ids[:-1] if ids and ids[-1] in ends else ids for ids in drawn]
 
-        def mean(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
+        def mean(prompts: TokenIds, completions: TokenIds) -> Tensor:
             lengths = torch.tensor([len(completion) for completion in completions], dtype=torch.long)
             return mean_log_prob(self.passes.log_probs(prompts, completions), lengths)  # (B,)
 

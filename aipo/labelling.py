@@ -6,8 +6,6 @@ killed, and reused by every run with the same model, data and settings.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -19,17 +17,17 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from aipo import distributed
-from aipo.config import Config
 from aipo.config.sections import CurriculumConfig, MaskConfig
 from aipo.curriculum import peak_label
 from aipo.passes import Passes
 from aipo.problems.datasets import Problem
+from aipo.record.checkpoints import digest
 from aipo.record.jsonl import JsonlLog, read_jsonl
 from aipo.record.progress import Progress
 from aipo.rollout.base import Sampling
 from aipo.rollout.collect import Collector
 from aipo.rollouts import Rollouts
-from aipo.selection import TokenSelector
+from aipo.selection import Selection, TokenSelector
 
 Label = Callable[[Sequence[Problem]], dict[str, float]]
 """N_peak of each of this rank's questions of a block, which may be none; a collective"""
@@ -65,20 +63,21 @@ def peaks(rollouts: Rollouts, scores: Tensor, config: CurriculumConfig, mask: Ma
 
 
 def label(
-    problems: Sequence[Problem], config: Config, collector: Collector, passes: Passes, selector: TokenSelector
+    problems: Sequence[Problem], collector: Collector, passes: Passes, selector: TokenSelector
 ) -> dict[str, float]:
     """N_peak of some questions under the present policy at kappa_start; a collective.
 
     Completions are cut where no peak is counted any more, and running statistics stay as they were: a run that
     labels trains exactly as one that finds its labels made.
     """
-    kappa, clean, sampling = config.mask.kappa_start, selector.state_dict(), Sampling.of(config.rollout)
+    config, clean = passes.config, selector.state_dict()
+    kappa, sampling = config.mask.kappa_start, Sampling.of(config.rollout)
     sampling = replace(sampling, max_tokens=min(sampling.max_tokens, config.curriculum.probe_tokens))
     passes.wake(collector.engine)
     rollouts = collector.collect(problems, sampling, samples=1, stream="label")
     collector.engine.sleep()
     collector.judge(rollouts)
-    selection = selector.begin(rollouts, passes.gold_states(problems), kappa=kappa, step=0)
+    selection = Selection(selector, rollouts, passes.gold_states(problems), kappa=kappa, step=0)
     selection.score_all(passes.batches_of(rollouts), passes.states)
     selector.load_state_dict(clean)
     return peaks(rollouts, selection.scores, config.curriculum, config.mask)
@@ -86,8 +85,7 @@ def label(
 
 def label_folder(cache: Path, **facts: object) -> Path:
     """Where labels made from exactly these facts lie."""
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return cache / "labels" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    return cache / "labels" / digest(facts)
 
 
 def label_questions(

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from aipo.model.shared_attention import Tree
 
+TokenIds = Sequence[Sequence[int]]
+"""of several sequences"""
+
 
 @dataclass
 class MicroBatch:
@@ -89,9 +92,7 @@ def token_grid(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
-def micro_batches(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, budget: int, packing: bool
-) -> list[MicroBatch]:
+def micro_batches(prompts: TokenIds, completions: TokenIds, *, budget: int, packing: bool) -> list[MicroBatch]:
     """Cut sequences into micro-batches of at most ``budget`` tokens, padding included (one sequence always fits).
 
     Sequences are sorted by length, longest first, so that padding is little and memory peaks in the first.
@@ -109,9 +110,7 @@ def micro_batches(
     return [_lay_out(rows, [prompts[i] for i in rows], [completions[i] for i in rows], packing) for rows in groups]
 
 
-def shared_prompt_batches(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, budget: int
-) -> list[MicroBatch]:
+def shared_prompt_batches(prompts: TokenIds, completions: TokenIds, *, budget: int) -> list[MicroBatch]:
     """Micro-batches in which every distinct prompt stands once, whatever the number of its completions.
 
     A micro-batch is one row of at most ``budget`` tokens (one sequence always fits); what all its prompts begin with
@@ -136,7 +135,7 @@ def shared_prompt_batches(
     return [_share(rows, [prompts[i] for i in rows], [completions[i] for i in rows]) for rows in groups]
 
 
-def _share(rows: list[int], prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> MicroBatch:
+def _share(rows: list[int], prompts: TokenIds, completions: TokenIds) -> MicroBatch:
     """One row made of a tree of segments: what all prompts begin with, the rest of each, their completions."""
     distinct = sorted({tuple(prompt) for prompt in prompts})
     common = 0
@@ -181,9 +180,7 @@ def filler() -> MicroBatch:
     return _lay_out([], [[0]], [[]], packing=True)
 
 
-def _lay_out(
-    rows: list[int], prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], packing: bool
-) -> MicroBatch:
+def _lay_out(rows: list[int], prompts: TokenIds, completions: TokenIds, packing: bool) -> MicroBatch:
     sequences = [torch.tensor([*p, *c], dtype=torch.long) for p, c in zip(prompts, completions)]
     sizes = torch.tensor([len(s) for s in sequences])  # (b,)
     width = int(sizes.max())

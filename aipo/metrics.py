@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+LEVEL = 0.95  # of every interval
+
 # One row per problem, one entry per sample, 1 or True where the sample is right. Rows may differ in length.
 Correct = Sequence[Sequence[float]] | torch.Tensor
 
@@ -101,7 +103,7 @@ def training_efficiency(mag: float, otf: float) -> float:
 
 
 def bootstrap_interval(
-    scores: Sequence[float], seed: int, *, level: float = 0.95, resamples: int = 10_000
+    scores: Sequence[float], seed: int, *, level: float = LEVEL, resamples: int = 10_000
 ) -> tuple[float, float]:
     """Percentile bootstrap interval (low, high) of the mean of ``scores``, one score per problem.
 
@@ -145,9 +147,7 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], seed: int = 0, *, level: float = 0.95, resamples: int = 10_000
-) -> Difference:
+def paired_bootstrap(a: Sequence[float], b: Sequence[float], *, resamples: int = 10_000) -> Difference:
     """Compare two sets of scores of the same problems, ``a[i]`` and ``b[i]`` of one problem.
 
     Problems are resampled and both scores go with them, so what makes a problem hard for both does not count as noise.
@@ -158,9 +158,8 @@ def paired_bootstrap(
         raise ValueError(f"a and b need a score of each problem, at least one; got {len(a)} and {len(b)}")
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)  # (problems,) each
     differences = right - left  # (problems,)
-    rng = np.random.default_rng(seed)
-    means = _resampled_means(differences, rng, resamples)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    means = _resampled_means(differences, np.random.default_rng(0), resamples)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     smaller = min(int((means <= 0).sum()), int((means >= 0).sum()))
     p = min(1.0, 2 * (smaller + 1) / (resamples + 1))
     return Difference(float(left.mean()), float(right.mean()), float(low), float(high), p, differences.size)

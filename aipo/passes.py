@@ -14,12 +14,12 @@ from torch import Tensor
 from aipo import distributed
 from aipo.config import Config
 from aipo.errors import UserError
-from aipo.layout import MicroBatch, filler, micro_batches, shared_prompt_batches
+from aipo.layout import MicroBatch, TokenIds, filler, micro_batches, shared_prompt_batches
 from aipo.problems.datasets import Problem
 from aipo.problems.prompts import Prompter, wrong_golds
 from aipo.rollout.base import RolloutEngine
 from aipo.rollouts import Rollouts
-from aipo.sharding import Sharded
+from aipo.sharding import Reference, Sharded
 
 LAYOUT_TOKENS = 256
 """of a completion, most at which layouts are compared"""
@@ -50,7 +50,7 @@ class Passes:
 
     # -- rollouts -> micro-batches -----------------------------------------------------------------------------------
 
-    def batches(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[MicroBatch]:
+    def batches(self, prompts: TokenIds, completions: TokenIds) -> list[MicroBatch]:
         """Micro-batches of sequences, equally many on every rank and at least one."""
         optim = self.config.optim
         if optim.share_prompts:
@@ -106,7 +106,7 @@ class Passes:
             micro.write(values, measure(micro).float().cpu())
         return values
 
-    def log_probs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
+    def log_probs(self, prompts: TokenIds, completions: TokenIds) -> Tensor:
         """Log-probabilities of given completions under the policy, 0 in padding. (B, T)"""
         lengths = torch.tensor([len(each) for each in completions], dtype=torch.long)  # (B,)
         return self.per_token(
@@ -114,7 +114,7 @@ class Passes:
         ).nan_to_num(0.0)
 
     @torch.no_grad()
-    def layout_gap(self, prompts: Sequence[Sequence[int]]) -> float:
+    def layout_gap(self, prompts: TokenIds) -> float:
         """What the layout in use changes: mean absolute difference in nats a token between all of a few sequences in
         one row and each in a forward pass of its own. A collective, the same on all ranks; 0 where rows are padded.
 
@@ -139,7 +139,7 @@ class Passes:
         gaps = distributed.gather_objects(float((together - alone).abs().mean()))
         return float(torch.tensor(gaps).max())  # of NaN, too
 
-    def check_layout(self, prompts: Sequence[Sequence[int]]) -> float:
+    def check_layout(self, prompts: TokenIds) -> float:
         """:meth:`layout_gap`; raises UserError on every rank where it is more than rounding."""
         gap = self.layout_gap(prompts)
         most = LAYOUT_TOLERANCE[self.config.model.dtype]
@@ -215,10 +215,6 @@ class Passes:
 
 Selector = Callable[[MicroBatch, Tensor], Tensor]
 """micro-batch, (N, d) states -> (N,) bool"""
-
-
-Reference = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]
-"""micro-batch, mask (N,) -> log-probabilities (K,) of the initial model and how unsure it is (K,), nats"""
 
 
 def _every(states: Tensor) -> Tensor:

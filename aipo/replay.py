@@ -30,7 +30,7 @@ from aipo.errors import UserError
 from aipo.inputs import check_inputs
 from aipo.policy import make_policy
 from aipo.record.batches import read_batch, rebuild, recorded_steps
-from aipo.record.checkpoints import compare_identity, damage
+from aipo.record.checkpoints import compare_identity, damage, step_of
 from aipo.record.clock import Clock
 from aipo.record.jsonl import read_jsonl
 from aipo.record.reporting import reduce_metrics
@@ -203,7 +203,7 @@ def _start(run: Path, step: int, steps: set[int], intact: Callable[[int], bool],
         intact: whether the checkpoint of a step can be read.
         whole: whether an optimizer step can be made from a checkpoint, so that steps may lie between.
     """
-    saved = sorted((int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")), reverse=True)
+    saved = sorted((step_of(path) for path in (run / "checkpoints").glob("step-*")), reverse=True)
     before = next((number for number in saved if number < step and intact(number)), 0)
     between = range(before + 1, step)
     return before if steps.issuperset(between) and (whole or not before or not between) else None

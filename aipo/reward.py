@@ -69,7 +69,7 @@ class Pending:
 
 
 class Rewarder:
-    """Scores rollouts: all at once (:meth:`score`), or while generation runs (:meth:`submit`, then :meth:`collect`).
+    """Scores rollouts while generation runs: :meth:`submit` each, then :meth:`collect`.
 
     Args:
         configs: by the origin of a problem; ``""`` is for all others.
@@ -126,12 +126,6 @@ class Rewarder:
         for verdict in (Verdict.NO_ANSWER, Verdict.TIMED_OUT, Verdict.KILLED):
             metrics[f"reward/{verdict.value}"] = outcomes.count(verdict) / len(outcomes)
         return rewards, correct, metrics
-
-    def score(
-        self, problems: Sequence[Problem], texts: Sequence[str], lengths: Sequence[int]
-    ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """:meth:`submit` of B rollouts and :meth:`collect`."""
-        return self.collect([self.submit(*rollout) for rollout in zip(problems, texts, lengths, strict=True)])
 
     def close(self) -> None:
         """Kill the verifier's workers."""

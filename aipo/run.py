@@ -38,7 +38,7 @@ from aipo.record.slowness import Slowness
 from aipo.record.tracker import Tracker, peak_memory_bytes, prepare_run_folder
 from aipo.report.run_report import report
 from aipo.reward import Rewarder
-from aipo.rollout import make_engine, memory_options
+from aipo.rollout import engine_options, make_engine
 from aipo.rollout.check import check_weight_sync, engine_gap
 from aipo.rollout.collect import Collector
 from aipo.selection import TokenSelector
@@ -140,13 +140,7 @@ def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None
                 identity={k: v for k, v in inputs.identity.items() if k.startswith(depends)},
                 model=model_stamp(inputs.model_path),
             )
-            make = partial(
-                label,
-                config=config,
-                collector=trainer.collector,
-                passes=trainer.passes,
-                selector=trainer.selector,
-            )
+            make = partial(label, collector=trainer.collector, passes=trainer.passes, selector=trainer.selector)
             labels = label_questions(inputs.problems, make, folder, block=LABEL_BLOCK, progress=trainer.progress)
             trainer.curriculum.set_labels(labels)
             trainer.progress.say("questions by information peaks (N_peak):")
@@ -165,20 +159,14 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
     """Engine first, as long as its GPU is empty, then policy, optimizer, reference and the stages around them."""
     rank = distributed.rank()
     rollout = config.rollout
-    options: dict[str, Any] = {"dtype": config.model.dtype}
+    options = engine_options(config, inputs.prompter.end_ids, device)
     if rollout.mode == "server":
         urls = [rollout.server_url] if isinstance(rollout.server_url, str) else rollout.server_url
         options |= {"urls": urls, "name": config.model.path, "timeout": rollout.server_timeout_s}
     else:
-        options |= {"seed": config.seed + rank, "load_weights": False, **memory_options(rollout, device)}
+        options |= {"seed": config.seed + rank, "load_weights": False}
     progress.say(f"building the rollout engine ({rollout.engine}, {rollout.mode}) and the policy")
-    engine = make_engine(
-        "server" if rollout.mode == "server" else rollout.engine,
-        inputs.model_path,
-        max_model_len=config.data.max_prompt_tokens + rollout.max_tokens,
-        end_token_ids=sorted(inputs.prompter.end_ids),
-        **options,
-    )
+    engine = make_engine("server" if rollout.mode == "server" else rollout.engine, inputs.model_path, **options)
     engine.sleep()  # weights arrive by the first sync; until then its GPU memory serves the loading of the policy
     rewarder = Rewarder(config.rewards(), max_tokens=rollout.max_tokens, thinking=config.data.thinking)
     collector = Collector(engine, inputs.prompter, rewarder, seed=config.seed)
@@ -213,11 +201,7 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
             origins=[problem.origin for problem in inputs.problems],
             weights=config.weights(),
         ),
-        store=CheckpointStore(
-            config.folder / "checkpoints",
-            keep_last=config.checkpoint.keep_last,
-            rank=rank,
-        ),
+        store=CheckpointStore(config.folder / "checkpoints", keep_last=config.checkpoint.keep_last, rank=rank),
         tracker=Tracker(
             config.folder,
             active=rank == 0,

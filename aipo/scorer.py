@@ -12,59 +12,38 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from aipo.config.base import Features, Normalize
+from aipo.config.base import Estimator, Features, Normalize
 from aipo.config.sections import MIConfig
-from aipo.mi import (
-    FourierFeatures,
-    Sigma,
-    factor_scores,
-    gold_factors,
-    median_bandwidth,
-    positive,
-    token_bandwidths,
-)
+from aipo.mi import FourierFeatures, Sigma, factor_scores, gold_factors, median_bandwidth, positive, token_bandwidths
 from aipo.mi_normalized import normalized_scores
 
 
-def pointwise_scores(
+def batch_scores(
     hidden: Tensor,
     gold: Tensor,
     lengths: Tensor,
     *,
+    estimator: Estimator,
     num_features: int,
     sigma: Sigma,
     seed: int = 0,
     center: bool = True,
     features: Features = "random",
 ) -> Tensor:
-    """Each token's share phi_c(h_t)^T C psi_c(h*) of ||C||_F^2, C the cross-covariance over this batch.
+    """Scores by an estimator that looks beyond one sequence, of one batch alone.
 
     hidden (N, d) holds the tokens of B rollouts one after another, gold (B, d), lengths (B,) with sum N -> fp32 (N,).
-    The scores average to HSIC (n - 1)/n and may be negative. "median" takes the tokens' bandwidth for both variables.
+    "median" takes the tokens' bandwidth for both variables.
+
+    ``pointwise``: each token's share phi_c(h_t)^T C psi_c(h*) of ||C||_F^2, C the cross-covariance over this batch. The
+    scores average to HSIC (n - 1)/n and may be negative. ``position``: HSIC over the rollouts still running at step t,
+    shared by all of them; a step that fewer than two rollouts reach scores 0.
     """
-    config = MIConfig(estimator="pointwise", features=features, num_features=num_features, sigma=sigma, center=center)
-    scorer = TokenScorer(config, seed=seed)
-    return scorer._fit_score(hidden, gold, lengths)
-
-
-def position_scores(
-    hidden: Tensor,
-    gold: Tensor,
-    lengths: Tensor,
-    *,
-    num_features: int,
-    sigma: Sigma,
-    seed: int = 0,
-    center: bool = True,
-    features: Features = "random",
-) -> Tensor:
-    """HSIC over the rollouts still running at step t, shared by all of them; shapes as :func:`pointwise_scores`.
-
-    A step that fewer than two rollouts reach scores 0.
-    """
-    config = MIConfig(estimator="position", features=features, num_features=num_features, sigma=sigma, center=center)
+    config = MIConfig(estimator=estimator, features=features, num_features=num_features, sigma=sigma, center=center)
     scorer = TokenScorer(config, seed=seed, max_positions=max(1, int(lengths.max())))
-    return scorer._fit_score(hidden, gold, lengths)
+    scorer.observe(hidden, gold, lengths)
+    scorer.reduce()
+    return scorer.score(hidden, gold, lengths)
 
 
 @dataclass
@@ -322,11 +301,6 @@ class TokenScorer:
         self.running = Moments(**running) if running else None
         self.bandwidth = state.get("bandwidth")
         self.steps, self.batch, self.factors, self.by_position = int(state["steps"]), None, None, None
-
-    def _fit_score(self, hidden: Tensor, gold: Tensor, lengths: Tensor) -> Tensor:
-        self.observe(hidden, gold, lengths)
-        self.reduce()
-        return self.score(hidden, gold, lengths)
 
     def _score_alone(self, hidden: Tensor, gold: Tensor, lengths: Tensor) -> Tensor:
         rollouts = list(self._rollouts(hidden, gold, lengths))

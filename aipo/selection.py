@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ States = Callable[[MicroBatch], Tensor]
 
 
 class TokenSelector:
-    """What selection keeps from step to step: draws, running statistics and the rule. :meth:`begin` starts on a batch.
+    """What selection keeps from step to step: draws, running statistics and the rule. :class:`Selection` is of a batch.
 
     ``scored`` says whether mutual information is needed at all, ``local`` that no probe is.
     """
@@ -49,25 +50,6 @@ class TokenSelector:
         # whether a mask with another gold answer can be made beside the own one, by the scores of that sequence alone
         self.compares = mask.score == "mi" and mask.ranks and self.local and mask.scope != "micro_batch"
 
-    def begin(
-        self,
-        rollouts: Rollouts,
-        gold: Tensor | None,
-        *,
-        kappa: float,
-        step: int,
-        prefix: float = 1.0,
-        ranking: Tensor | None = None,
-    ) -> Selection:
-        """Nothing scored and nothing selected yet.
-
-        Args:
-            gold: (Q, d) states of the gold answers, None if nothing is scored.
-            prefix: share of the prefix rule.
-            ranking: (B, T) what the mask rule looks at instead of mutual information; NaN is never selected.
-        """
-        return Selection(self, rollouts, gold, kappa=kappa, step=step, prefix=prefix, ranking=ranking)
-
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         return {"scorer": self.scorer.state_dict(), "rule": self.rule.state_dict()}
 
@@ -77,7 +59,12 @@ class TokenSelector:
 
 
 class Selection:
-    """Scores and mask of one batch of rollouts, filled as its micro-batches come by; see :meth:`TokenSelector.begin`.
+    """Scores and mask of one batch of rollouts, filled as its micro-batches come by.
+
+    Args:
+        gold: (Q, d) states of the gold answers, None if nothing is scored.
+        prefix: share of the prefix rule.
+        ranking: (B, T) what the mask rule looks at instead of mutual information; NaN is never selected.
 
     Attributes:
         scores: (B, T) mutual information, NaN where nothing is scored.
@@ -95,8 +82,8 @@ class Selection:
         *,
         kappa: float,
         step: int,
-        prefix: float,
-        ranking: Tensor | None,
+        prefix: float = 1.0,
+        ranking: Tensor | None = None,
     ) -> None:
         self.selector, self.lengths = selector, rollouts.lengths  # (B,)
         width = max(int(self.lengths.max()), 1) if len(self.lengths) else 1
@@ -124,15 +111,7 @@ class Selection:
         for micro in batches:
             seen[micro.rows.cpu()] = True
         lengths = torch.where(seen, self.lengths, 0)  # (B,) rollouts outside the update do not count
-        self.mask = self.selector.rule.select(
-            self.ranking,
-            lengths,
-            kappa=self.kappa,
-            step=self.step,
-            rollout_ids=self.ids,
-            prefix=self.prefix,
-            gather=distributed.gather,
-        )
+        self.mask = self._select(self.ranking, lengths, self.ids, gather=distributed.gather)
         self._leave_out_repeated(torch.arange(len(self.mask)))
         self.decided = True
 
@@ -167,19 +146,17 @@ class Selection:
             start = time.perf_counter()
             lengths = self.lengths[rows]
             width = int(lengths.max())
-            self.mask[rows, :width] = self.selector.rule.select(
-                self.ranking[rows, :width],
-                lengths,
-                kappa=self.kappa,
-                step=self.step,
-                rollout_ids=self.ids[rows],
-                prefix=self.prefix,
-            )
+            self.mask[rows, :width] = self._select(self.ranking[rows, :width], lengths, self.ids[rows])
             self._leave_out_repeated(rows)
             self.seconds += time.perf_counter() - start
             if self.wrong is not None:
                 self._compare(micro, states, self.wrong)
         return micro.ragged_of(self.mask)
+
+    def _select(self, ranking: Tensor, lengths: Tensor, ids: Tensor, **options: Any) -> Tensor:
+        """The rule's mask of some rollouts: (b, t), (b,), (b,) -> bool (b, t)."""
+        told: dict[str, Any] = {"kappa": self.kappa, "step": self.step, "prefix": self.prefix}
+        return self.selector.rule.select(ranking, lengths, rollout_ids=ids, **told, **options)
 
     def _leave_out_repeated(self, rows: Tensor) -> None:
         if self.repeated is not None:
@@ -205,9 +182,7 @@ class Selection:
         with self._timed(states):
             gold = self.gold[wrong[rows // n].to(self.gold.device)]  # (k, d)
             scores = self.selector.scorer.score(states[own], gold, lengths.to(micro.lengths.device)).cpu()
-            twin = self.selector.rule.select(
-                pad(scores, lengths), lengths, kappa=self.kappa, step=self.step, rollout_ids=self.ids[rows]
-            )  # (k, t)
+            twin = self._select(pad(scores, lengths), lengths, self.ids[rows])  # (k, t)
         if self.repeated is not None:
             twin &= ~self.repeated[rows, : twin.shape[1]]
         mask = self.mask[rows, : twin.shape[1]]  # (k, t)

@@ -202,12 +202,7 @@ def trainable(policy: Policy) -> list[torch.nn.Parameter]:
 def make_optimizer(policy: Policy, config: Config, device: torch.device) -> torch.optim.AdamW:
     optim = config.optim
     return torch.optim.AdamW(
-        trainable(policy),
-        lr=optim.lr,
-        betas=optim.betas,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        fused=True,
+        trainable(policy), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
     )
 
 
@@ -256,9 +251,11 @@ def shard(policy: Policy, config: Config, device: torch.device) -> Sharded:
     return (DeepSpeed if config.sharding.zero_stage > 0 else Plain)(policy, config, device)
 
 
-def frozen_reference(
-    config: Config, path: str, device: torch.device
-) -> Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]:
+Reference = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor]]
+"""micro-batch, mask (N,) -> log-probabilities (K,) of the initial model and how unsure it is (K,), nats"""
+
+
+def frozen_reference(config: Config, path: str, device: torch.device) -> Reference:
     """Log-probabilities of the initial model at a given mask, and how unsure it is there: its entropy, or with
     ``loss.kl_certainty: largest`` minus the log of its largest probability. Sharded as the policy is under ZeRO-3."""
     policy = make_policy(config, path, trained=False).eval().requires_grad_(False)

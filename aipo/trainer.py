@@ -31,7 +31,7 @@ from aipo.layout import MicroBatch
 from aipo.loss import LossInputs, kl_priority, loss_terms
 from aipo.mask import prefix_share
 from aipo.metrics import Accuracy
-from aipo.passes import Passes, Reference
+from aipo.passes import Passes
 from aipo.problems.datasets import Problem
 from aipo.record.batches import BAD, REPLAY, forget_batches, write_batch
 from aipo.record.checkpoints import CheckpointStore, rng_state, set_rng_state
@@ -44,7 +44,7 @@ from aipo.rollout.check import TOLERANCE, GapGuard, lost_weights
 from aipo.rollout.collect import Collector
 from aipo.rollouts import Rollouts, balanced
 from aipo.selection import Selection, TokenSelector
-from aipo.sharding import Sharded, learning_rate
+from aipo.sharding import Reference, Sharded, learning_rate
 from aipo.tokens.table import measure, needed, shape
 
 
@@ -158,16 +158,16 @@ class Trainer:
         self, rollouts: Rollouts, kappa: float, prefix: float, clock: Clock
     ) -> tuple[Selection, dict[str, float]]:
         """One optimizer step on each part of the batch (one part by default); what was selected, and sums to log."""
-        config, rollout, passes = self.config, self.config.rollout, self.passes
+        config, rollout, passes, selector = self.config, self.config.rollout, self.passes, self.selector
         correction = rollout.importance_correction, rollout.importance_cap, rollout.importance_floor
         with clock("forward"):
-            gold = passes.gold_states(rollouts.problems) if self.selector.scored else None  # (Q, d)
+            gold = passes.gold_states(rollouts.problems) if selector.scored else None  # (Q, d)
             parts = passes.update_batches(rollouts)
             every = [micro for part in parts for micro in part]
             signals, measured = measure(needed(config), passes, every, rollouts)  # (B, T) each
             ranking, rollouts.token_advantages = shape(rollouts, signals, config)  # (B, T) or None
             self.recorder.start(rollouts, signals, self.generation.dropped)
-            selection = self.selector.begin(rollouts, gold, kappa=kappa, prefix=prefix, step=self.step, ranking=ranking)
+            selection = Selection(selector, rollouts, gold, kappa=kappa, prefix=prefix, step=self.step, ranking=ranking)
             selection.probe(every, passes.states)
             old = passes.selected_log_probs(every, rollouts, selection) if len(parts) > 1 else None  # (B, T)
             selection.decided |= old is not None  # later forwards, of changed weights, keep these masks

@@ -16,13 +16,14 @@ import runpy
 import select
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -266,6 +267,33 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def small_disk(place: Path, megabytes: int = 64) -> Iterator[Path]:
+    """A tmpfs, which root may mount."""
+    place.mkdir(exist_ok=True)
+    mount("-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", place)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def mount(*arguments: str | Path) -> None:
+    subprocess.run(["mount", *arguments], check=True, capture_output=True)
+
+
+def fill(place: Path, *, keep: int) -> None:
+    """Write until nothing goes in any more, then give back ``keep`` bytes."""
+    path = place / "ballast"
+    with path.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(2**16)):
+                pass
+        except OSError:
+            pass
+        file.truncate(max(file.tell() - keep, 0))
 
 
 def jumping_clock(seed: int) -> Inside:

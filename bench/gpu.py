@@ -34,6 +34,18 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=480, help="for all parts together")
+    parser.add_argument("--small", action="store_true", help="a tiny shape, on any machine; nothing is kept")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and not parse().small and not torch.cuda.is_available():  # before seconds of imports
+    print("error: no NVIDIA GPU that PyTorch can use; make bench measures a machine without one", file=sys.stderr)
+    sys.exit(2)
+
 from aipo.config import load_config  # noqa: E402
 from aipo.evaluation.results import markdown  # noqa: E402
 from aipo.plan.planner import PUBLISHED, plan  # noqa: E402
@@ -197,13 +209,7 @@ PARTS: dict[str, tuple[Callable[..., str], float]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=480, help="for all parts together")
-    parser.add_argument("--small", action="store_true", help="a tiny shape, on any machine; nothing is kept")
-    arguments = parser.parse_args()
-    if not arguments.small and not torch.cuda.is_available():
-        print("error: no NVIDIA GPU that PyTorch can use; make bench measures a machine without one", file=sys.stderr)
-        return 2
+    arguments = parse()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "deepspeed"))
     text = [f"# One GPU\n\n{machine()}; {versions}. Written by bench/gpu.sh.\n"]
     missing, begun, shares = 0, time.monotonic(), 0.0

@@ -16,17 +16,17 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -34,7 +34,9 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from aipo.record.jsonl import read_jsonl  # noqa: E402
 from bench import faults, wrong_data  # noqa: E402
+from bench.growth import EVERY, grown, resources  # noqa: E402
 from bench.hostile import through_the_pool  # noqa: E402
 from bench.machine import machine, slug  # noqa: E402
 from bench.same import contents, difference, make_inputs  # noqa: E402
@@ -49,10 +51,14 @@ class Row:
     done: str
     tally: dict[str, int] = field(default_factory=dict)  # times, by what was met
     wrong: list[str] = field(default_factory=list)
+    code: list[str] = field(default_factory=list)  # commits of what was run
 
     @property
     def what(self) -> str:
-        return "; ".join(filter(None, [self.done, ", ".join(f"{key} {n}" for key, n in self.tally.items())]))
+        share = ""
+        if "elsewhere" in self.tally and self.count:
+            share = f"{1 - self.tally['elsewhere'] / self.count:.0%} inside a phase"
+        return "; ".join(filter(None, [self.done, share, ", ".join(f"{key} {n}" for key, n in self.tally.items())]))
 
     def __str__(self) -> str:
         return f"{self.part:11} {self.count:6}  {self.what}" + "".join(f"\n    WRONG: {each}" for each in self.wrong)
@@ -162,22 +168,6 @@ def ranks(bed: Bed, draw: random.Random, count: int) -> Row:
 # --- a disk that is full, a folder that cannot be written, a clock that jumps --------------------------------------
 
 
-@contextmanager
-def small_disk(bed: Bed, megabytes: int = 64) -> Iterator[Path]:
-    """A tmpfs, which root may mount."""
-    place = bed.work / "disk"
-    place.mkdir(exist_ok=True)
-    mount("-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", place)
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "--lazy", place], check=True)
-
-
-def mount(*arguments: str | Path) -> None:
-    subprocess.run(["mount", *arguments], check=True, capture_output=True)
-
-
 def disk(bed: Bed, draw: random.Random, count: int) -> Row:
     """The disk is full from a random moment, or from the begin of a random phase, until the run ends."""
     bed.reference()
@@ -185,14 +175,14 @@ def disk(bed: Bed, draw: random.Random, count: int) -> Row:
     said: Counter[str] = Counter()
     for number in range(1, count + 1):
         name = f"disk-{number}"
-        with small_disk(bed) as place:
+        with faults.small_disk(bed.work / "disk") as place:
             run = bed.start(name, runs=place)
             if draw.random() < 0.6:
                 phase = draw.choice([p for p in bed.spans if p not in ("sync", "validation")])
                 run.until(phase, draw.randint(1, max(1, len(bed.spans[phase]) // 2)))
             else:
                 run.wait(draw.random() * bed.seconds[1])
-            fill(place, keep=draw.choice([0, 0, 4096, 65536]))
+            faults.fill(place, keep=draw.choice([0, 0, 4096, 65536]))
             code = run.finish()
             text = bed.log(name).read_text(errors="replace")
             kind = "finished" if code == 0 else "one-line error" if one_line_error(text) else f"ended with {code}"
@@ -204,18 +194,6 @@ def disk(bed: Bed, draw: random.Random, count: int) -> Row:
         print(f"  disk: {number} of {count} {dict(said)} {wrong}", flush=True)
     how = "tmpfs filled at a random moment, with room again resumed and compared"
     return Row("disk", count, how, dict(said), wrong)
-
-
-def fill(place: Path, *, keep: int) -> None:
-    """Write until nothing goes in any more, then give back ``keep`` bytes."""
-    path = place / "ballast"
-    with path.open("wb", buffering=0) as file:
-        try:
-            while file.write(bytes(2**16)):
-                pass
-        except OSError:
-            pass
-        file.truncate(max(file.tell() - keep, 0))
 
 
 def one_line_error(text: str) -> bool:
@@ -230,14 +208,14 @@ def readonly(bed: Bed, draw: random.Random, count: int) -> Row:
     wrong: list[str] = []
     for number in range(1, count + 1):
         name = f"readonly-{number}"
-        with small_disk(bed) as place:
+        with faults.small_disk(bed.work / "disk") as place:
             for _ in range(2):
-                mount("-o", "remount,ro", place)
+                faults.mount("-o", "remount,ro", place)
                 code = bed.start(name, runs=place).finish()
                 if code != 2 or not one_line_error(bed.log(name).read_text(errors="replace")):
                     wrong.append(f"{name}: ended with {code}: {bed.last(name)}")
                 bed.log(name).unlink()
-                mount("-o", "remount,rw", place)
+                faults.mount("-o", "remount,rw", place)
                 run = bed.start(name, runs=place)
                 if run.wait(draw.uniform(0.3, 0.9) * bed.seconds[1]):
                     run.strike(signal.SIGKILL)
@@ -290,10 +268,8 @@ def corruption(bed: Bed, draw: random.Random, count: int) -> Row:
         wrong_data.damage(bed.work / "runs" / name / file, draw)
         end = bed.finish(name, cache=bed.work / "caches" / "corrupted")
         text = bed.log(name).read_text(errors="replace")
-        if not any(file.name in line for line in text.splitlines()):
-            end.append(f"{name}: {file} was damaged, and no line says so")
-        elif "Traceback" in text:
-            end.append(f"{name}: {file} was damaged: traceback")
+        if missing := unsaid(text, file, newest):
+            end.append(f"{name}: {file} was damaged: {missing}")
         wrong += end
         done += 1
         print(f"  corruption: {done} of {count} {wrong}", flush=True)
@@ -301,6 +277,16 @@ def corruption(bed: Bed, draw: random.Random, count: int) -> Row:
             break
     how = f"times one of {len(files)} files of a checkpoint cut or a bit flipped: named, an older one taken, compared"
     return Row("corruption", done, how, wrong=wrong)
+
+
+def unsaid(text: str, file: Path, newest: Path) -> str:
+    """What a resumed run does not say of a file of its ``newest`` checkpoint, or beside it, that was damaged."""
+    if not any("damaged" in line and file.name in line for line in text.splitlines()):
+        return "no line says so"
+    resumed = re.search(r"^resumed after step (\d+)", text, re.M)
+    if newest.name in file.parts and not (resumed and int(resumed[1]) < int(newest.name.removeprefix("step-"))):
+        return "no older checkpoint was taken"
+    return "traceback" if "Traceback" in text else ""
 
 
 def data(bed: Bed, draw: random.Random, count: int) -> Row:
@@ -311,9 +297,6 @@ def data(bed: Bed, draw: random.Random, count: int) -> Row:
 
 
 # --- what grows, what is hostile ----------------------------------------------------------------------------------
-
-BOUNDS = {"RSS": 48 * 2**20, "shared memory": 0, "file handles": 2, "threads": 1, "folder": 16 * 2**10}
-"""Growth from the first quarter of a run to its last: bytes, number; of the folder bytes a step."""
 
 
 def growth(bed: Bed, draw: random.Random, count: int) -> Row:
@@ -336,33 +319,9 @@ def growth(bed: Bed, draw: random.Random, count: int) -> Row:
     if (code := run.reap()) != (3 if stopped else 0):
         return Row(name, 0, "", wrong=[f"ended with {code}: {bed.last(name)}"])
     (bed.work / "growth.jsonl").write_text("".join(json.dumps(each) + "\n" for each in seen))
-    quarter = len(seen) // 4
-    first, last = seen[quarter // 2 : quarter], seen[-quarter:]
-    wrong, told = [], []
-    for key, bound in BOUNDS.items():
-        more = statistics.median(s[key] for s in last) - statistics.median(s[key] for s in first)
-        if key == "folder":
-            more /= len(seen) * 11 / 16  # steps between the two medians, at 3/16 and 14/16
-        if more > bound:
-            wrong.append(f"growth: {key} grew by {more:.0f}, bound {bound}")
-        told.append(f"{key} {more / 2**20:+.1f} MiB" if key in ("RSS", "shared memory") else f"{key} {more:+.0f}")
-    return Row(name, len(seen), f"steps, first quarter to last: {', '.join(told)} bytes a step", wrong=wrong)
-
-
-EVERY = ("checkpoint.every", "validation.every", "tracking.plot_every")
-
-
-def resources(process: psutil.Process, folder: Path) -> dict[str, float]:
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    shared = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssShmem"))
-    files = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
-    return {
-        "RSS": process.memory_info().rss,
-        "shared memory": shared * 1024,
-        "file handles": process.num_fds(),
-        "threads": process.num_threads(),
-        "folder": sum(files),
-    }
+    steps = read_jsonl(folder / "metrics.jsonl")[-1]["step"]  # two that end at once are seen once
+    told, wrong = grown(seen, steps)
+    return Row(name, steps, f"steps of one run, first quarter to last: {told}", wrong=wrong)
 
 
 def hostile(bed: Bed, draw: random.Random, count: int) -> Row:
@@ -411,15 +370,16 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="folder in which runs and logs stay")
     parser.add_argument("--write", action="store_true", help="add what was done to the table of this machine")
     arguments = parser.parse_args()
+    code = commit()  # before the checkout can change
     faults.load()
-    print(f"seed {arguments.seed}", flush=True)
+    print(f"seed {arguments.seed}, code {code}", flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         bed = Bed((arguments.keep or Path(temporary)).resolve(), arguments.minutes)
         for part in [*PARTS] if "all" in arguments.parts else arguments.parts:
             run, few = PARTS[part]
             count = few if arguments.count is None else arguments.count
-            row = run(bed, random.Random(f"{arguments.seed} {part}"), count)
+            row = replace(run(bed, random.Random(f"{arguments.seed} {part}"), count), code=[code])
             print(row, flush=True)
             if arguments.write:
                 record(row)
@@ -427,24 +387,43 @@ def main() -> int:
     return int(any(row.wrong for row in rows))
 
 
+def commit() -> str:
+    """Commit of this checkout; with a + where something but results differs from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.check_output(["git", "-C", ROOT, *arguments], text=True).strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
 def record(row: Row) -> None:
     """Put a row behind those of this machine, and draw the table of their sums."""
     path = ROOT / "bench" / "results" / f"soak-{slug()}.jsonl"
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(row)) + "\n")
+    rows = [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    path.with_suffix(".md").write_text(f"# bench/soak.py on {machine()}\n\n{table(rows)}\n{CODE}\n", encoding="utf-8")
+
+
+CODE = "Code is the commit that was run, + with changes; by: one not noted, before that commit, which has the result."
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Markdown: a line for each thing done, its rows added up, then what was wrong."""
     sums: dict[tuple[str, str], Row] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        one = Row(**json.loads(line))
-        sum_ = sums.setdefault((one.part, one.done), Row(one.part, 0, one.done))
-        sum_.count += one.count
-        sum_.tally = dict(Counter(sum_.tally) + Counter(one.tally))
-        sum_.wrong += one.wrong
-    lines = [f"# bench/soak.py on {machine()}", "", "| part | times | what | wrong |", "|---|---|---|---|"]
+    for one in rows:
+        total = sums.setdefault((one.part, one.done), Row(one.part, 0, one.done))
+        total.count += one.count
+        total.tally |= {key: total.tally.get(key, 0) + times for key, times in one.tally.items()}
+        total.wrong += one.wrong
+        total.code += [commit for commit in one.code if commit not in total.code]
+    lines = ["| part | times | what | wrong | code |", "|---|---|---|---|---|"]
     for each in sorted(sums.values(), key=lambda each: [*PARTS].index(each.part)):
-        lines.append(f"| {each.part} | {each.count:,} | {each.what} | {len(each.wrong)} |")
+        lines.append(f"| {each.part} | {each.count:,} | {each.what} | {len(each.wrong)} | {' '.join(each.code)} |")
     if found := [wrong for each in sums.values() for wrong in each.wrong]:
         lines += ["", "What was wrong:", "", *(f"- {wrong}" for wrong in found)]
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from aipo.config import load_config
-from bench import gpu, step
+from bench import gpu, soak, step
 from bench.batches import load
+from bench.growth import grown
 from bench.same import TIMES, contents, difference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,3 +81,45 @@ def test_what_two_runs_differ_in(tmp_path: Path) -> None:
     assert difference(a, dict(a)) == ""
     assert difference(a, b) == "final/model.safetensors, metrics.jsonl, (step 1: loss/total)"
     assert difference(a, {}) == "final/model.safetensors, metrics.jsonl, (no metrics)"
+
+
+def test_the_soak_adds_rows_up_and_tells_what_grew() -> None:
+    done = "SIGKILLs"
+    rows = [
+        soak.Row("data", 3, "files", {"JSONL": 3}, code=["a"]),
+        soak.Row("kills", 4, done, {"runs": 1, "saving": 0, "elsewhere": 1}, code=["a"]),
+        soak.Row("kills", 6, done, {"runs": 2, "saving": 3, "elsewhere": 1}, ["kills-2: hung"], ["b+"]),
+        soak.Row("kills", 10, done, {"runs": 1, "saving": 7, "elsewhere": 2}, code=["a"]),
+    ]
+    assert soak.table(rows).splitlines()[2:] == [
+        "| kills | 20 | SIGKILLs; 80% inside a phase; runs 4, saving 10, elsewhere 4 | 1 | a b+ |",
+        "| data | 3 | files; JSONL 3 | 0 | a |",
+        "",
+        "What was wrong:",
+        "",
+        "- kills-2: hung",
+    ]
+    flat = {"RSS": 5e8, "shared memory": 0, "file handles": 20, "threads": 9, "folder": 0}
+    steps = [flat | {"folder": 9000.0 * step, "RSS": 5e8 + 1e6 * min(step, 100)} for step in range(1000)]
+    told, wrong = grown(steps, len(steps))
+    assert not wrong  # what is made in the first eighth does not count
+    assert told.startswith("RSS +0.0 MiB (bound ")
+    assert "folder +9000 bytes a step (bound 16384)" in told
+    assert not grown([flat | {"RSS": 5e8 + 1e6 * step} for step in range(24)], 24)[1]  # a short run is only the start
+    for key, each in (("RSS", 3e4), ("shared memory", 1), ("file handles", 0.1), ("threads", 0.1), ("folder", 1e4)):
+        _, wrong = grown([seen | {key: seen[key] + each * step} for step, seen in enumerate(steps)], 1000)
+        assert len(wrong) == 1
+        assert wrong[0].startswith(f"growth: {key} grew by ")
+
+
+def test_the_soak_notices_damage_that_a_run_passes_over() -> None:
+    newest = Path("checkpoints/step-000006")
+    file = newest / "rank-0.pt"
+    said = f"checkpoint {newest} is damaged ({file} is not as it was written); looking for an earlier one\n"
+    assert soak.unsaid(said + "resumed after step 4 from there\n", file, newest) == ""
+    assert soak.unsaid(said + "resumed after step 4\nTraceback\n", file, newest) == "traceback"
+    for resumed in ("", "resumed after step 6 from there\n"):
+        assert soak.unsaid(said + resumed, file, newest) == "no older checkpoint was taken"
+    assert soak.unsaid(f"resumed after step 4; not {file}\n", file, newest) == "no line says so"
+    pointer = newest.parent / "latest"
+    assert soak.unsaid("checkpoints/latest is damaged\nresumed after step 6\n", pointer, newest) == ""

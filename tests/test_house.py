@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import re
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ COMMANDS = {"aipo.branching.latent", "aipo.replay"}
 TOP = {"aipo.trainer", "aipo.run"}
 
 
+@cache
 def imports() -> dict[str, set[str]]:
     """Module -> modules of the package that it imports anywhere, inside functions too."""
     files = {module(path): path for path in (ROOT / "aipo").rglob("*.py")}

@@ -14,7 +14,7 @@ from torch import Tensor
 from aipo import scorer as module
 from aipo.config.sections import MIConfig
 from aipo.mi import FourierFeatures, coordinate_scores, fast_hsic, median_bandwidth
-from aipo.scorer import PositionSums, TokenScorer, pointwise_scores, position_scores
+from aipo.scorer import PositionSums, TokenScorer, batch_scores
 
 
 def make(**options: Any) -> TokenScorer:
@@ -41,7 +41,7 @@ def batch(d: int = 4) -> tuple[Tensor, Tensor, Tensor]:
 def test_pointwise_scores_by_loops():
     hidden, gold, lengths = batch()
     paired = gold.repeat_interleave(lengths, 0)
-    scores = pointwise_scores(hidden, gold, lengths, num_features=16, sigma=2.0, seed=3)
+    scores = batch_scores(hidden, gold, lengths, estimator="pointwise", num_features=16, sigma=2.0, seed=3)
     phi_of = FourierFeatures.draw("random", 4, 16, 3)
     x, y = phi_of(hidden.double(), 2.0), phi_of(paired.double(), 2.0)
     x, y = x - x.mean(0), y - y.mean(0)
@@ -55,7 +55,8 @@ def test_pointwise_scores_by_loops():
 
 def test_position_scores_by_loops():
     hidden, gold, lengths = batch()
-    scores = position_scores(hidden, gold, lengths, num_features=16, sigma=2.0, seed=3).split(lengths.tolist())
+    scores = batch_scores(hidden, gold, lengths, estimator="position", num_features=16, sigma=2.0, seed=3)
+    scores = scores.split(lengths.tolist())
     states = hidden.split(lengths.tolist())
     for t in range(6):
         running = [i for i in range(4) if lengths[i] > t]
@@ -80,7 +81,10 @@ def test_positions_by_blocks_are_those_of_the_definition(lengths: list[int], whi
     hidden = normal(sum(lengths), 4, seed=sum(lengths))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BLOCK_ELEMENTS", elements)
-        scores = make(estimator="position", num_features=8, sigma=2.0, max_positions=10)._fit_score(hidden, gold, count)
+        scorer = make(estimator="position", num_features=8, sigma=2.0, max_positions=10)
+        scorer.observe(hidden, gold, count)
+        scorer.reduce()
+        scores = scorer.score(hidden, gold, count)
     states, found = hidden.split(lengths), scores.split(lengths)
     for t in range(max(lengths)):
         running = [i for i, length in enumerate(lengths) if length > t]

@@ -23,7 +23,7 @@ from aipo.problems.prompts import Prompter, wrong_golds
 from aipo.record.clock import Clock
 from aipo.rollout.base import Completion
 from aipo.rollouts import Rollouts
-from aipo.selection import TokenSelector
+from aipo.selection import Selection, TokenSelector
 from aipo.sharding import frozen_reference, shard
 from aipo.trainer import Trainer
 from tests.tiny import make_tiny
@@ -299,7 +299,7 @@ def test_the_wrong_gold_twin_by_loops(model: Path, scope: str) -> None:
 
 def test_shaped_advantages_reach_the_loss(model: Path) -> None:
     trainer, rollouts = made(config_of(model), model)
-    selection = trainer.selector.begin(rollouts, None, kappa=0.3, step=0)
+    selection = Selection(trainer.selector, rollouts, None, kappa=0.3, step=0)
     part = trainer.passes.update_batches(rollouts)[0]
     rollouts.token_advantages = torch.arange(8.0 * 14).reshape(8, 14)
     for micro in part:
@@ -319,7 +319,7 @@ def test_the_kl_is_weighted_by_the_certainty_of_the_initial_model(model: Path, c
     config = config_of(model, "loss.kl_beta=0.1", "loss.kl_priority=2", f"loss.kl_certainty={certain}")
     trainer, rollouts = made(config, model)
     trainer.reference = frozen_reference(config, str(model), torch.device("cpu"))
-    selection = trainer.selector.begin(rollouts, None, kappa=0.3, step=0)
+    selection = Selection(trainer.selector, rollouts, None, kappa=0.3, step=0)
     micro = trainer.passes.update_batches(rollouts)[0][0]
     out = {"mask": torch.arange(int(micro.lengths.sum())) % 3 > 0}  # some tokens are not selected
     out["logp"] = out["entropy"] = torch.zeros(int(out["mask"].sum()))
@@ -357,7 +357,7 @@ def test_the_kl_comes_off_the_reward(model: Path) -> None:
         assert float(rollouts.rewards[row]) == pytest.approx(expected, abs=1e-3, nan_ok=True)
     assert found["trained_reward"] == pytest.approx(float(rollouts.rewards.nansum()))
     assert not rollouts.used[5]
-    selection = trainer.selector.begin(rollouts, None, kappa=0.3, step=0)
+    selection = Selection(trainer.selector, rollouts, None, kappa=0.3, step=0)
     micro = trainer.passes.update_batches(rollouts)[0][0]
     out = {"mask": torch.ones(int(micro.lengths.sum()), dtype=torch.bool)}
     out["logp"] = out["entropy"] = torch.zeros(len(out["mask"]))

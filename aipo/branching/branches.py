@@ -12,19 +12,16 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from aipo.config.sections import BranchConfig
 from aipo.layout import token_grid
 from aipo.rollout.base import Completion, Request
 from aipo.rollout.collect import request_seed
 from aipo.rollouts import Lineage, Rollouts
-
-Pick = Literal["uniform", "argmax"]
-Cut = Literal["before", "after"]
-TOP_FRACTION = 0.05
 
 
 @dataclass(frozen=True)
@@ -36,14 +33,13 @@ class Branch:
     request: Request
 
 
-def branch_point(signal: Sequence[float], *, fraction: float = TOP_FRACTION, pick: Pick = "uniform", seed: int) -> int:
+def branch_point(signal: Sequence[float], branch: BranchConfig, *, seed: int) -> int:
     """t*: the token where a rollout is cut.
 
     Args:
         signal: (T,) entropy or surprisal of each token, T at least 1.
-        fraction: the candidates are the ``floor(fraction * T)`` positions of the highest signal, at least one; of
-            equals the earlier.
-        pick: ``uniform`` among the candidates, or ``argmax``.
+        branch: the candidates are the ``floor(fraction * T)`` positions of the highest signal, at least one; of equals
+            the earlier. ``pick`` is ``uniform`` among them, or ``argmax``.
         seed: of the uniform draw.
 
     Raises:
@@ -52,27 +48,23 @@ def branch_point(signal: Sequence[float], *, fraction: float = TOP_FRACTION, pic
     if not len(signal):
         raise ValueError("a rollout without tokens has no branch point")
     ranked = sorted(range(len(signal)), key=lambda t: -signal[t])  # stable
-    candidates = ranked[: max(int(fraction * len(signal)), 1)]
-    return candidates[0] if pick == "argmax" else random.Random(seed).choice(candidates)
+    candidates = ranked[: max(int(branch.fraction * len(signal)), 1)]
+    return candidates[0] if branch.pick == "argmax" else random.Random(seed).choice(candidates)
 
 
-def kept_tokens(
-    signal: Sequence[float], *, fraction: float, pick: Pick, cut: Cut = "before", skip: int = 0, seed: int
-) -> int:
-    """How many of its T tokens a path keeps in a branch: up to t*, without or with it.
+def kept_tokens(signal: Sequence[float], branch: BranchConfig, *, seed: int) -> int:
+    """How many of its T tokens a path keeps in a branch: up to t*, without or with it; arguments as of
+    :func:`branch_point`.
 
-    Args:
-        signal, fraction, pick, seed: as in :func:`branch_point`.
-        cut: ``before`` draws t* anew too; ``after`` keeps it. Then the last token, behind which there is nothing to
-            draw, is no t*; a path of one token is drawn anew.
-        skip: so many first tokens are no t*, if there are others.
+    ``branch.cut: before`` draws t* anew too; ``after`` keeps it. Then the last token, behind which there is nothing to
+    draw, is no t*; a path of one token is drawn anew. The first ``branch.skip`` tokens are no t*, if there are others.
     """
-    kept = int(cut == "after")
+    kept = int(branch.cut == "after")
     last = len(signal) - kept
     if last < 1:
         return 0
-    first = min(skip, last - 1)
-    return first + branch_point(signal[first:last], fraction=fraction, pick=pick, seed=seed) + kept
+    first = min(branch.skip, last - 1)
+    return first + branch_point(signal[first:last], branch, seed=seed) + kept
 
 
 def branches_by_round(base: int, samples: int, rounds: int) -> list[int]:
@@ -104,32 +96,20 @@ class Paths:
         max_tokens: longest whole completion; a branch may draw what its prefix has left of it.
         seed, stream: of the run and of the step, as in :meth:`aipo.rollout.collect.Collector.collect`; cut and
             continuation are random by (seed, stream, question, sample) alone, whatever the number of ranks.
-        fraction, pick, cut, skip: see :func:`kept_tokens`.
 
     Attributes:
         rollouts: each question's base rollouts, then its branches in the order drawn; with their lineage.
     """
 
     def __init__(
-        self,
-        base: Rollouts,
-        signal: Tensor,
-        *,
-        max_tokens: int,
-        fraction: float = TOP_FRACTION,
-        pick: Pick = "uniform",
-        cut: Cut = "before",
-        skip: int = 0,
-        seed: int,
-        stream: str,
+        self, base: Rollouts, signal: Tensor, branch: BranchConfig, *, max_tokens: int, seed: int, stream: str
     ) -> None:
         ids, lengths = base.ids.tolist(), base.lengths.tolist()
         self.rollouts = replace(base, lineage=[((i, n),) for i, n in zip(ids, lengths)])
         self.count = base.group_size
         self.own = {i: values[:n] for i, values, n in zip(ids, signal.tolist(), lengths)}  # of what each drew itself
         self.active = [list(range(self.count)) for _ in base.problems]  # of each question, the sample each path is at
-        self.max_tokens, self.seed, self.stream = max_tokens, seed, stream
-        self.fraction, self.pick, self.cut, self.skip = fraction, pick, cut, skip
+        self.branch, self.max_tokens, self.seed, self.stream = branch, max_tokens, seed, stream
 
     def plan(self, count: int) -> list[Branch]:
         """``count`` branches of every question, those of one adjacent; its paths take turns."""
@@ -139,15 +119,8 @@ class Paths:
             for sample in range(n, n + count):
                 parent = q * n + self.active[q][(sample - self.count) % self.count]
                 tokens, own = rollouts.completions[parent].token_ids, self.own[int(rollouts.ids[parent])]
-                keep = len(tokens) - len(own)
-                keep += kept_tokens(
-                    own,
-                    fraction=self.fraction,
-                    pick=self.pick,
-                    cut=self.cut,
-                    skip=self.skip,
-                    seed=request_seed(self.seed, f"{self.stream} cut", problem.id, sample),
-                )
+                seed = request_seed(self.seed, f"{self.stream} cut", problem.id, sample)
+                keep = len(tokens) - len(own) + kept_tokens(own, self.branch, seed=seed)
                 seed = request_seed(self.seed, self.stream, problem.id, sample)
                 branches.append(Branch(parent, keep, Request([*prompt, *tokens[:keep]], seed, self.max_tokens - keep)))
         return branches

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from aipo.config.sections import BranchConfig
 from aipo.errors import UserError
-from aipo.rollout.injection import Injection, Projections, Rule
+from aipo.rollout.base import Request
+from aipo.rollout.injection import Injection, Projections
 
 if TYPE_CHECKING:
     from aipo.rollout.hf import HfEngine
@@ -137,22 +139,14 @@ class Latents(nn.Module):
             self.cvae = CVAE(width, hidden=hidden, latent=latent)
             self.projections = Projections(width, layers, kv_width, latent)
 
-    def injection(
-        self,
-        engine: HfEngine,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        *,
-        rule: Rule,
-        scale: float,
-        half_life: float | None,
-    ) -> Injection:
-        """A latent from the prior for each branch; ``prompts`` are question and prefix, ``seeds`` those of the
-        requests."""
+    def injection(self, engine: HfEngine, requests: Sequence[Request], branch: BranchConfig) -> Injection:
+        """A latent from the prior for the request of each branch, whose prompt is question and prefix."""
+        prompts = [request.prompt_ids for request in requests]
         x = engine.mean_states(prompts, [len(prompt) for prompt in prompts])[:, 0]  # (B, width)
         # the engine draws its tokens from `seed` itself: the same numbers must not choose both
-        z = self.cvae.sample(x, [seed ^ 0x5DEECE66D for seed in seeds])  # (B, latent)
-        return Injection(rule, self.projections, z, scale, half_life)
+        z = self.cvae.sample(x, [request.seed ^ 0x5DEECE66D for request in requests])  # (B, latent)
+        assert branch.latent != "none"
+        return Injection(branch.latent, self.projections, z, branch.latent_scale, branch.latent_half_life)
 
     def save(self, path: str | Path, *, model: str) -> None:
         """Write the checkpoint, whole or not at all. ``model`` names the model it was trained on."""

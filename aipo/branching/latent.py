@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from aipo.branching.branches import kept_tokens
 from aipo.branching.cvae import HIDDEN, LATENT, Latents, explained, fit
 from aipo.config import Config, load_config
-from aipo.errors import UserError
+from aipo.errors import UserError, exit_code
 from aipo.inputs import Inputs, check_inputs
 from aipo.model.export import find_model
 from aipo.model.precision import choose, this_device
@@ -32,7 +32,7 @@ def collect_pairs(
 
     It is cut as ``branch`` says, by the surprisal, which every engine reports.
     """
-    rollout, branch = config.rollout, config.branch
+    rollout = config.rollout
     options: dict[str, Any] = {
         "max_model_len": config.data.max_prompt_tokens + rollout.max_tokens,
         "end_token_ids": sorted(inputs.prompter.end_ids),
@@ -55,15 +55,7 @@ def collect_pairs(
     states = HfEngine(inputs.model_path, **options)
     sequences = [[*r.prompt_ids, *c.token_ids] for r, c in zip(requests, completions)]
     cuts = [
-        len(request.prompt_ids)
-        + kept_tokens(
-            [-p for p in completion.logprobs],
-            fraction=branch.fraction,
-            pick=branch.pick,
-            cut=branch.cut,
-            skip=branch.skip,
-            seed=request.seed,
-        )
+        len(request.prompt_ids) + kept_tokens([-p for p in completion.logprobs], config.branch, seed=request.seed)
         for request, completion in zip(requests, completions)
     ]
     means, block = [], 256
@@ -75,6 +67,7 @@ def collect_pairs(
     return x, y
 
 
+@exit_code
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m aipo.branching.latent", description="Train the CVAE of IIB-LPO.")
     parser.add_argument("--config", required=True, help="of the run that will use it: model, data and sampling")
@@ -88,12 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hidden", type=int, default=HIDDEN, help=f"width of the MLPs ({HIDDEN})")
     parser.add_argument("--latent", type=int, default=LATENT, help=f"size of z ({LATENT})")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
-    try:
-        train(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    train(parser.parse_args(arguments))
     return 0
 
 

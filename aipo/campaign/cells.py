@@ -26,7 +26,7 @@ from aipo.inputs import MAY_CHANGE, data_sets, file_digest
 from aipo.labelling import DEPENDS_ON
 from aipo.model.loading import weights_digest
 from aipo.problems.readers import HUB
-from aipo.record.checkpoints import flatten, run_identity, write_atomically
+from aipo.record.checkpoints import digest, flatten, run_identity, write_atomically
 from aipo.record.tracker import versions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -183,10 +183,6 @@ def size(config: Config, gpus: int) -> dict[str, Any]:
 
 def device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import accumulate
 from typing import Any
 
 import pandas as pd
@@ -33,22 +33,20 @@ def collect(plan: Plan) -> tuple[pd.DataFrame, pd.DataFrame]:
         if trained:
             log = read_jsonl(cell.folder / "metrics.jsonl")
             row |= figures(cell, log, [name for name in plan.campaign.columns if "/" in name], plan.campaign.metric)
-            curves += [{**named, **line} for line in _curve(log)]
+            tokens = accumulate(line.get("rollout/tokens") or 0.0 for line in log)
+            curves += [{**named, **line, "tokens": so_far} for line, so_far in zip(log, tokens)]
         if cell.results is not None and cell.results.is_file():
             row |= evaluated(cell, backbone.get((setting.panel, setting.seed)), row.get("otf"))
         runs.append(row)
     return pd.DataFrame(runs), pd.DataFrame(curves)
 
 
-def save(plan: Plan, runs: pd.DataFrame, curves: pd.DataFrame) -> list[Path]:
+def save(plan: Plan, runs: pd.DataFrame, curves: pd.DataFrame) -> None:
     """Both as Parquet and CSV in the campaign's folder."""
     plan.folder.mkdir(parents=True, exist_ok=True)
-    written = []
     for name, table in (("runs", runs), ("curves", curves)):
         table.to_parquet(plan.folder / f"{name}.parquet", index=False)
         table.to_csv(plan.folder / f"{name}.csv", index=False)
-        written += [plan.folder / f"{name}.parquet", plan.folder / f"{name}.csv"]
-    return written
 
 
 def figures(cell: Cell, log: Sequence[dict[str, Any]], more: Sequence[str], metric: str) -> dict[str, Any]:
@@ -111,14 +109,6 @@ def _backbone(plan: Plan) -> dict[tuple[str, int], float]:
         for cell in plan.cells
         if cell.setting.read == "first" and cell.setting.intervene == "none" and cell.results and cell.results.is_file()
     }
-
-
-def _curve(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    tokens, lines = 0.0, []
-    for line in log:
-        tokens += line.get("rollout/tokens") or 0.0
-        lines.append({**line, "tokens": tokens})
-    return lines
 
 
 def values_of(runs: pd.DataFrame, panel: str, column: str) -> dict[str, dict[int, float]]:

@@ -83,10 +83,9 @@ def _arithmetic(cell: Cell, memory: MemoryPlan) -> float:
     rows = rollout.questions_per_step * rollout.samples_per_question / ranks
     length = LENGTH * rollout.max_tokens
     cache = memory.phases["rollout"].get("KV cache", 0)
-    held = max(min(rows, cache / (kv_token_bytes(memory.precision.settle(config), memory.model) * length)), 1)
-    token = (2 * parameters + held * length * kv_token_bytes(memory.precision.settle(config), memory.model) / 2) / (
-        REACHED * BANDWIDTH
-    )
+    cached = kv_token_bytes(memory.precision.settle(config), memory.model)
+    held = max(min(rows, cache / (cached * length)), 1)
+    token = (2 * parameters + held * length * cached / 2) / (REACHED * BANDWIDTH)
     generation = rows / held * length * token
     update = 8 * parameters * rows * (length + 200) / (UTILISATION * FLOPS)
     return config.optim.steps * (generation + update)

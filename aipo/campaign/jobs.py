@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 
 State = Literal["waiting", "begun", "running", "failed", "done"]
 BAD_INPUT = 2  # exit code of train.py and evaluate.py where the user must mend something: another try is no use
@@ -208,7 +209,4 @@ def save_jobs(jobs: list[Job], path: Path) -> None:
 
 
 def load_jobs(path: Path) -> list[Job]:
-    return [
-        Job(**{**each, "work": tuple(Work(**(w | {"command": tuple(w["command"])})) for w in each["work"])})
-        for each in json.loads(path.read_text())
-    ]
+    return TypeAdapter(list[Job]).validate_json(path.read_bytes())

@@ -6,15 +6,7 @@ from aipo.campaign.cells import Plan
 from aipo.campaign.collect import collect, save
 from aipo.campaign.jobs import failure
 from aipo.campaign.plots import draw
-from aipo.campaign.tables import (
-    comparison_markdown,
-    comparisons,
-    entries,
-    latex,
-    markdown,
-    note,
-    table_csv,
-)
+from aipo.campaign.tables import comparison_markdown, comparisons, entries, latex, markdown, note, table_csv
 from aipo.record.checkpoints import write_atomically
 from aipo.record.machine import machine
 

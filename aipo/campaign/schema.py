@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +17,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from aipo.config import CONFIG_FOLDER, Config, load_config
 from aipo.config.base import NonNegative, Positive, Section
-from aipo.config.reading import read_yaml
+from aipo.config.reading import layers
 from aipo.errors import UserError
 from aipo.evaluation.benchmarks import ALIASES
+from aipo.record.checkpoints import flatten
 
 Read = Literal["first", "last", "best"]
 FIGURES = {
@@ -244,7 +245,7 @@ def load_campaign(path: Path) -> Campaign:
     Raises UserError with the key and the file that is wrong.
     """
     path = find_campaign(path)
-    tree = _tree(path)
+    tree = {k: v for _, content in layers(path, key="from", elsewhere=_elsewhere) for k, v in content.items()}
     known = Campaign.model_fields
     for key in tree:
         if key not in known:
@@ -259,9 +260,7 @@ def load_campaign(path: Path) -> Campaign:
 
 def reference(campaign: Campaign) -> Config:
     """The config without any condition, from which the dry run tells differences."""
-    common = campaign.common
-    overrides = [f"{key}={json.dumps(value)}" for key, value in common.keys.items()]
-    return load_config(common.config or campaign.base, overrides, method=common.method)
+    return _config(campaign, campaign.common)
 
 
 def settings(campaign: Campaign, path: Path) -> Iterator[Setting]:
@@ -270,15 +269,17 @@ def settings(campaign: Campaign, path: Path) -> Iterator[Setting]:
         for name, condition in campaign.variants().items():
             whole = condition.over(part).over(campaign.common)
             for seed in campaign.seeds:
-                overrides = [f"{key}={json.dumps(value)}" for key, value in whole.keys.items()]
                 try:
-                    config = load_config(
-                        whole.config or campaign.base, [*overrides, f"seed={seed}"], method=whole.method
-                    )
+                    config = _config(campaign, whole, f"seed={seed}")
                 except UserError as error:
                     where = ": ".join(part for part in (panel, name) if part)
                     raise UserError(f"{path}: {where}: {error}") from None
                 yield Setting(panel, name, seed, whole.read or campaign.read, whole.intervene, config)
+
+
+def _config(campaign: Campaign, condition: Condition, *more: str) -> Config:
+    overrides = [f"{key}={json.dumps(value)}" for key, value in condition.keys.items()]
+    return load_config(condition.config or campaign.base, [*overrides, *more], method=condition.method)
 
 
 def find_campaign(path: Path) -> Path:
@@ -291,17 +292,8 @@ def find_campaign(path: Path) -> Path:
     raise UserError(f"campaign {path} not found{_near(str(path), known)} (in configs/campaigns: {', '.join(known)})")
 
 
-def _tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise UserError(f"{path}: from: goes in a circle")
-    own = read_yaml(path)
-    source = own.pop("from", None)
-    if source is None:
-        return own
-    parent = path.parent / str(source)
-    if not parent.is_file():
-        raise UserError(f"{path}: from: {source} is not beside it")
-    return _tree(parent, (*seen, path.resolve())) | own
+def _elsewhere(name: str, asked_by: str) -> Path:
+    raise UserError(f"{asked_by}{name} is not beside it")
 
 
 def _condition(value: Any) -> Any:
@@ -316,15 +308,7 @@ def _condition(value: Any) -> Any:
     rest = {key: each for key, each in value.items() if key not in own}
     if taken := sorted({"name", "runs", "seed"} & rest.keys()):
         raise ValueError(f"{taken[0]} is the campaign's to set, for each run" + (": see seeds" * (taken[0] == "seed")))
-    return own | {"keys": dict(_dotted(rest))}
-
-
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return own | {"keys": flatten(rest)}
 
 
 def _text(value: Any) -> str:

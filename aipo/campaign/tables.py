@@ -15,6 +15,7 @@ from aipo.campaign.cells import Plan
 from aipo.campaign.collect import values_of
 from aipo.campaign.schema import LOWER_IS_BETTER, Campaign
 from aipo.campaign.statistics import Comparison, compare
+from aipo.evaluation.results import markdown as grid
 from aipo.inputs import data_sets
 from aipo.metrics import bootstrap_interval
 
@@ -80,14 +81,14 @@ def digits(column: str) -> int:
 def markdown(campaign: Campaign, rows: Rows) -> str:
     """Best bold, second underlined, a line for each panel."""
     head = [campaign.label, *map(campaign.heading, campaign.columns)]
-    lines = [head, ["---"] + ["--:"] * len(campaign.columns)]
+    lines = []
     for panel, part in rows.items():
         lines += [[f"*{panel}*", *[""] * len(campaign.columns)]] if panel else []
         for name, line in part.items():
             texts = [entry.text(digits(column)) for column, entry in zip(campaign.columns, line)]
             marks = [("**", "**") if e.rank == 1 else ("<u>", "</u>") if e.rank == 2 else ("", "") for e in line]
             lines.append([name, *(f"{a}{text}{b}" for text, (a, b) in zip(texts, marks))])
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+    return grid(head, lines)
 
 
 def latex(campaign: Campaign, rows: Rows, note: str) -> str:
@@ -137,7 +138,7 @@ def comparisons(campaign: Campaign, runs: pd.DataFrame) -> dict[str, dict[str, C
 
 def comparison_markdown(campaign: Campaign, made: dict[str, dict[str, Comparison]]) -> str:
     head = [campaign.label, "seeds", f"difference from {campaign.control}", "95 %", "p", "p, Holm", "", "seeds needed"]
-    lines = [head, ["---"] + ["--:"] * (len(head) - 1)]
+    lines = []
     for panel, part in made.items():
         lines += [[f"*{panel}*", *[""] * (len(head) - 1)]] if panel and part else []
         for name, c in part.items():
@@ -146,23 +147,15 @@ def comparison_markdown(campaign: Campaign, made: dict[str, dict[str, Comparison
             interval = f"[{c.low:+.1f}, {c.high:+.1f}]" if c.seeds > 1 else "–"
             needed = "" if c.told_apart else str(c.needed or ("–" if math.isnan(c.p) else "> 1,000"))
             lines.append([name, str(c.seeds), f"{c.difference:+.1f}", interval, *p, verdict, needed])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return grid(head, lines)
 
 
 def note(plan: Plan, runs: pd.DataFrame, machine: str) -> str:
     """At which scale the figures were made, in a line."""
     configs = [cell.setting.config for cell in plan.cells]
     models = ", ".join(sorted({config.model.path for config in configs}))
-    data = ", ".join(
-        sorted(
-            {
-                source.path
-                for config in configs
-                for name, source in data_sets(config).items()
-                if name.startswith("train")
-            }
-        )
-    )
+    sets = [each for config in configs for each in data_sets(config).items()]
+    data = ", ".join(sorted({source.path for name, source in sets if name.startswith("train")}))
     steps = _span([config.optim.steps for config in configs])
     rollouts = _span([config.rollout.questions_per_step * config.rollout.samples_per_question for config in configs])
     campaign, done = plan.campaign, int((runs["state"] == "done").sum())

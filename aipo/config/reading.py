@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -25,17 +25,13 @@ from aipo.errors import UserError
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 
 
-def keys(root: type[BaseModel] = Config) -> Iterator[tuple[str, Any]]:
+def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """All leaf keys in order, as (dotted name, pydantic field)."""
-
-    def walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, field in section.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                yield from walk(field.annotation, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", field
-
-    return walk(root, "")
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
 
 
 def type_name(annotation: Any) -> str:
@@ -62,14 +58,8 @@ def help_sources() -> str:
     """The same of the keys of a source."""
     common = {name for name, _ in keys(Source)}
     train, watch = ([each for each in keys(kind) if each[0] not in common] for kind in (TrainSource, WatchSource))
-    parts = [
-        _described(keys(Source)),
-        "  of data.train:",
-        _described(train),
-        "  of validation.watch:",
-        _described(watch),
-    ]
-    return "\n".join(parts)
+    parts = [_described(keys(Source)), "  of data.train:", _described(train)]
+    return "\n".join([*parts, "  of validation.watch:", _described(watch)])
 
 
 def _described(fields: Iterable[tuple[str, Any]]) -> str:
@@ -123,10 +113,10 @@ def load_config(name: str, overrides: Sequence[str] = (), *, method: str | None 
     own = []
     if method is not None:
         file = find_method(method)
-        *bases, itself = _layers(file)
+        *bases, itself = layers(file)
         own = [layer for layer in bases if Path(layer[0]).resolve().parent == CONFIG_FOLDER / "methods"] + [itself]
         values["name"] = f"{path.stem}-{file.stem}"
-    for layer, tree in [*_layers(path), *own, *map(_parse_override, overrides)]:
+    for layer, tree in [*layers(path), *own, *map(_parse_override, overrides)]:
         for key, value in _flatten(tree):
             _check_key(key, layer)
             values[key], origin[key] = value, layer
@@ -141,18 +131,23 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """(file, content) from the deepest base to the file itself."""
+def layers(
+    path: Path, *, key: str = "base", elsewhere: Callable[..., Path] = find_config, seen: tuple[Path, ...] = ()
+) -> list[tuple[str, dict[str, Any]]]:
+    """(file, content) from the deepest base to the file itself.
+
+    ``key`` names a file's base, which lies beside it or where ``elsewhere`` finds it.
+    """
     if path.resolve() in seen:
-        raise UserError(f"{path}: base: goes in a circle")
+        raise UserError(f"{path}: {key}: goes in a circle")
     tree = read_yaml(path)
-    base = tree.pop("base", None)
+    base = tree.pop(key, None)
     if base is None:
         return [(str(path), tree)]
     parent = path.parent / str(base)
     if not parent.is_file():
-        parent = find_config(str(base), asked_by=f"{path}: base: ")
-    return [*_layers(parent, (*seen, path.resolve())), (str(path), tree)]
+        parent = elsewhere(str(base), asked_by=f"{path}: {key}: ")
+    return [*layers(parent, key=key, elsewhere=elsewhere, seen=(*seen, path.resolve())), (str(path), tree)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -6,11 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from aipo.config.base import (
-    NonNegative,
-    Positive,
-    Section,
-)
+from aipo.config.base import NonNegative, Positive, Section
 
 
 class ModelConfig(Section):

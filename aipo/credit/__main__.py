@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from aipo.errors import UserError
+from aipo.errors import exit_code
 from aipo.threads import settle
 
 
+@exit_code
 def main() -> int:
-    try:
-        settle()  # before torch is imported
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    settle()  # before torch is imported
     from aipo.credit import command
 
     return command.main()

@@ -8,7 +8,6 @@ are done are kept in the folder, and the same command goes on with the others.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from itertools import zip_longest
@@ -25,10 +24,11 @@ from aipo.credit.plot import plot
 from aipo.credit.signals import all_signals, named
 from aipo.credit.table import WRONG, Credit, table, twins
 from aipo.credit.values import Valued, changes, enough_continuations, value_prefixes
-from aipo.errors import UserError
+from aipo.errors import UserError, exit_code
 from aipo.evaluation.benchmarks import load_benchmarks
 from aipo.inputs import Inputs, check_inputs
 from aipo.model.precision import choose
+from aipo.passes import Passes
 from aipo.problems.problem import Problem
 from aipo.problems.prompts import Prompter
 from aipo.record.jsonl import JsonlLog, read_jsonl
@@ -48,19 +48,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
+@exit_code
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        for name in ("questions", "samples", "continuations", "stride"):
-            if getattr(options, name) < 1:
-                raise UserError(f"--{name}: {getattr(options, name)} is below 1")
-        enough_continuations(options.continuations)
-        config = configured(options)
-        folder = Path(options.out or Path("runs/credit") / config.name)
-        return distributed.launch(lambda device: run(config, options, folder, device))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for name in ("questions", "samples", "continuations", "stride"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name}: {getattr(options, name)} is below 1")
+    enough_continuations(options.continuations)
+    config = configured(options)
+    folder = Path(options.out or Path("runs/credit") / config.name)
+    return distributed.launch(lambda device: run(config, options, folder, device))
 
 
 def run(config: Config, options: argparse.Namespace, folder: Path, device: torch.device) -> int:
@@ -85,7 +82,7 @@ def run(config: Config, options: argparse.Namespace, folder: Path, device: torch
         frame, credit = rows(problems, valued, options.continuations, inputs.prompter)
         check(credit, options.continuations)
         signals: dict[str, np.ndarray[Any, Any]] = {}
-        makers = all_signals(config, sharded, inputs.prompter, problems, rollouts, device, only)
+        makers = all_signals(Passes(config, sharded, inputs.prompter, device), problems, rollouts, only)
         with progress.task("signals", len(makers)) as task:
             for name, make in makers.items():
                 signals[name] = stretches(make(), frame)
@@ -240,11 +237,7 @@ def write_parquet(path: Path, columns: dict[str, Any]) -> None:
 
 
 def summary(
-    config: Config,
-    options: argparse.Namespace,
-    drawn: dict[str, Valued],
-    credit: Credit,
-    problems: Sequence[Problem],
+    config: Config, options: argparse.Namespace, drawn: dict[str, Valued], credit: Credit, problems: Sequence[Problem]
 ) -> str:
     decides = credit.decides
     right = [right for each in drawn.values() for right in each.correct]

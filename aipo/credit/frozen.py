@@ -16,12 +16,13 @@ from aipo.inputs import Inputs
 from aipo.model.export import find_model
 from aipo.policy import make_policy
 from aipo.reward import Rewarder
-from aipo.rollout import make_engine, memory_options
+from aipo.rollout import engine_options, make_engine
 from aipo.rollout.collect import Collector
 from aipo.sharding import Sharded, shard
 
 FIXED = ["sharding.zero_stage=0", "optim.share_prompts=false", "curriculum.enabled=false", "loss.kl_beta=0"]
-"""Keys of a config that measuring settles: nothing is sharded, and every sequence has a row of its own."""
+FIXED += ["rollout.mode=colocate"]
+"""Keys of a config that measuring settles: nothing is sharded, every sequence has a row of its own, one process."""
 
 
 def command(name: str, text: str | None, config: str) -> argparse.ArgumentParser:
@@ -61,15 +62,8 @@ def prepare(folder: Path, config: Config, **facts: Any) -> None:
 
 
 def build(config: Config, inputs: Inputs, device: torch.device) -> tuple[Collector, Sharded]:
-    engine = make_engine(
-        config.rollout.engine,
-        inputs.model_path,
-        max_model_len=config.data.max_prompt_tokens + config.rollout.max_tokens,
-        end_token_ids=sorted(inputs.prompter.end_ids),
-        dtype=config.model.dtype,
-        seed=config.seed,
-        **memory_options(config.rollout, device),
-    )
+    options = engine_options(config, inputs.prompter.end_ids, device)
+    engine = make_engine(config.rollout.engine, inputs.model_path, seed=config.seed, **options)
     rewarder = Rewarder(config.rewards(), max_tokens=config.rollout.max_tokens, thinking=config.data.thinking)
     sharded = shard(make_policy(config, inputs.model_path), config, device)
     return Collector(engine, inputs.prompter, rewarder, seed=config.seed), sharded

@@ -23,19 +23,21 @@ from aipo.advantage import group_advantages
 from aipo.config import Config
 from aipo.credit.frozen import asked_signals, build, command, configured, prepare
 from aipo.credit.signals import all_signals, named
-from aipo.errors import UserError
+from aipo.errors import UserError, exit_code
 from aipo.evaluation.results import markdown
-from aipo.inputs import Inputs, check_inputs
+from aipo.inputs import check_inputs
 from aipo.layout import token_grid
 from aipo.mask import lowest
+from aipo.metrics import bootstrap_interval
 from aipo.model.precision import choose
 from aipo.passes import Passes
 from aipo.plan.flops import sizes, step_flops
+from aipo.problems.problem import Problem
 from aipo.record.jsonl import JsonlLog, read_jsonl
 from aipo.record.progress import Progress
 from aipo.rollout import Sampling
 from aipo.rollouts import Rollouts
-from aipo.sharding import Sharded, trainable
+from aipo.sharding import trainable
 
 Row = dict[str, Any]
 ALL = "all tokens"
@@ -72,17 +74,15 @@ def cost(model: dict[str, int], rollouts: Rollouts, mask: Tensor) -> float:
 
 
 def measure_batch(
-    config: Config,
-    sharded: Sharded,
-    inputs: Inputs,
+    passes: Passes,
+    problems: Sequence[Problem],
     rollouts: Rollouts,
     truth: Tensor,
     budgets: Sequence[float],
-    device: torch.device,
     progress: Progress,
     *,
-    wanted: Sequence[str] = (),
-    name: str = "batch",
+    wanted: Sequence[str],
+    name: str,
 ) -> list[Row]:
     """Cosines of one small batch with the gradient ``truth`` (P,), a line for each signal and budget.
 
@@ -90,9 +90,9 @@ def measure_batch(
     many fewer questions have that those need as much, between whole questions in proportion. None if no question has
     both right and wrong rollouts, so that there is no gradient.
     """
-    passes, lengths = Passes(config, sharded, inputs.prompter, device), rollouts.lengths
+    lengths = rollouts.lengths
     every = token_grid(lengths, int(lengths.max()))  # (B, T)
-    model = sizes(sharded.policy.model)
+    model = sizes(passes.sharded.policy.model)
     whole, costs, cosines = cost(model, rollouts, every), [0.0], [0.0]
     own = torch.zeros_like(truth)  # (P,)
     for q in range(len(rollouts.problems)):
@@ -104,7 +104,7 @@ def measure_batch(
     if not own.any():
         return []
     found: list[Row] = [{"signal": ALL, "budget": 1.0, "cosine": cosines[-1], "cost": 1.0, "same_cost": cosines[-1]}]
-    makers = all_signals(config, sharded, inputs.prompter, inputs.problems, rollouts, device, only=wanted)
+    makers = all_signals(passes, problems, rollouts, wanted)
     with progress.task(name, len(makers)) as task:
         for signal, make in makers.items():
             scores = make()
@@ -118,10 +118,9 @@ def measure_batch(
     return found
 
 
-def interval(values: Sequence[float], *, resamples: int = 1000) -> str:
+def interval(values: Sequence[float]) -> str:
     """Mean and its 95 % interval, bootstrapped over batches."""
-    drawn = np.random.default_rng(0).choice(np.asarray(values), (resamples, len(values))).mean(1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    low, high = bootstrap_interval(values, 0, resamples=1000)
     return f"{np.mean(values):.3f} ({low:.3f} to {high:.3f})"
 
 
@@ -162,19 +161,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
+@exit_code
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        if options.times < TIMES:
-            raise UserError(
-                f"--times: {options.times} is below {TIMES}: the large batch would be as noisy as a small one"
-            )
-        config = configured(options)
-        folder = Path(options.out or Path("runs/credit") / f"{config.name}-gradients")
-        return distributed.launch(lambda device: run(config, options, folder, device))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.times < TIMES:
+        raise UserError(f"--times: {options.times} is below {TIMES}: the large batch would be as noisy as a small one")
+    config = configured(options)
+    folder = Path(options.out or Path("runs/credit") / f"{config.name}-gradients")
+    return distributed.launch(lambda device: run(config, options, folder, device))
 
 
 def run(config: Config, options: argparse.Namespace, folder: Path, device: torch.device) -> int:
@@ -194,6 +188,7 @@ def run(config: Config, options: argparse.Namespace, folder: Path, device: torch
     done = {row["batch"]: row["rows"] for row in read_jsonl(folder / "cosines.jsonl")}
     with Progress() as progress:
         collector, sharded = build(config, inputs, device)
+        passes = Passes(config, sharded, inputs.prompter, device)
 
         def draw(name: str, start: int, count: int) -> Rollouts:
             with progress.task(name, count * samples) as task:
@@ -211,7 +206,7 @@ def run(config: Config, options: argparse.Namespace, folder: Path, device: torch
                 large = draw("large batch", 0, small * options.times)
                 accuracy = float(large.correct.float().mean())
                 every = token_grid(large.lengths, int(large.lengths.max()))  # (B, T)
-                truth = gradient(Passes(config, sharded, inputs.prompter, device), large, every)
+                truth = gradient(passes, large, every)
                 if not truth.any():
                     raise UserError(
                         f"none of {len(large.problems)} questions has both right and wrong rollouts (accuracy "
@@ -226,17 +221,9 @@ def run(config: Config, options: argparse.Namespace, folder: Path, device: torch
                     continue
                 rollouts = draw(f"rollouts of batch {batch + 1}", small * (options.times + batch), small)
                 label = f"batch {batch + 1} of {options.batches}"
+                wanted = asked_signals(options)
                 done[batch] = measure_batch(
-                    config,
-                    sharded,
-                    inputs,
-                    rollouts,
-                    truth,
-                    budgets,
-                    device,
-                    progress,
-                    wanted=asked_signals(options),
-                    name=label,
+                    passes, inputs.problems, rollouts, truth, budgets, progress, wanted=wanted, name=label
                 )
                 log.append({"batch": batch, "rows": done[batch]})
     measured = [rows for rows in done.values() if rows]

@@ -17,10 +17,8 @@ from aipo.errors import UserError
 from aipo.layout import MicroBatch, token_grid
 from aipo.passes import Passes
 from aipo.problems.problem import Problem
-from aipo.problems.prompts import Prompter
 from aipo.rollouts import Rollouts
-from aipo.selection import TokenSelector
-from aipo.sharding import Sharded
+from aipo.selection import Selection, TokenSelector
 from aipo.tokens.table import MEASURES, measure
 
 VOCABULARY = ("entropy", "certainty", "energy", "gap")  # what one forward pass says of all tokens, beside the states
@@ -57,13 +55,7 @@ def named(config: Config, problems: Sequence[Problem], only: Sequence[str] = ())
 
 
 def all_signals(
-    config: Config,
-    sharded: Sharded,
-    prompter: Prompter,
-    problems: Sequence[Problem],
-    rollouts: Rollouts,
-    device: torch.device,
-    only: Sequence[str] = (),
+    passes: Passes, problems: Sequence[Problem], rollouts: Rollouts, only: Sequence[str] = ()
 ) -> dict[str, Callable[[], Tensor]]:
     """What makes each signal, by name: (B, T) float32 when called; all, or ``only`` some.
 
@@ -72,7 +64,7 @@ def all_signals(
     Args:
         problems: among which the wrong golds are found; those of the rollouts may be others.
     """
-    passes = Passes(config, sharded, prompter, device)
+    config, sharded, prompter, device = passes.config, passes.sharded, passes.prompter, passes.device
     batches = passes.batches_of(rollouts)
     inside = token_grid(rollouts.lengths, int(rollouts.lengths.max()))  # (B, T)
     place = torch.arange(inside.shape[1]) / rollouts.lengths[:, None]  # (B, T)
@@ -91,7 +83,7 @@ def all_signals(
         key = f"{mi.gold_text} {mi.gold_control}"
         if key not in golds:
             golds[key] = Passes(changed, sharded, prompter, device, problems).gold_states(rollouts.problems)
-        selection = TokenSelector(changed).begin(rollouts, golds[key], kappa=0.0, step=0)
+        selection = Selection(TokenSelector(changed), rollouts, golds[key], kappa=0.0, step=0)
         selection.score_all(batches, lambda micro: read(micro)["states"].to(device))
         return selection.scores  # (B, T)
 
@@ -100,10 +92,7 @@ def all_signals(
             return passes.per_token(batches, rollouts.lengths, lambda micro: read(micro)[name])  # (B, T)
         return measure({name}, passes, batches, rollouts)[0][name]  # (B, T)
 
-    makers: dict[str, Callable[[], Tensor]] = {
-        "position (early)": lambda: -place,
-        "random": lambda: noise,
-    }
+    makers: dict[str, Callable[[], Tensor]] = {"position (early)": lambda: -place, "random": lambda: noise}
     makers |= {name: partial(measured, name) for name in MEASURES}
     for name, mi in readings(config.mi, solutions=True):
         makers[name] = partial(scores, mi)

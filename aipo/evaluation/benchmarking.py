@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ from aipo.model.loading import read_folder
 from aipo.model.precision import choose, this_device
 from aipo.problems.embedded import MODEL
 from aipo.problems.prompts import Prompter
-from aipo.record.checkpoints import flatten, write_atomically
+from aipo.record.checkpoints import digest, flatten, write_atomically
+from aipo.record.jsonl import plain
 from aipo.record.plots import draw_bars
 from aipo.record.progress import Progress
 from aipo.record.tracker import versions
@@ -103,7 +104,8 @@ def run(options: argparse.Namespace) -> None:
             progress.say(f"report: {evaluation_report([*against, folders[name]])}")
         if len(results) > 1:
             show(*intervention_rows(results), "accuracy with and without high-MI tokens", console)
-            target = folders["baseline"] / f"interventions-{digest([variants[name].settings for name in folders])}"
+            of = digest([variants[name].settings for name in folders])[:8]
+            target = folders["baseline"] / f"interventions-{of}"
             write_atomically(target.with_suffix(".md"), markdown(*intervention_rows(results)))
             draw_bars(results, target.with_suffix(".png"))
             progress.say(f"table and figure: {target}.md, .png")
@@ -145,11 +147,7 @@ def make_job(options: argparse.Namespace, say: Say) -> Job:
     suffixes = {"math": config.data.suffix if config else MATH_SUFFIX, "choice": CHOICE_SUFFIX}
     prompters = {
         kind: Prompter(
-            folder.tokenizer,
-            **prompt,
-            suffix=suffix,
-            max_prompt_tokens=context,
-            generation_config=folder.generation,
+            folder.tokenizer, **prompt, suffix=suffix, max_prompt_tokens=context, generation_config=folder.generation
         )
         for kind, suffix in suffixes.items()
     }
@@ -170,7 +168,7 @@ def make_job(options: argparse.Namespace, say: Say) -> Job:
     count = sum(len(benchmark.problems) for benchmark in benchmarks) * options.samples
     which = ", ".join(f"{benchmark.name} ({len(benchmark.problems)})" for benchmark in benchmarks)
     say(f"{model.name} on {which}: {count} completions of at most {sampling.max_tokens} tokens")
-    return Job(model, benchmarks, prompters, sampling, context, json.loads(json.dumps(settings)))
+    return Job(model, benchmarks, prompters, sampling, context, plain(settings))
 
 
 def longest(context: int, config: Config | None) -> int:
@@ -200,22 +198,11 @@ def intervened(plan: Job, options: argparse.Namespace, say: Say) -> dict[str, Jo
         }
     except ValueError as error:
         raise UserError(f"--intervene: {error}") from None
-    return {
-        name: replace(
-            plan,
-            sampling=replace(plan.sampling, intervention=each),
-            settings=plan.settings
-            | {
-                "sampling": plan.settings["sampling"]
-                | {"intervention": asdict(each) | {"token_ids": list(each.token_ids)}}
-            },
-        )
-        for name, each in made.items()
-    }
-
-
-def digest(settings: Any) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    plans = {}
+    for name, each in made.items():
+        sampling = replace(plan.sampling, intervention=each)
+        plans[name] = replace(plan, sampling=sampling, settings=plain(plan.settings | {"sampling": asdict(sampling)}))
+    return plans
 
 
 def open_folder(plan: Job, options: argparse.Namespace, variant: str) -> Path:
@@ -224,7 +211,7 @@ def open_folder(plan: Job, options: argparse.Namespace, variant: str) -> Path:
     if options.out:
         folder = options.out / variant if suffix else options.out
     else:
-        folder = Path("evaluations") / f"{plan.model.name}-{digest(plan.settings)}{suffix}"
+        folder = Path("evaluations") / f"{plan.model.name}-{digest(plan.settings)[:8]}{suffix}"
     now = plan.settings | {f"{QUESTIONS} {b.name}": b.fingerprint for b in plan.benchmarks}
 
     def prepare() -> None:
@@ -249,14 +236,14 @@ def open_folder(plan: Job, options: argparse.Namespace, variant: str) -> Path:
     return folder
 
 
-class Evaluator:
-    """Draws what is missing. The engine is built when the first completion is, and serves all passes."""
+class Evaluator(ExitStack):
+    """Draws what is missing. The engine is built when the first completion is, and serves all passes until the end."""
 
     def __init__(self, options: argparse.Namespace, progress: Progress) -> None:
+        super().__init__()
         self.options, self.progress = options, progress
         self._engine: RolloutEngine | None = None
         self._verifier: Verifier | None = None
-        self._locks: list[FileLock] = []
 
     def results(self, plan: Job, folder: Path) -> Results:
         """Draw what ``folder`` lacks and sum up. All ranks call it together."""
@@ -274,7 +261,7 @@ class Evaluator:
             lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"{folder}: another evaluate.py works here: wait for it, or choose another --out") from None
-        self._locks.append(lock)
+        self.callback(lock.release)
 
     def _draw(self, plan: Job, folder: Path) -> None:
         files = CompletionFiles(folder)
@@ -318,16 +305,7 @@ class Evaluator:
                 interventions=bool(options.intervene),
                 **more,
             )
+            self.callback(self._engine.close)
             self._verifier = Verifier()
+            self.callback(self._verifier.close)
         return self._engine, self._verifier
-
-    def __enter__(self) -> Evaluator:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._verifier is not None:
-            self._verifier.close()
-        if self._engine is not None:
-            self._engine.close()
-        for lock in self._locks:
-            lock.release()

@@ -181,7 +181,7 @@ def show(columns: Sequence[str], cells: Sequence[Sequence[str]], title: str, con
 
 def markdown(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] + ["--:"] * (len(columns) - 1), *cells]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
 def save_results(
@@ -275,18 +275,8 @@ def comparison_rows(differences: Mapping[str, Difference]) -> tuple[list[str], l
         if d.problems < FEWEST:
             verdict = "too few problems"
         interval = f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
-        cells.append(
-            [
-                name,
-                str(d.problems),
-                percent(d.a),
-                percent(d.b),
-                f"{100 * d.value:+.1f}",
-                interval,
-                f"{d.p:.4f}",
-                verdict,
-            ]
-        )
+        line = [name, str(d.problems), percent(d.a), percent(d.b), f"{100 * d.value:+.1f}", interval]
+        cells.append([*line, f"{d.p:.4f}", verdict])
     return columns, cells
 
 

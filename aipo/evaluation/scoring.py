@@ -13,7 +13,6 @@ import torch
 
 from aipo import distributed
 from aipo.config import Config
-from aipo.config.sections import ValidationConfig
 from aipo.errors import UserError
 from aipo.evaluation.benchmarks import Item
 from aipo.metrics import Accuracy, accuracy_summary
@@ -29,49 +28,6 @@ from aipo.verify import Verdict, Verifier, after_thinking, extract_answer
 
 Row = dict[str, Any]  # one completion, as it stands in a file
 Answers = dict[str, list[bool]]  # question id -> whether each sample is right
-
-
-def validate(
-    collector: Collector,
-    problems: Sequence[Problem],
-    config: ValidationConfig,
-    *,
-    samples: int,
-    max_tokens: int,
-    name: str = "validation",
-    on_done: Callable[[], None] | None = None,
-) -> tuple[Accuracy, dict[str, float], Answers]:
-    """avg@k over all ranks with its 95 % interval, the same on every rank, metrics for the log, and what is right of
-    each question.
-
-    The random streams are the same each time: differences between two validations come from the weights alone. An
-    answer without a verdict counts as wrong here, and its share is in the log: nothing is learned from it.
-
-    Args:
-        samples: of each question.
-        name: of the random stream, and before the names of the metrics.
-    """
-    sampling = Sampling(max_tokens, config.temperature, config.top_p, config.top_k)
-    mine = problems[distributed.rank() :: distributed.world_size()]
-    rollouts = collector.collect(mine, sampling, samples=samples, stream=name, on_done=on_done)
-    collector.judge(rollouts)
-    rows = [(problem.id, rollouts.correct[q * samples : (q + 1) * samples].tolist()) for q, problem in enumerate(mine)]
-    each = [rollouts.lengths, rollouts.truncated, rollouts.rewards.isnan()]  # (B,) each
-    sums = torch.stack([values.double().sum() for values in each])  # (3,)
-    gathered = distributed.gather_objects((rows, sums))
-    by_id = dict(row for part in gathered for row in part[0])
-    answers = {problem.id: by_id[problem.id] for problem in problems}
-    accuracy = accuracy_summary(list(answers.values()))
-    length, truncated, no_verdict = (sum(part[1] for part in gathered) / accuracy.samples).tolist()
-    metrics = {
-        f"{name}/accuracy": accuracy.value,
-        f"{name}/accuracy_low": accuracy.low,
-        f"{name}/accuracy_high": accuracy.high,
-        f"{name}/length_mean": length,
-        f"{name}/truncated": truncated,
-        f"{name}/no_verdict": no_verdict,
-    }
-    return accuracy, metrics, answers
 
 
 @dataclass(frozen=True)
@@ -125,18 +81,39 @@ class Validator:
     def _measure(
         self, name: str, problems: Sequence[Problem], samples: int
     ) -> tuple[Accuracy, dict[str, float], Answers]:
-        self.passes.wake(self.collector.engine)
-        world = distributed.world_size()
+        """avg@k over all ranks with its 95 % interval, the same on every rank, metrics for the log, and what is right
+        of each question.
+
+        The random streams, by ``name``, are the same each time: differences between two validations come from the
+        weights alone. An answer without a verdict counts as wrong here, and its share is in the log: nothing is learned
+        from it.
+        """
+        config, collector, world = self.config, self.collector, distributed.world_size()
+        self.passes.wake(collector.engine)
+        sampling = Sampling(self.max_tokens, config.temperature, config.top_p, config.top_k)
+        mine = problems[distributed.rank() :: world]
         with self.progress.task(name, len(problems) * samples) as task:
-            return validate(
-                self.collector,
-                problems,
-                self.config,
-                samples=samples,
-                max_tokens=self.max_tokens,
-                name=name,
-                on_done=lambda: task.advance(world),
+            rollouts = collector.collect(
+                mine, sampling, samples=samples, stream=name, on_done=lambda: task.advance(world)
             )
+            collector.judge(rollouts)
+            right = rollouts.correct.reshape(-1, samples).tolist()  # (Q, samples)
+            each = [rollouts.lengths, rollouts.truncated, rollouts.rewards.isnan()]  # (B,) each
+            sums = torch.stack([values.double().sum() for values in each])  # (3,)
+            gathered = distributed.gather_objects(([problem.id for problem in mine], right, sums))
+        by_id = {key: own for ids, rows, _ in gathered for key, own in zip(ids, rows)}
+        answers = {problem.id: by_id[problem.id] for problem in problems}
+        accuracy = accuracy_summary(list(answers.values()))
+        length, truncated, no_verdict = (sum(part[-1] for part in gathered) / accuracy.samples).tolist()
+        metrics = {
+            f"{name}/accuracy": accuracy.value,
+            f"{name}/accuracy_low": accuracy.low,
+            f"{name}/accuracy_high": accuracy.high,
+            f"{name}/length_mean": length,
+            f"{name}/truncated": truncated,
+            f"{name}/no_verdict": no_verdict,
+        }
+        return accuracy, metrics, answers
 
 
 class CompletionFiles:

@@ -80,12 +80,6 @@ def merge(parts: Sequence[Tensor], alpha: float) -> Tensor:
     return delta.mul_(alpha / len(down)).add_(base).to(base.dtype)
 
 
-def merged(parameters: Mapping[str, Tensor], alpha: float) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, weight with its adapter merged) of each of :func:`originals`, one at a time."""
-    for name, parts in originals(parameters):
-        yield name, merge(parts, alpha)
-
-
 def adapters_off(model: nn.Module) -> AbstractContextManager[None]:
     """Within it the model computes what it did without adapters. For forward passes under ``no_grad``.
 

@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from aipo.config import Config, load_config
 from aipo.errors import UserError
-from aipo.model.adapters import merged
+from aipo.model.adapters import merge, originals
 from aipo.model.loading import save_model
 from aipo.problems.embedded import resolve_model
 from aipo.record.checkpoints import damage, latest
@@ -85,7 +85,7 @@ def weights(checkpoint: Path, lora_alpha: float) -> dict[str, torch.Tensor]:
 
         state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="deepspeed")
     state = {name.removeprefix("model."): tensor.float() for name, tensor in state.items()}
-    return dict(merged(state, lora_alpha))
+    return {name: merge(parts, lora_alpha) for name, parts in originals(state)}
 
 
 def model_stamp(path: str) -> list[tuple[str, int, int]]:

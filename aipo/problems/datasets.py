@@ -12,6 +12,7 @@ from typing import Any
 
 from aipo.config.data import Source
 from aipo.errors import UserError
+from aipo.problems.embedded import PROBLEMS, embedded_problems
 from aipo.problems.problem import Problem as Problem  # as it is asked for here
 from aipo.problems.problem import Split
 from aipo.problems.readers import rows_of
@@ -136,8 +137,6 @@ def reshuffled(problem: Problem, seed: int) -> Problem:
 def _read(source: Source, split: Split, origin: str) -> list[tuple[str, Problem]]:
     """(where it stands, problem) of every row."""
     if source.path.startswith(EMBEDDED):
-        from aipo.problems.embedded import PROBLEMS, embedded_problems  # imported here: it brings reasoning-gym
-
         if source.path != PROBLEMS:
             raise UserError(f"unknown embedded problems {source.path!r}: the one set is {PROBLEMS!r}")
         rows = islice(embedded_problems(split), source.rows)

@@ -16,7 +16,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import reasoning_gym
 from filelock import FileLock
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -123,6 +122,8 @@ def embedded_problems(split: Split) -> list[Problem]:
 
 
 def _draw(split: Split) -> dict[str, Problem]:
+    import reasoning_gym  # imported here: a second that a run on other problems does not need
+
     digits = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
     taken: dict[str, Problem] = {}
     for item in reasoning_gym.create_dataset("chain_sum", seed=SEEDS[split], size=10 * SIZES[split], **digits):

@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from aipo.errors import UserError
 from aipo.problems.contamination import find_overlaps, words
 from aipo.problems.datasets import Problem, Split, load_problems, reshuffled
+from aipo.problems.embedded import PROBLEMS
 from aipo.problems.rows import (
     SUFFIXES,
     Row,
@@ -56,12 +57,12 @@ class Source:
     the words their questions begin with. A ``protected`` set lies in a folder of its own, and is never printed.
     """
 
-    role: Literal["train", "evaluation"]
     repo: str
     file: str
     revision: str
     read: Callable[[Row], Problem]
     counts: tuple[int, ...]
+    role: Literal["train", "evaluation"] = "evaluation"
     tidy: Callable[[str], str] = str
     form: str = "(?s).+"
     official: Mapping[str, str] = field(default_factory=dict)
@@ -71,11 +72,10 @@ class Source:
 
 _GSM8K = "openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866"
 _AIME = r"\d{1,3}"
-_INTEGER = r"-?\d+"
+_INTEGER: dict[str, Any] = {"tidy": plain_integer, "form": r"-?\d+"}
 
 SOURCES = {
     "aime24": Source(
-        role="evaluation",
         repo="HuggingFaceH4/aime_2024",
         file="data/train-00000-of-00001.parquet",
         revision="2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
@@ -86,7 +86,6 @@ SOURCES = {
         official={"eight circles of radius 34 are sequentially tangent": "197"},  # 2024-I problem 8; 480 in a copy
     ),
     "aime25": Source(
-        role="evaluation",
         repo="math-ai/aime25",
         file="test.jsonl",
         revision="563bb8404243c5f09de6ec262f2db674fe5bce9b",
@@ -96,7 +95,6 @@ SOURCES = {
         form=_AIME,
     ),
     "math500": Source(
-        role="evaluation",
         repo="HuggingFaceH4/MATH-500",
         file="test.jsonl",
         revision="6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
@@ -104,27 +102,22 @@ SOURCES = {
         counts=(500,),
     ),
     "amc23": Source(  # AMC 12 of 2022 and 2023; or those of 2023 alone, from a file that has no others
-        role="evaluation",
         repo="AI-MO/aimo-validation-amc",
         file="data/train-00000-of-00001.parquet",
         revision="69d78a4a2c840e82d69af6bc742bda09005f6316",
         read=read_plain,
         counts=(83, 40),
-        tidy=plain_integer,
-        form=_INTEGER,
+        **_INTEGER,
     ),
     "amc23_40": Source(  # those of 2023 alone
-        role="evaluation",
         repo="math-ai/amc23",
         file="test-00000-of-00001.parquet",
         revision="80815d37005feb82cd7f8fbc6901d5d3eff43057",
         read=read_plain,
         counts=(40,),
-        tidy=plain_integer,
-        form=_INTEGER,
+        **_INTEGER,
     ),
     "gpqa_diamond": Source(
-        role="evaluation",
         repo="Idavidrein/gpqa",
         file="gpqa_diamond.csv",
         revision="main",
@@ -133,14 +126,12 @@ SOURCES = {
         protected=True,
     ),
     "gsm8k_test": Source(
-        role="evaluation",
         repo=_GSM8K[0],
         file="main/test-00000-of-00001.parquet",
         revision=_GSM8K[1],
         read=read_gsm8k,
         counts=(1319,),
-        tidy=plain_integer,
-        form=_INTEGER,
+        **_INTEGER,
     ),
     "gsm8k_train": Source(
         role="train",
@@ -149,8 +140,7 @@ SOURCES = {
         revision=_GSM8K[1],
         read=read_gsm8k,
         counts=(7473,),
-        tidy=plain_integer,
-        form=_INTEGER,
+        **_INTEGER,
     ),
     "dapo_math_17k": Source(
         role="train",
@@ -237,8 +227,6 @@ def prepare(
     Raises UserError if the source cannot be had, a row is malformed, or the set has not the expected size.
     """
     if name in EMBEDDED:
-        from aipo.problems.embedded import PROBLEMS  # imported here: it brings reasoning-gym
-
         problems = load_problems(PROBLEMS, split=EMBEDDED[name]).problems
         report = Report(name, path_of(name, out), PROBLEMS, len(problems), problems, {}, [])
         _write(report, {"generated": PROBLEMS})

@@ -19,6 +19,7 @@ from aipo import distributed
 from aipo.errors import TrainingError, UserError
 from aipo.layout import pad, unpad
 from aipo.problems.datasets import Problem
+from aipo.record.checkpoints import step_of
 from aipo.rollout.base import Completion, FinishReason
 from aipo.rollouts import Rollouts
 from aipo.selection import Selection
@@ -63,13 +64,13 @@ def write_batch(folder: Path, step: int, rollouts: Rollouts, selection: Selectio
 def forget_batches(folder: Path, keep: range) -> None:
     """Delete this rank's batches of steps outside ``keep``."""
     for path in folder.glob(f"step-*-rank-{distributed.rank()}.pt"):
-        if _step(path) not in keep:
+        if step_of(path) not in keep:
             path.unlink()
 
 
 def recorded_steps(run: Path) -> set[int]:
     """Steps of which at least the first rank's batch is there."""
-    return {_step(path) for folder in (REPLAY, BAD) for path in (run / folder).glob("step-*-rank-0.pt")}
+    return {step_of(path) for folder in (REPLAY, BAD) for path in (run / folder).glob("step-*-rank-0.pt")}
 
 
 def read_batch(run: Path, step: int) -> list[dict[str, Any]]:
@@ -138,7 +139,3 @@ def _rollouts(share: dict[str, Any], problems: Mapping[str, Problem]) -> Rollout
         lineage=share["lineage"],
         extra_tokens=share["extra_tokens"],
     )
-
-
-def _step(path: Path) -> int:
-    return int(path.name.split("-")[1])

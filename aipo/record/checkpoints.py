@@ -8,6 +8,7 @@ writes it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -104,7 +105,7 @@ class CheckpointStore:
     def oldest_kept(self) -> int:
         """Step of the oldest that is kept for being new; 0 while there are fewer of them than may be."""
         steps = _steps(self.folder)[-self._keep_last :]
-        return _step(steps[0]) if len(steps) == self._keep_last else 0
+        return step_of(steps[0]) if len(steps) == self._keep_last else 0
 
     def rewind(self, step: int) -> None:
         """Forget every checkpoint after ``step``, from which the run goes on. Called by all ranks together.
@@ -114,7 +115,7 @@ class CheckpointStore:
 
         def forget() -> None:
             steps = _steps(self.folder)
-            kept = [folder for folder in steps if _step(folder) <= step]
+            kept = [folder for folder in steps if step_of(folder) <= step]
             self._point("latest", kept[-1] if kept else None)
             for folder in steps[len(kept) :]:
                 _delete(folder)
@@ -185,7 +186,7 @@ def resolve(folder: Path, spec: str) -> Path | None:
             raise UserError(f"--resume {spec}: not a complete checkpoint: {problem}")
         return Path(spec)
     newest = latest(folder)  # later folders are of a save that was killed before it ended, or of a forgotten future
-    candidates = [step for step in _steps(folder) if newest is None or _step(step) <= _step(newest)]
+    candidates = [step for step in _steps(folder) if newest is None or step_of(step) <= step_of(newest)]
     for candidate in reversed(candidates):
         problem = damage(candidate)
         if problem is None:
@@ -261,11 +262,12 @@ def manifest(checkpoint: Path) -> dict[str, Any]:
 
 def _steps(folder: Path) -> list[Path]:
     """Step folders, oldest first."""
-    return sorted((path for path in Path(folder).glob("step-*") if STEP.fullmatch(path.name)), key=_step)
+    return sorted((path for path in Path(folder).glob("step-*") if STEP.fullmatch(path.name)), key=step_of)
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+def step_of(path: Path) -> int:
+    """Of a checkpoint, ``step-000012``, or of another file that a step left: its name may go on."""
+    return int(re.split("[-.]", path.name)[1])
 
 
 def _best(checkpoints: list[Path]) -> Path | None:
@@ -311,6 +313,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def digest(value: Any) -> str:
+    """16 hex digits of what JSON makes of a value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def run_identity(config: Mapping[str, Any], *, may_change: Collection[str], **facts: Any) -> dict[str, Any]:

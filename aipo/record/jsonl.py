@@ -49,19 +49,23 @@ class JsonlLog:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a file that may be being written, or may not be there."""
-    return list(_lines(path)) if path.exists() else []
+    return list(iterate_jsonl(path))
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n"):
-            return  # torn by a kill, or still being written
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, row {number} is damaged ({error}): delete that row or the file") from error
+def iterate_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The same, of which one line at a time is in memory."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # torn by a kill, or still being written
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, row {number} is damaged ({error}): delete that row or the file") from error
 
 
 def to_line(row: Mapping[str, Any]) -> str:

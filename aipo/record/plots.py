@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -36,12 +38,17 @@ PANELS = (
 Series = dict[str, tuple[list[int], list[float]]]  # metric -> steps, values
 
 
-def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
+def draw_curves(metrics: Iterable[Mapping[str, Any]], path: Path) -> bool:
     """Draw every panel of which there are numbers on one sheet, a PNG at ``path``; False if there are none.
 
     ``metrics`` are lines of ``metrics.jsonl``: dicts with ``step``; a missing or null value is a step without a point.
     """
-    series = {key: _series(metrics, key) for panel in PANELS for key in panel.lines + panel.band}
+    series: Series = {key: ([], []) for panel in PANELS for key in panel.lines + panel.band}
+    for line in metrics:
+        for key, (steps, values) in series.items():
+            if (value := line.get(key)) is not None:
+                steps.append(line["step"])
+                values.append(value)
     panels = [panel for panel in PANELS if any(series[key][0] for key in panel.lines)]
     if not panels:
         return False
@@ -58,6 +65,23 @@ def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
     sheet.subplots_adjust(0.5 / width, 0.5 / height, 1 - 0.15 / width, 1 - 0.35 / height, wspace=0.25, hspace=0.45)
     _save(sheet, path)
     return True
+
+
+@contextmanager
+def young_garbage() -> Iterator[None]:
+    """What was made within and refers to itself in circles, as a figure does, is freed at the end.
+
+    While it is young that is cheap. Else it is found when Python looks through all objects, which it does the less
+    often the more there are: beside a model four or five figures lie about, 8 MB each.
+    """
+    enabled = gc.isenabled()
+    gc.disable()  # or what is made grows old
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+        gc.collect(0)
 
 
 class Bar(Protocol):
@@ -98,11 +122,6 @@ def _save(sheet: Figure, path: Path, *, tight: bool = False) -> None:
     temporary = path.with_name(".tmp-" + path.name)
     sheet.savefig(temporary, format="png", dpi=100, bbox_inches="tight" if tight else None)
     os.replace(temporary, path)  # whoever looks never sees half a picture
-
-
-def _series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
-    return [step for step, _ in points], [value for _, value in points]
 
 
 def _draw(ax: Axes, panel: Panel, series: Series) -> None:

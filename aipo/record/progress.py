@@ -195,6 +195,13 @@ class Summary:
     run_folder: str
 
 
+def phases(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of which there are times, those of the step in its order, others after them."""
+    keys = {key for line in metrics for key in line if key.startswith("time/") and key.endswith("_s")}
+    found = {key.removeprefix("time/").removesuffix("_s") for key in keys}
+    return [*(phase for phase in PHASES if phase in found), *sorted(found.difference(PHASES))]
+
+
 def summarize(
     metrics: Sequence[Mapping[str, Any]],
     *,
@@ -206,13 +213,10 @@ def summarize(
     """Sum up the lines of ``metrics.jsonl``, so that a resumed run is summed up whole.
 
     Uses ``mask/otf`` and ``mask/cost_share``, weighted by the tokens that they are shares of, ``rollout/length_mean``
-    and ``time/<phase>_s``. Phases of the step come in its order, others after them.
+    and ``time/<phase>_s``.
     """
     steps = [line for line in metrics if line.get("mask/otf") is not None]
     otf, cost = trained_share(metrics), cost_share(metrics)
-    keys = {key for line in metrics for key in line if key.startswith("time/") and key.endswith("_s")}
-    phases = {key.removeprefix("time/").removesuffix("_s") for key in keys}
-    order = [*(phase for phase in PHASES if phase in phases), *sorted(phases.difference(PHASES))]
     return Summary(
         before=before,
         after=after,
@@ -222,7 +226,7 @@ def summarize(
         no_answer=_mean(steps, "reward/no_answer"),
         timed_out=_mean(steps, "reward/timed_out"),
         killed=_mean(steps, "reward/killed"),
-        seconds={phase: _mean(metrics, f"time/{phase}_s") for phase in order},
+        seconds={phase: _mean(metrics, f"time/{phase}_s") for phase in phases(metrics)},
         steps=len(steps),
         peak_memory_bytes=peak_memory_bytes,
         run_folder=str(run_folder),

@@ -35,8 +35,8 @@ from filelock import FileLock, Timeout
 from aipo.errors import UserError
 from aipo.record.checkpoints import TEMPORARY, write_atomically
 from aipo.record.clock import device_peak
-from aipo.record.jsonl import JsonlLog, read_jsonl, to_line
-from aipo.record.plots import draw_curves
+from aipo.record.jsonl import JsonlLog, iterate_jsonl, read_jsonl, to_line
+from aipo.record.plots import draw_curves, young_garbage
 
 if TYPE_CHECKING:
     import pyarrow
@@ -212,7 +212,8 @@ class Tracker:
     def draw(self) -> None:
         """Draw the curves of the run so far."""
         if self._active:
-            draw_curves(read_jsonl(self._metrics.path), self.folder / "curves" / "curves.png")
+            with young_garbage():
+                draw_curves(iterate_jsonl(self._metrics.path), self.folder / "curves" / "curves.png")
 
     def state_dict(self) -> dict[str, str]:
         """The wandb run; empty on ranks that do not track."""

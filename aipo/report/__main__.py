@@ -6,11 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from aipo.errors import UserError
+from aipo.errors import exit_code
 from aipo.report.evaluation_report import evaluation_report, is_evaluation
 from aipo.report.run_report import report
 
 
+@exit_code
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m aipo.report", description=__doc__)
     parser.add_argument(
@@ -18,12 +19,8 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="the file (default: report.html in the first folder)")
     options = parser.parse_args()
-    try:
-        write = evaluation_report if all(map(is_evaluation, options.folders)) else report
-        print(write(options.folders, options.out))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    write = evaluation_report if all(map(is_evaluation, options.folders)) else report
+    print(write(options.folders, options.out))
     return 0
 
 

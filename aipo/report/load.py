@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import yaml
 
 from aipo.errors import UserError
-from aipo.record.checkpoints import flatten
+from aipo.record.checkpoints import flatten, step_of
 from aipo.record.jsonl import read_jsonl
 
 Row = dict[str, Any]  # of a table
@@ -63,10 +62,6 @@ class Run:
             yield [row for row in rows if row["group"] == group]
 
 
-def step_of(path: Path) -> int:
-    return int(re.sub(r"\D", "", path.stem))
-
-
 def read_rollouts(path: Path) -> list[Row]:
     """Rows with the columns of Parquet. Raises UserError for a file that cannot be read."""
     if path.suffix == ".parquet":
@@ -79,15 +74,9 @@ def read_rollouts(path: Path) -> list[Row]:
             raise UserError(f"{path} is damaged ({error}): delete it") from None
     rows = read_jsonl(path)
     groups = {question: place for place, question in enumerate(dict.fromkeys(row["question"] for row in rows))}
+    unknown = {"question_id": None, "extracted": None, "group_size": None, "used": True, "reason": ""}
     return [
-        {
-            "prompt": row["question"],
-            "question_id": None,
-            "extracted": None,
-            "used": True,
-            "reason": "",
-            "group_size": None,
-        }
+        {"prompt": row["question"], **unknown}
         | row
         | {"group": groups[row["question"]], "sample": place, "mask": [bool(m) for m in row["mask"]]}
         for place, row in enumerate(rows)

@@ -59,12 +59,14 @@ def words(rows: list[Row]) -> dict[str, list[tuple[str, int, int]]]:
     """Tokens selected most and least of the time, as (text, times selected, times written)."""
     written: Counter[str] = Counter()
     chosen: Counter[str] = Counter()
+    counts: Counter[tuple[str, bool]] = Counter()
     for row in rows:
-        for token, selected in zip(row["tokens"], row["mask"]):
-            word = token.strip("Ġ▁ ") or token.replace(" ", "␣")
-            word = word.replace("\n", "⏎").replace("Ċ", "⏎")
-            written[word] += 1
-            chosen[word] += bool(selected)
+        counts.update(zip(row["tokens"], map(bool, row["mask"])))
+    for (token, selected), count in counts.items():
+        word = token.strip("Ġ▁ ") or token.replace(" ", "␣")
+        word = word.replace("\n", "⏎").replace("Ċ", "⏎")
+        written[word] += count
+        chosen[word] += count * selected
     shares = [(word[:40], chosen[word], count) for word, count in written.items() if count >= FEWEST and word]
     shares.sort(key=lambda each: (-each[1] / each[2], -each[2], each[0]))
     most = shares[: min(WORDS, -(-len(shares) // 2))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from aipo.metrics import Difference, cost_share, paired_bootstrap, trained_share
-from aipo.record.progress import NAMES, PHASES, duration
+from aipo.record.progress import NAMES, duration, phases
 from aipo.report.load import Row, Run
 
 
@@ -55,9 +55,7 @@ def judge(run: Run) -> Verdict:
         difference = paired_bootstrap([first[k][1] for k in shared], [last[k][1] for k in shared])
         flips = [Flip(first[key][0], first[key][1], last[key][1]) for key in shared]
     words, tone = in_words(before, after, difference)
-    keys = {key for line in run.steps for key in line if key.startswith("time/") and key.endswith("_s")}
-    phases = sorted((key.removeprefix("time/").removesuffix("_s") for key in keys), key=order)
-    spent = [(NAMES.get(p, p), sum(line.get(f"time/{p}_s") or 0.0 for line in run.steps)) for p in phases]
+    spent = [(NAMES.get(p, p), sum(line.get(f"time/{p}_s") or 0.0 for line in run.steps)) for p in phases(run.steps)]
     return Verdict(
         words=words,
         tone=tone,
@@ -75,10 +73,6 @@ def judge(run: Run) -> Verdict:
         memory=run.summary.get("peak_memory_bytes", {}),
         steps=len(run.steps),
     )
-
-
-def order(phase: str) -> tuple[int, str]:
-    return (PHASES.index(phase) if phase in PHASES else len(PHASES), phase)
 
 
 def accuracy(line: Row) -> Row:

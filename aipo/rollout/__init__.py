@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 
-from aipo.config.sections import RolloutConfig
+from aipo.config import Config
 from aipo.errors import UserError
 from aipo.rollout.base import Completion, Request, RolloutEngine, Sampling
 from aipo.rollout.hf import HfEngine
 from aipo.rollout.vllm import INSTALL, VllmEngine
 
-__all__ = ["Completion", "Request", "RolloutEngine", "Sampling", "make_engine", "memory_options", "require_engine"]
+__all__ = ["Completion", "Request", "RolloutEngine", "Sampling", "engine_options", "make_engine", "require_engine"]
 
 EngineKind = Literal["vllm", "hf", "server"]
 
@@ -39,9 +39,15 @@ def make_engine(kind: EngineKind, model_path: str, **options: Any) -> RolloutEng
     return engines[kind](model_path, **options)
 
 
-def memory_options(rollout: RolloutConfig, device: torch.device) -> dict[str, Any]:
-    """What the engine of a config may take on a device, as options of :func:`make_engine`."""
-    if rollout.engine != "vllm":
-        return {}
-    cache = None if device.type == "cuda" else rollout.kv_cache_gb
-    return {"gpu_memory_utilization": rollout.gpu_memory_utilization, "kv_cache_gb": cache}
+def engine_options(config: Config, end_ids: Collection[int], device: torch.device) -> dict[str, Any]:
+    """Options of :func:`make_engine` for a config: context, end of a completion, and what it may take on a device."""
+    rollout = config.rollout
+    options: dict[str, Any] = {
+        "max_model_len": config.data.max_prompt_tokens + rollout.max_tokens,
+        "end_token_ids": sorted(end_ids),
+        "dtype": config.model.dtype,
+    }
+    if rollout.engine == "vllm" and rollout.mode == "colocate":
+        options["gpu_memory_utilization"] = rollout.gpu_memory_utilization
+        options["kv_cache_gb"] = None if device.type == "cuda" else rollout.kv_cache_gb
+    return options

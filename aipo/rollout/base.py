@@ -68,20 +68,18 @@ class Completion:
     finish_reason: FinishReason
 
 
+OnDone = Callable[[int, Completion], None] | None
+"""called with the place of a request among all and its completion, in any order"""
+
+
 class RolloutEngine(Protocol):
     """``generate`` keeps the order of its requests; identical prompts of one call share their prefill."""
 
     asleep: bool
     """between ``sleep`` and the next ``sync`` where sleeping frees memory; it must not be asked for anything then"""
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        *,
-        on_done: Callable[[int, Completion], None] | None = None,
-    ) -> list[Completion]:
-        """Draw every request; ``on_done(i, completion)`` is called as each one finishes, in any order.
+    def generate(self, requests: Sequence[Request], sampling: Sampling, *, on_done: OnDone = None) -> list[Completion]:
+        """Draw every request; ``on_done(i, completion)`` is called as each one finishes.
 
         Raises ``ValueError`` if a prompt and ``max_tokens`` together do not fit the engine's context, or if
         ``sampling`` has an intervention and the engine was built without ``interventions=True``.

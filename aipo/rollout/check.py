@@ -12,6 +12,7 @@ import torch
 from aipo.config.training import GuardsConfig
 from aipo.distributed import gather_objects
 from aipo.errors import UserError
+from aipo.layout import TokenIds
 from aipo.rollout.base import Request, RolloutEngine, Sampling
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -25,6 +26,8 @@ Measured against fp32: 0.004 (SmolLM2-135M), 0.01-0.04 (random tiny models). One
 layers makes 0.2-1.9, a stale tied head 1.5-17.
 """
 
+DRAWN = 16
+"""Tokens of a completion, at most, that are compared."""
 
 NOISE_ELEMENTS = 2**22
 """Elements of a weight that are there in float32 at one time, while it is perturbed."""
@@ -59,14 +62,7 @@ def logprob_gap(engine_logprobs: Sequence[float], trainer_logprobs: Sequence[flo
     return (a - b).abs().mean().item()
 
 
-def engine_gap(
-    engine: RolloutEngine,
-    logprobs: Logprobs,
-    prompts: Sequence[Sequence[int]],
-    *,
-    seed: int = 0,
-    max_tokens: int = 16,
-) -> float:
+def engine_gap(engine: RolloutEngine, logprobs: Logprobs, prompts: TokenIds, *, seed: int = 0) -> float:
     """Mean absolute difference in nats between what the engine says of tokens that it draws and what the trainer says.
 
     A collective: one ``logprobs`` call a prompt on every rank. Where the engine can sleep it does so before the first
@@ -76,7 +72,7 @@ def engine_gap(
         The largest among ranks, the same on all; NaN if it is that on any.
     """
     requests = [Request(prompt, seed + i) for i, prompt in enumerate(prompts)]
-    completions = engine.generate(requests, Sampling(max_tokens=max_tokens))
+    completions = engine.generate(requests, Sampling(max_tokens=DRAWN))
     engine.sleep()
     drawn = [x for c in completions for x in c.logprobs]
     expected = [x for p, c in zip(prompts, completions) for x in logprobs(p, c.token_ids, 1.0)]
@@ -84,14 +80,7 @@ def engine_gap(
 
 
 def check_weight_sync(
-    engine: RolloutEngine,
-    weights: Callable[[], Weights],
-    logprobs: Logprobs,
-    prompts: Sequence[Sequence[int]],
-    *,
-    seed: int = 0,
-    max_tokens: int = 16,
-    tolerance: float = TOLERANCE,
+    engine: RolloutEngine, weights: Callable[[], Weights], logprobs: Logprobs, prompts: TokenIds, *, seed: int = 0
 ) -> float:
     """Sync strongly perturbed weights, then the true ones, and compare what the engine then draws with the trainer.
 
@@ -104,22 +93,21 @@ def check_weight_sync(
         weights: the trainer's ``(name, full tensor)`` pairs.
         logprobs: of the trainer.
         prompts: token ids of a few prompts.
-        tolerance: largest mean difference in nats.
 
     Returns:
         The largest mean difference among ranks.
 
     Raises:
-        UserError: on every rank, if it is above the tolerance on any.
+        UserError: on every rank, if it is above :data:`TOLERANCE` on any.
     """
     engine.sync(perturbed(weights(), seed=seed))
     engine.sleep()  # its KV cache leaves no room for a sync
     engine.sync(weights())
-    worst = engine_gap(engine, logprobs, prompts, seed=seed, max_tokens=max_tokens)
-    if not worst <= tolerance:  # so written that NaN fails
+    worst = engine_gap(engine, logprobs, prompts, seed=seed)
+    if not worst <= TOLERANCE:  # so written that NaN fails
         raise UserError(
             f"the rollout engine does not follow the trained weights: after a sync its log-probabilities differ by "
-            f"{worst:.2f} nats on average from the trainer's (at most {tolerance} expected); "
+            f"{worst:.2f} nats on average from the trainer's (at most {TOLERANCE} expected); "
             f"try the other engine (vllm or hf) or another vLLM version"
         )
     return worst

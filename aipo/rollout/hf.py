@@ -19,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from aipo.rollout.base import Completion, Request, Sampling, check_complete, check_requests, keep_rng
+from aipo.rollout.base import Completion, OnDone, Request, Sampling, check_complete, check_requests, keep_rng
 from aipo.rollout.decoding import Fixed, Growing, fits, forward
 from aipo.rollout.injection import Injection
 from aipo.rollout.interventions import intervene
@@ -74,7 +74,7 @@ class HfEngine:
         requests: Sequence[Request],
         sampling: Sampling,
         *,
-        on_done: Callable[[int, Completion], None] | None = None,
+        on_done: OnDone = None,
         injection: Injection | None = None,
     ) -> list[Completion]:
         """See :meth:`~aipo.rollout.base.RolloutEngine.generate`.

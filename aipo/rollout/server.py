@@ -32,8 +32,8 @@ from transformers import AutoConfig
 
 from aipo import distributed
 from aipo.errors import TrainingError, UserError
-from aipo.rollout.base import Completion, Request, Sampling, check_requests, parameter_names
-from aipo.rollout.vllm import checkpoint_stream
+from aipo.rollout.base import Completion, OnDone, Request, Sampling, check_requests, parameter_names
+from aipo.rollout.vllm import checkpoint_stream, sampling_params
 
 if TYPE_CHECKING:
     from aipo.config import Config
@@ -99,13 +99,7 @@ class ServerEngine:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # every request is a connection
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2**16)), hard))
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        *,
-        on_done: Callable[[int, Completion], None] | None = None,
-    ) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, *, on_done: OnDone = None) -> list[Completion]:
         """See :meth:`~aipo.rollout.base.RolloutEngine.generate`; all requests are sent at once."""
         if sampling.intervention is not None:
             raise ValueError("a rollout server cannot intervene: use an engine of this process")
@@ -115,16 +109,15 @@ class ServerEngine:
         except aiohttp.ClientError as error:
             raise TrainingError(f"the rollout server {self._url} went away ({error!r}): {RESTART}") from error
 
-    async def _draw(
-        self, requests: Sequence[Request], sampling: Sampling, on_done: Callable[[int, Completion], None] | None
-    ) -> list[Completion]:
+    async def _draw(self, requests: Sequence[Request], sampling: Sampling, on_done: OnDone) -> list[Completion]:
         done: list[Completion | None] = [None] * len(requests)
         # A connection that waits for the next step would be closed by the server just as it is used again.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout()) as session:
 
             async def draw(i: int, request: Request) -> int:
-                body = {"token_ids": list(request.prompt_ids), "sampling_params": self._params(request, sampling)}
+                told = sampling_params(request, sampling, self._end_token_ids)
+                body = {"token_ids": list(request.prompt_ids), "sampling_params": told}
                 async with session.post(f"{self._url}/inference/v1/generate", json=body) as response:
                     if response.status != 200:
                         raise TrainingError(refusal(self._url, "generate", response.status, await response.text()))
@@ -142,21 +135,6 @@ class ServerEngine:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
         return done  # type: ignore[return-value]
-
-    def _params(self, request: Request, sampling: Sampling) -> dict[str, Any]:
-        """As :meth:`VllmEngine._params <aipo.rollout.vllm.VllmEngine._params>`, in JSON."""
-        return {
-            "max_tokens": request.max_tokens or sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "seed": request.seed,
-            "logprobs": 0,
-            "detokenize": False,
-            "ignore_eos": True,
-            "stop_token_ids": self._end_token_ids,
-        }
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See :meth:`~aipo.rollout.base.RolloutEngine.sync`; rank 0 sends, and all ranks wait until it has.
@@ -213,19 +191,9 @@ class ServerEngine:
         sizes = [answer.result()["world_size"] for answer in asked]
         address, world = own_address(self._urls), 1 + sum(sizes)
         group = GROUPS[self._backend](address, world)
-        infos = [
-            {
-                "init_info": {
-                    "master_address": address,
-                    "master_port": group.port,
-                    "rank_offset": 1 + sum(sizes[:i]),
-                    "world_size": world,
-                    "packed": False,
-                }
-            }
-            for i in range(len(sizes))
-        ]
-        joining = self._start("init_weight_transfer_engine", *infos)
+        common = {"master_address": address, "master_port": group.port, "world_size": world, "packed": False}
+        infos = [common | {"rank_offset": 1 + sum(sizes[:i])} for i in range(len(sizes))]
+        joining = self._start("init_weight_transfer_engine", *({"init_info": info} for info in infos))
         self._finish([*joining, background(group.join)])
         return group
 
@@ -288,18 +256,22 @@ def refusal(url: str, path: str, status: int, text: str) -> str:
     return f"the rollout server {url} answered {status} to {path} ({' '.join(text.split())[:300]}): {RESTART}"
 
 
+def call(url: str, path: str, body: Any, *, get: bool = False, timeout: float | None = None) -> requests.Response:
+    with requests.Session() as session:
+        session.trust_env = False  # a proxy has no business between a trainer and its server
+        return session.request("GET" if get else "POST", f"{url}/{path}", json=body, timeout=(30, timeout))
+
+
 def ask(
     url: str, path: str, body: dict[str, Any] | None = None, *, get: bool = False, timeout: float | None = None
 ) -> Any:
     """POST, or GET, and return the JSON answer; :class:`TrainingError` if there is none (within ``timeout`` seconds) or
     another status than 200."""
-    with requests.Session() as session:
-        session.trust_env = False  # a proxy has no business between a trainer and its server
-        try:
-            response = session.request("GET" if get else "POST", f"{url}/{path}", json=body, timeout=(30, timeout))
-        except requests.RequestException as error:
-            kind = type(error).__name__
-            raise TrainingError(f"the rollout server {url} does not answer to {path} ({kind}): {RESTART}") from error
+    try:
+        response = call(url, path, body, get=get, timeout=timeout)
+    except requests.RequestException as error:
+        kind = type(error).__name__
+        raise TrainingError(f"the rollout server {url} does not answer to {path} ({kind}): {RESTART}") from error
     if response.status_code != 200:
         raise TrainingError(refusal(url, path, response.status_code, response.text))
     return response.json()
@@ -333,14 +305,12 @@ def check_server(url: str, names: Sequence[str], *, max_model_len: int) -> str:
     transfer = config["weight_transfer_config"]
     if transfer is None or transfer["backend"] not in ("nccl", "gloo"):
         raise UserError(f"rollout.server_url: {url} has no --weight-transfer-config of nccl or gloo: {START}")
-    with requests.Session() as session:  # an empty request is refused as such (400), or as not provided for
-        session.trust_env = False
-        try:
-            refused = session.post(f"{url}/inference/v1/generate", json={}, timeout=ANSWER_S).status_code == 400
-        except requests.RequestException:
-            refused = False
-        if not refused:
-            raise UserError(f"rollout.server_url: {url} takes no token ids (--tokens-only): {START}")
+    try:  # an empty request is refused as such (400), or as not provided for
+        refused = call(url, "inference/v1/generate", {}, timeout=ANSWER_S).status_code == 400
+    except requests.RequestException:
+        refused = False
+    if not refused:
+        raise UserError(f"rollout.server_url: {url} takes no token ids (--tokens-only): {START}")
     return transfer["backend"]
 
 

@@ -6,8 +6,8 @@ import gc
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +17,16 @@ import torch.distributed as dist
 
 from aipo.config.sections import RolloutConfig
 from aipo.errors import UserError
-from aipo.rollout.base import Completion, Request, Sampling, check_complete, check_requests, keep_rng, parameter_names
+from aipo.rollout.base import (
+    Completion,
+    OnDone,
+    Request,
+    Sampling,
+    check_complete,
+    check_requests,
+    keep_rng,
+    parameter_names,
+)
 from aipo.rollout.interventions import Intervention, intervene
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
@@ -165,13 +174,7 @@ class VllmEngine:
         self._request_ids = itertools.count()
         self.asleep = False
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        *,
-        on_done: Callable[[int, Completion], None] | None = None,
-    ) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, *, on_done: OnDone = None) -> list[Completion]:
         """See :meth:`~aipo.rollout.base.RolloutEngine.generate`."""
         if self.asleep:
             raise RuntimeError("the engine sleeps: sync weights before generating")
@@ -216,16 +219,7 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
-            max_tokens=request.max_tokens or sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            seed=request.seed,
-            logprobs=0,  # of the drawn token only
-            detokenize=False,
-            ignore_eos=True,  # `end_token_ids` alone end a completion
-            stop_token_ids=self._end_token_ids,
+            **sampling_params(request, sampling, self._end_token_ids),
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args=None if sampling.intervention is None else {INTERVENTION: sampling.intervention},
         )
@@ -244,14 +238,28 @@ class VllmEngine:
         """Free the engine; the caller's process group stays."""
         from vllm.distributed import destroy_model_parallel
 
-        shutdown = self._llm.llm_engine.engine_core.shutdown
-        if self._distributed:  # vLLM would destroy every process group, the trainer's too
-            with patch("vllm.v1.engine.core.cleanup_dist_env_and_memory", destroy_model_parallel):
-                shutdown()
-        else:
-            shutdown()
+        # vLLM would destroy every process group, the trainer's too
+        spared = patch("vllm.v1.engine.core.cleanup_dist_env_and_memory", destroy_model_parallel)
+        with spared if self._distributed else nullcontext():
+            self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         gc.collect()
+
+
+def sampling_params(request: Request, sampling: Sampling, end_token_ids: list[int]) -> dict[str, Any]:
+    """What vLLM is told of a request, in this process or as JSON."""
+    return {
+        "max_tokens": request.max_tokens or sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "seed": request.seed,
+        "logprobs": 0,  # of the drawn token only
+        "detokenize": False,
+        "ignore_eos": True,  # `end_token_ids` alone end a completion
+        "stop_token_ids": end_token_ids,
+    }
 
 
 def checkpoint_stream(

@@ -7,7 +7,6 @@ queries and keys that it is called with.
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -58,9 +57,7 @@ class AttentionEntropy:
         ALL_ATTENTION_FUNCTIONS[self.implementation] = self._forward  # goes before the entry that all instances share
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         del ALL_ATTENTION_FUNCTIONS[self.implementation]
 
     @property

@@ -16,29 +16,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from aipo.layout import MicroBatch
+from aipo.layout import MicroBatch, TokenIds
 
 POSTFIX = "\nThe answer is \\boxed{"
 THINKING_POSTFIX = "\n</think>\n\n**Final Answer**\n\\boxed{"
 ROOT = -1  # the node above all sequences of a tree
 
 
-def postfix_ids(tokenizer: PreTrainedTokenizerBase, *, thinking: bool, text: str | None = None) -> list[int]:
-    """Token ids of the early exit: ``text``, or by default :data:`THINKING_POSTFIX` or :data:`POSTFIX`.
-
-    Raises:
-        ValueError: the text has no token, so that nothing would be asked.
-    """
-    text = (THINKING_POSTFIX if thinking else POSTFIX) if text is None else text
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if not ids:
-        raise ValueError(f"the early-exit postfix {text!r} has no token")
-    return ids
+def postfix_ids(tokenizer: PreTrainedTokenizerBase, *, thinking: bool) -> list[int]:
+    """Token ids of the early exit: :data:`THINKING_POSTFIX` or :data:`POSTFIX`."""
+    return tokenizer.encode(THINKING_POSTFIX if thinking else POSTFIX, add_special_tokens=False)
 
 
 def early_exit_trees(
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
+    prompts: TokenIds,
+    completions: TokenIds,
     postfix: Sequence[int],
     *,
     stride: int,

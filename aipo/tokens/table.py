@@ -42,8 +42,11 @@ from aipo.tokens.early_exit import (
 # -- measures --------------------------------------------------------------------------------------------------------
 
 
-Of = Callable[[Passes, Sequence[MicroBatch], Rollouts, Mapping[str, Tensor]], tuple[Tensor, int]]
-"""... and what earlier measures said, (B, T) each -> (B, T), tokens read beyond them"""
+Signals = Mapping[str, Tensor]
+"""what measures said, by name, (B, T) each"""
+Batches = Sequence[MicroBatch]
+Of = Callable[[Passes, Batches, Rollouts, Signals], tuple[Tensor, int]]
+"""... and what earlier measures said -> (B, T), tokens read beyond them"""
 
 
 @dataclass(frozen=True)
@@ -58,28 +61,15 @@ class Measure:
 def by_micro_batch(read: Callable[[Passes, MicroBatch], Tensor]) -> Of:
     """A measure that looks at one micro-batch alone: (N,), from the same number of passes whatever it holds."""
 
-    def of(
-        passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts, known: Mapping[str, Tensor]
-    ) -> tuple[Tensor, int]:
+    def of(passes: Passes, batches: Batches, rollouts: Rollouts, known: Signals) -> tuple[Tensor, int]:
         return passes.per_token(batches, rollouts.lengths, lambda micro: read(passes, micro)), 0
 
     return of
 
 
-def _entropy(passes: Passes, micro: MicroBatch) -> Tensor:
-    return passes.sharded.forward(micro, full=True)["entropy"]
-
-
-def _certainty(passes: Passes, micro: MicroBatch) -> Tensor:
-    return passes.sharded.forward(micro, full=True)["certainty"]
-
-
-def _energy(passes: Passes, micro: MicroBatch) -> Tensor:
-    return passes.sharded.forward(micro, full=True)["energy"]
-
-
-def _gap(passes: Passes, micro: MicroBatch) -> Tensor:
-    return passes.sharded.forward(micro, full=True)["gap"]
+def _vocabulary(name: str) -> Of:
+    """One of the numbers of :func:`aipo.policy.vocabulary_statistics`."""
+    return by_micro_batch(lambda passes, micro: passes.sharded.forward(micro, full=True)[name])
 
 
 def _residual(passes: Passes, micro: MicroBatch) -> Tensor:
@@ -96,9 +86,7 @@ def _attention(passes: Passes, micro: MicroBatch) -> Tensor:
 
 
 @torch.no_grad()
-def _information(
-    passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts, known: Mapping[str, Tensor]
-) -> tuple[Tensor, int]:
+def _information(passes: Passes, batches: Batches, rollouts: Rollouts, known: Signals) -> tuple[Tensor, int]:
     reading = passes.config.advantage.information
     if reading == "next_token":
         entropy = known.get("entropy")  # (B, T)
@@ -127,9 +115,7 @@ def _information(
     return gain, sum(len(tree.tokens) for tree in trees)
 
 
-def _surprisal(
-    passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts, known: Mapping[str, Tensor]
-) -> tuple[Tensor, int]:
+def _surprisal(passes: Passes, batches: Batches, rollouts: Rollouts, known: Signals) -> tuple[Tensor, int]:
     drawn = rollouts.logp_engine  # (B, T)
     return passes.per_token(batches, rollouts.lengths, lambda micro: -micro.ragged_of(drawn)), 0
 
@@ -137,9 +123,7 @@ def _surprisal(
 def _annotated(value: float) -> Of:
     """``value`` at the tokens that the problem says decide its answer, ``1 - value`` at all others; no pass."""
 
-    def of(
-        passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts, known: Mapping[str, Tensor]
-    ) -> tuple[Tensor, int]:
+    def of(passes: Passes, batches: Batches, rollouts: Rollouts, known: Signals) -> tuple[Tensor, int]:
         lengths = rollouts.lengths.tolist()
         values = torch.full((len(lengths), max([*lengths, 1])), math.nan)  # (B, T)
         for row in (row for micro in batches for row in micro.rows.tolist()):
@@ -151,10 +135,10 @@ def _annotated(value: float) -> Of:
 
 
 MEASURES = {
-    "entropy": Measure(by_micro_batch(_entropy), 1, "of the policy over the whole vocabulary, nats"),
-    "certainty": Measure(by_micro_batch(_certainty), 1, "KL from the uniform distribution to the policy (INTUITOR)"),
-    "energy": Measure(by_micro_batch(_energy), 1, "squared norm of its log-probability's gradient by the logits (OTB)"),
-    "gap": Measure(by_micro_batch(_gap), 1, "log-probability of the most probable token less that of the next, nats"),
+    "entropy": Measure(_vocabulary("entropy"), 1, "of the policy over the whole vocabulary, nats"),
+    "certainty": Measure(_vocabulary("certainty"), 1, "KL from the uniform distribution to the policy (INTUITOR)"),
+    "energy": Measure(_vocabulary("energy"), 1, "squared norm of its log-probability's gradient by the logits (OTB)"),
+    "gap": Measure(_vocabulary("gap"), 1, "log-probability of the most probable token less that of the next, nats"),
     "residual": Measure(by_micro_batch(_residual), 2, "norm of what adapters change in the hidden state (ARCA)"),
     "attention": Measure(by_micro_batch(_attention), 1, "normalised entropy of the row that predicts the token"),
     "information": Measure(_information, math.nan, "how far a token lowers the entropy of an early answer (IAPO)"),
@@ -165,7 +149,7 @@ MEASURES = {
 
 
 def measure(
-    names: set[str], passes: Passes, batches: Sequence[MicroBatch], rollouts: Rollouts
+    names: set[str], passes: Passes, batches: Batches, rollouts: Rollouts
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Each named measure, (B, T) float32, NaN in rollouts that no micro-batch holds, in padding, and where nothing is
     measured; and sums for the log. A collective."""
@@ -178,7 +162,7 @@ def measure(
     return signals, sums | {"exit_tokens": float(read)}
 
 
-def _information_sums(signals: Mapping[str, Tensor]) -> dict[str, float]:
+def _information_sums(signals: Signals) -> dict[str, float]:
     """Of eq. 7 over this rank's rollouts that were scored, and their number."""
     if "information" not in signals:
         return {}
@@ -190,7 +174,7 @@ def _information_sums(signals: Mapping[str, Tensor]) -> dict[str, float]:
     }
 
 
-def _unevenness(rollouts: Rollouts, signals: Mapping[str, Tensor]) -> dict[str, float]:
+def _unevenness(rollouts: Rollouts, signals: Signals) -> dict[str, float]:
     """Sums over this rank's rollouts of how uneven token weights are: Gini coefficient, share of tokens that count."""
     if "residual" not in signals or not len(rollouts.completions):
         return {}
@@ -219,11 +203,11 @@ class TokenRule:
     """``advantage.tokens``: the measures that it reads, and what it makes of them."""
 
     reads: Callable[[AdvantageConfig], set[str]]
-    shape: Callable[[Rollouts, Mapping[str, Tensor], AdvantageConfig], Tensor]  # (B, T) each -> (B, T)
+    shape: Callable[[Rollouts, Signals, AdvantageConfig], Tensor]  # (B, T) each -> (B, T)
     source: str
 
 
-def _reallocated(rollouts: Rollouts, signals: Mapping[str, Tensor], config: AdvantageConfig) -> Tensor:
+def _reallocated(rollouts: Rollouts, signals: Signals, config: AdvantageConfig) -> Tensor:
     entropy = signals["entropy"]  # (B, T)
     mean, std = batch_mean_std(entropy)
     return reallocate_by_entropy(
@@ -231,7 +215,7 @@ def _reallocated(rollouts: Rollouts, signals: Mapping[str, Tensor], config: Adva
     )
 
 
-def _informed(rollouts: Rollouts, signals: Mapping[str, Tensor], config: AdvantageConfig) -> Tensor:
+def _informed(rollouts: Rollouts, signals: Signals, config: AdvantageConfig) -> Tensor:
     return information_advantages(
         rollouts.advantages,
         signals["information"],
@@ -244,17 +228,17 @@ def _informed(rollouts: Rollouts, signals: Mapping[str, Tensor], config: Advanta
     )
 
 
-def _weighted_by_residual(rollouts: Rollouts, signals: Mapping[str, Tensor], config: AdvantageConfig) -> Tensor:
+def _weighted_by_residual(rollouts: Rollouts, signals: Signals, config: AdvantageConfig) -> Tensor:
     return weight_tokens(rollouts.advantages, signals["residual"].nan_to_num(0.0), rollouts.lengths)
 
 
-def _weighted_by_attention(rollouts: Rollouts, signals: Mapping[str, Tensor], config: AdvantageConfig) -> Tensor:
+def _weighted_by_attention(rollouts: Rollouts, signals: Signals, config: AdvantageConfig) -> Tensor:
     entropy, lengths = signals["attention"], rollouts.lengths  # (B, T), (B,)
     weights = attention_weights(entropy, lengths, strength=config.strength, favour=config.favour)
     return weight_tokens(rollouts.advantages, weights, lengths)
 
 
-def _less_optimal_baseline(rollouts: Rollouts, signals: Mapping[str, Tensor], config: AdvantageConfig) -> Tensor:
+def _less_optimal_baseline(rollouts: Rollouts, signals: Signals, config: AdvantageConfig) -> Tensor:
     energy, lengths = signals["energy"], rollouts.lengths  # (B, T), (B,)
     tail = rollouts.rewards.nan_to_num(0.0) if config.tail == "reward" else None
     return subtract_token_baseline(rollouts.advantages, energy, lengths, rollouts.group_size, tail=tail)
@@ -277,7 +261,7 @@ RULES = {
 }
 
 
-def shape(rollouts: Rollouts, signals: Mapping[str, Tensor], config: Config) -> tuple[Tensor | None, Tensor | None]:
+def shape(rollouts: Rollouts, signals: Signals, config: Config) -> tuple[Tensor | None, Tensor | None]:
     """What the mask rule ranks tokens by, and the advantage of each token; (B, T), None where a rule needs none.
 
     A collective.

@@ -20,12 +20,14 @@ from aipo.branching.branches import (
     kept_tokens,
     mean_log_prob,
 )
+from aipo.config.sections import BranchConfig
 from aipo.problems.datasets import Problem
 from aipo.rollout import Completion, HfEngine, Request, Sampling
 from aipo.rollouts import Rollouts
 from tests.tiny import make_tiny
 
 PROMPTS = [[5, 6], [7, 8, 9]]
+BRANCH, UNIFORM = BranchConfig(pick="argmax"), BranchConfig(fraction=1.0)
 
 
 def completion(tokens: list[int], reason: str = "stop") -> Completion:
@@ -44,9 +46,9 @@ def base_rollouts() -> Rollouts:
     return Rollouts(problems, PROMPTS, completions, 2, torch.arange(4), texts=list("wxyz"))
 
 
-def paths(base: Rollouts, signal: torch.Tensor | None = None, **changes) -> Paths:
-    options = {"max_tokens": 8, "pick": "argmax", "seed": 1, "stream": "step 3"}
-    return Paths(base, -base.logp_engine if signal is None else signal, **options | changes)
+def paths(base: Rollouts, signal: torch.Tensor | None = None, *, branch=BRANCH, **changes) -> Paths:
+    options = {"max_tokens": 8, "seed": 1, "stream": "step 3"}
+    return Paths(base, -base.logp_engine if signal is None else signal, branch, **options | changes)
 
 
 def plan(base: Rollouts, *, samples: int = 5, **changes) -> list[Branch]:
@@ -55,18 +57,19 @@ def plan(base: Rollouts, *, samples: int = 5, **changes) -> list[Branch]:
 
 def test_branch_point_by_hand():
     signal = [0.1, 3.0, 0.2, 2.0, 3.0]
-    assert branch_point(signal, pick="argmax", seed=0) == 1  # the first of equals
-    assert branch_point(signal, fraction=0.05, seed=0) == 1  # at least one candidate
-    drawn = {branch_point(signal, fraction=0.6, seed=seed) for seed in range(50)}
+    assert branch_point(signal, BRANCH, seed=0) == 1  # the first of equals
+    assert branch_point(signal, BranchConfig(fraction=0.05), seed=0) == 1  # at least one candidate
+    most = BranchConfig(fraction=0.6)
+    drawn = {branch_point(signal, most, seed=seed) for seed in range(50)}
     assert drawn == {1, 4, 3}
-    assert branch_point(signal, fraction=0.6, seed=7) == branch_point(signal, fraction=0.6, seed=7)
+    assert branch_point(signal, most, seed=7) == branch_point(signal, most, seed=7)
     with pytest.raises(ValueError, match="without tokens"):
-        branch_point([], seed=0)
+        branch_point([], BRANCH, seed=0)
 
 
-@given(st.lists(st.floats(0, 10), min_size=1, max_size=60), st.floats(0, 1), st.integers(0, 2**60))
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=60), st.floats(0, 1, exclude_min=True), st.integers(0, 2**60))
 def test_branch_point_is_among_the_highest(signal, fraction, seed):
-    t = branch_point(signal, fraction=fraction, seed=seed)
+    t = branch_point(signal, BranchConfig(fraction=fraction), seed=seed)
     allowed = max(int(fraction * len(signal)), 1)
     above = sum(other > signal[t] for other in signal)
     earlier = sum(other == signal[t] for other in signal[:t])
@@ -76,7 +79,7 @@ def test_branch_point_is_among_the_highest(signal, fraction, seed):
 def test_uniform_is_uniform():
     counts = torch.zeros(100)
     for seed in range(4000):
-        counts[branch_point([*range(100)], fraction=0.04, seed=seed)] += 1
+        counts[branch_point([*range(100)], BranchConfig(fraction=0.04), seed=seed)] += 1
     assert counts[:96].sum() == 0
     assert counts[96:].min() > 900
 
@@ -101,15 +104,15 @@ def test_plan_looks_at_completion_tokens_only_and_at_the_given_signal():
 
 def test_plan_depends_on_seed_stream_and_question_alone():
     base = base_rollouts()
-    both = plan(base, pick="uniform", fraction=1.0, samples=9)
-    assert both == plan(base, pick="uniform", fraction=1.0, samples=9)
+    both = plan(base, branch=UNIFORM, samples=9)
+    assert both == plan(base, branch=UNIFORM, samples=9)
     second = dataclasses.replace(
         base, problems=base.problems[1:], prompts=PROMPTS[1:], completions=base.completions[2:], ids=base.ids[2:]
     )
-    alone = plan(second, pick="uniform", fraction=1.0, samples=9)
+    alone = plan(second, branch=UNIFORM, samples=9)
     assert [(b.cut, b.request) for b in alone] == [(b.cut, b.request) for b in both[7:]]
     for change in ({"seed": 2}, {"stream": "step 4"}):
-        other = plan(base, pick="uniform", fraction=1.0, samples=9, **change)
+        other = plan(base, branch=UNIFORM, samples=9, **change)
         assert [b.request.seed for b in other] != [b.request.seed for b in both]
         assert [b.cut for b in other] != [b.cut for b in both]
     few = dataclasses.replace(base, problems=[], prompts=[], completions=[], ids=base.ids[:0])
@@ -119,7 +122,7 @@ def test_plan_depends_on_seed_stream_and_question_alone():
 
 def test_kept_tokens_by_hand():
     def kept(signal: list[float], **options) -> int:
-        return kept_tokens(signal, fraction=0.05, pick="argmax", seed=0, **options)
+        return kept_tokens(signal, BranchConfig(fraction=0.05, pick="argmax", **options), seed=0)
 
     signal = [4.0, 1.0, 3.0, 2.0, 5.0]
     assert kept(signal) == 4  # the last is drawn anew
@@ -139,7 +142,7 @@ def test_kept_tokens_by_hand():
 )
 def test_something_is_left_to_draw(signal, cut, skip, seed):
     """A branch never keeps everything, and its branch point is no token skipped unless there is no other."""
-    kept = kept_tokens(signal, fraction=0.3, pick="uniform", cut=cut, skip=skip, seed=seed)
+    kept = kept_tokens(signal, BranchConfig(fraction=0.3, cut=cut, skip=skip), seed=seed)
     assert 0 <= kept < len(signal)
     at = kept - (cut == "after")
     assert at >= min(skip, len(signal) - 1 - (cut == "after"))
@@ -224,7 +227,8 @@ def test_rounds_against_the_authors_loop(signals):
     """Three rounds of one path: where each branch comes from, what it keeps, and that it is its parent's beginning."""
     first = Completion([100 + t for t in range(len(signals[0]))], [0.0] * len(signals[0]), "stop")
     base = Rollouts([Problem("a", "qa", "1")], [[5]], [first], 1, torch.tensor([7]), texts=["w"])
-    made = paths(base, torch.tensor([signals[0]]), max_tokens=40, cut="after", skip=1)
+    after = BranchConfig(pick="argmax", cut="after", skip=1)
+    made = paths(base, torch.tensor([signals[0]]), max_tokens=40, branch=after)
     found, drawn = [], [first]
     for number in (1, 2, 3):
         (branch,) = made.plan(1)
@@ -271,7 +275,7 @@ def test_branches_of_an_engine_share_the_prefix_and_fit_the_budget(tmp_path):
     prompts = [[5] * 12, [7] * 12]  # prompt and budget fill the context: a branch may not ask for more
     requests = [Request(prompts[i // 2], i) for i in range(4)]
     base = Rollouts(problems, prompts, engine.generate(requests, sampling), 2, torch.arange(4), texts=[""] * 4)
-    made = paths(base, max_tokens=20, fraction=0.5, pick="uniform", seed=0, stream="step 0")
+    made = paths(base, branch=BranchConfig(fraction=0.5), max_tokens=20, seed=0, stream="step 0")
     branches = made.plan(4)
     made.join(branches, engine.generate([b.request for b in branches], sampling), str)
     joined = made.rollouts

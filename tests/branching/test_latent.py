@@ -12,8 +12,9 @@ from transformers import AutoConfig
 
 from aipo.branching.cvae import CVAE, Latents, explained, fit, gaussian_kl, load_latents
 from aipo.branching.latent import main
+from aipo.config.sections import BranchConfig
 from aipo.errors import UserError
-from aipo.rollout import HfEngine
+from aipo.rollout import HfEngine, Request
 from tests.tiny import make_tiny
 
 WIDTH, LATENT = 5, 3
@@ -174,12 +175,12 @@ def test_checkpoints_that_do_not_fit(architecture, tmp_path):
 def test_injection_draws_one_latent_a_branch(folder, architecture):
     latents = Latents(architecture, hidden=16, latent=8)
     engine = HfEngine(folder, max_model_len=64, end_token_ids=[2], dtype="float32")
-    settings = {"rule": "residual", "scale": 0.5, "half_life": 4.0}
-    prompts, seeds = [[5, 6, 7], [5, 6, 7], [8, 9]], [1, 2, 1]
-    injection = latents.injection(engine, prompts, seeds, **settings)
+    branch = BranchConfig(latent="residual", latent_scale=0.5, latent_half_life=4.0)
+    requests = [Request([5, 6, 7], 1), Request([5, 6, 7], 2), Request([8, 9], 1)]
+    injection = latents.injection(engine, requests, branch)
     assert injection.z.shape == (3, 8)
     assert not torch.equal(injection.z[0], injection.z[1])  # one prefix, two seeds
-    alone = latents.injection(engine, prompts[2:], seeds[2:], **settings)
+    alone = latents.injection(engine, requests[2:], branch)
     torch.testing.assert_close(alone.z[0], injection.z[2])
     expected = engine.mean_states([[5, 6, 7]], [3])[:, 0]
     mean, log_variance = latents.cvae.prior(expected)

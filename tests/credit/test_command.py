@@ -61,6 +61,7 @@ def test_values_signals_and_tables(bed: Path, monkeypatch: pytest.MonkeyPatch, c
     assert tokens[tokens.critical == 1].delta.abs().mean() > tokens[tokens.critical == 0].delta.abs().mean()
     twin = "mi coordinate quadrature answer"
     assert (tokens[twin] != tokens[twin + WRONG]).any()
+    monkeypatch.setattr("aipo.credit.command.plot", lambda *_: None)  # drawn once
     # resumed: the last two questions are lost, one in the middle of its line, and the others stay as they are
     lines = Path("out/values.jsonl").read_text().splitlines(keepends=True)
     Path("out/values.jsonl").write_text("".join(lines[:3]) + lines[3][:50])
@@ -118,13 +119,13 @@ def test_every_signal_is_made_as_alone(bed: Path, monkeypatch: pytest.MonkeyPatc
     """Shared passes change nothing: each is the same when it is the only one, and the measures too."""
     monkeypatch.chdir(bed)
     config, inputs, sharded, rollouts = frozen(questions=4, samples=2)
-    context = (config, sharded, inputs.prompter, inputs.problems, rollouts, torch.device("cpu"))
+    passes = Passes(config, sharded, inputs.prompter, torch.device("cpu"))
+    context = (passes, inputs.problems, rollouts)
     together = {name: make() for name, make in all_signals(*context).items()}
     assert {"gap", "entropy", "attention", "information", "position (early)", "random"} <= together.keys()
     assert len([name for name in together if name.startswith("mi ")]) == 2 * 3 * (3 * 2 + 2 + 2)
     for name in ("mi coordinate random cca boxed", "mi position orthogonal answer" + WRONG):
         torch.testing.assert_close(all_signals(*context, only=[name])[name](), together[name], equal_nan=True)
-    passes = Passes(config, sharded, inputs.prompter, torch.device("cpu"))
     for name in VOCABULARY:
         alone = measure({name}, passes, passes.batches_of(rollouts), rollouts)[0][name]
         torch.testing.assert_close(together[name], alone, equal_nan=True)

@@ -10,6 +10,7 @@ from typing import Any
 from tests import processes
 
 ROOT = Path(__file__).parents[2]
+PYTHON, ACCELERATE = [sys.executable], ["accelerate", "launch"]  # the second imports torch for itself: seconds
 
 
 def torchrun(ranks: int) -> list[str]:
@@ -17,15 +18,14 @@ def torchrun(ranks: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
 
 
-def command(*arguments: str, ranks: int = 1) -> list[str]:
-    if ranks == 1:
-        return ["accelerate", "launch", "train.py", *arguments]
-    return [*torchrun(ranks), "train.py", *arguments]
+def command(*arguments: str, ranks: int = 1, launcher: list[str] = PYTHON) -> list[str]:
+    """``launcher``: of one rank; torchrun starts more."""
+    return [*(launcher if ranks == 1 else torchrun(ranks)), "train.py", *arguments]
 
 
-def train(*arguments: str, ranks: int = 1, expect: int = 0) -> str:
+def train(*arguments: str, ranks: int = 1, launcher: list[str] = PYTHON, expect: int = 0) -> str:
     """Run to the end; returns what it printed."""
-    return _run(command(*arguments, ranks=ranks), expect)
+    return _run(command(*arguments, ranks=ranks, launcher=launcher), expect)
 
 
 def evaluation(*arguments: str, ranks: int = 1) -> list[str]:

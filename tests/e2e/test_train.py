@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aipo.model.export import find_model
-from tests.e2e.launch import ROOT, command, metrics, train
+from tests.e2e.launch import ACCELERATE, ROOT, command, metrics, train
 from tests.processes import Guard
 from tests.tiny import make_tiny
 
@@ -57,7 +57,7 @@ def arguments(model: Path, data: Path, runs: Path, name: str, *more: str) -> lis
 @pytest.fixture(scope="module")
 def undisturbed(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     runs = tmp_path_factory.mktemp("runs")
-    printed = train(*arguments(model, data, runs, "undisturbed"))
+    printed = train(*arguments(model, data, runs, "undisturbed"), launcher=ACCELERATE)
     return runs / "undisturbed", printed
 
 
@@ -127,7 +127,8 @@ def test_killed_at_any_moment_and_resumed(
 ) -> None:
     """SIGKILL at random moments and inside a save, SIGTERM once: in the end nothing shows of it."""
     folder = tmp_path / "killed"
-    started = [*command(*arguments(model, data, tmp_path, "killed")), "--resume", "auto"]
+    resumed = [*arguments(model, data, tmp_path, "killed"), "--resume", "auto"]
+    started = command(*resumed, launcher=ACCELERATE)
     draw = random.Random(0)
     for way in ("anywhere", "inside a save", "signal"):
         process = subprocess.Popen(
@@ -147,7 +148,7 @@ def test_killed_at_any_moment_and_resumed(
         else:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-    printed = train(*started[3:])
+    printed = train(*resumed, launcher=ACCELERATE)
     assert "resumed after step" in printed
     assert metrics(folder) == metrics(undisturbed[0])
     for file in (folder / "final").glob("*.safetensors"):
@@ -160,14 +161,14 @@ def test_killed_between_a_batch_and_its_step(model: Path, data: Path, tmp_path: 
     """With a batch drawn ahead, a checkpoint holds it: the resumed run trains on the same rollouts."""
     ahead = ["rollout.async_depth=1", "optim.steps=6", "curriculum.refresh_every=null"]
     train(*arguments(model, data, tmp_path, "whole", *ahead))
-    started = [*command(*arguments(model, data, tmp_path, "killed", *ahead)), "--resume", "auto"]
+    resumed = [*arguments(model, data, tmp_path, "killed", *ahead), "--resume", "auto"]
     process = subprocess.Popen(
-        started, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command(*resumed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     wait_for(lambda: reached(tmp_path / "killed", 3), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert "resumed after step" in train(*started[3:])
+    assert "resumed after step" in train(*resumed)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     for file in (tmp_path / "killed" / "final").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "whole" / "final" / file.name).read_bytes()
@@ -176,10 +177,12 @@ def test_killed_between_a_batch_and_its_step(model: Path, data: Path, tmp_path: 
 def test_resuming_another_run_is_refused(undisturbed: tuple[Path, str], model: Path, data: Path) -> None:
     runs = undisturbed[0].parent
     printed = train(
-        *arguments(model, data, runs, "undisturbed", "optim.lr=5e-4", "--resume", "auto"), expect=1
-    )  # 2 from train.py, which accelerate turns into 1
+        *arguments(model, data, runs, "undisturbed", "optim.lr=5e-4", "--resume", "auto"),
+        launcher=ACCELERATE,
+        expect=1,  # 2 from train.py, which accelerate turns into 1
+    )
     assert "optim.lr is 0.001 in the checkpoint and 0.0005 here" in printed
-    printed = train(*arguments(model, data, runs, "undisturbed"), expect=1)
+    printed = train(*arguments(model, data, runs, "undisturbed"), expect=2)
     assert "exists already" in printed
 
 
@@ -221,5 +224,5 @@ def test_a_resumed_run_keeps_the_dtype_that_auto_chose(
     assert "\n  dtype: float32\n" in (tmp_path / "moved" / "config.yaml").read_text()
     printed = train(*small, "--resume", "auto")
     assert "model.dtype: float32 (auto: as the run began that is resumed)" in printed
-    refused = train(*small, "model.dtype=bfloat16", "--resume", "auto", expect=1)  # accelerate makes 1 of our 2
+    refused = train(*small, "model.dtype=bfloat16", "--resume", "auto", expect=2)
     assert 'model.dtype is "float32" in the checkpoint and "bfloat16" here' in refused

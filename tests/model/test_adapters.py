@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from aipo.errors import UserError
 from aipo.layout import micro_batches
-from aipo.model.adapters import adapters_off, add_adapters, alpha_of, merge, merged, originals, residual
+from aipo.model.adapters import adapters_off, add_adapters, alpha_of, merge, originals, residual
 from aipo.policy import Policy
 
 RANK, ALPHA = 3, 7.5
@@ -53,8 +53,12 @@ def move(model: nn.Module) -> None:
             parameter.data.normal_(0, 0.2, generator=draw)
 
 
+def merged(parameters: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    return {name: merge(parts, alpha) for name, parts in originals(parameters)}
+
+
 def merged_of(model: nn.Module) -> dict[str, Tensor]:
-    return dict(merged(dict(model.named_parameters()), alpha_of(model)))
+    return merged(dict(model.named_parameters()), alpha_of(model))
 
 
 def adapted_layers(model: nn.Module) -> set[str]:
@@ -184,7 +188,7 @@ def test_merging_rounds_once() -> None:
     exact = {name: p.float() for name, p in model.named_parameters()}
     for name, tensor in merged_of(model).items():
         assert tensor.dtype == torch.bfloat16
-        assert torch.equal(tensor, dict(merged(exact, ALPHA))[name].bfloat16())
+        assert torch.equal(tensor, merged(exact, ALPHA)[name].bfloat16())
 
 
 def test_a_model_without_adapters_is_itself() -> None:

@@ -210,13 +210,6 @@ def test_all_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     assert events[named + 1 :] == [parent, "fsync .tmp-latest", "rename to latest", parent]
 
 
-@pytest.fixture
-def quick_fsync(monkeypatch) -> None:
-    """A killed process loses nothing that it wrote, so the kills below need no real fsync, which is slow."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-@pytest.mark.usefixtures("quick_fsync")
 def test_a_kill_before_each_change_on_disk(tmp_path, monkeypatch):
     """SIGKILL before the nth rename, fsync or removal, for every n, of a save that also prunes."""
     for n in range(1, 100):
@@ -259,7 +252,6 @@ def test_a_kill_before_each_change_on_disk(tmp_path, monkeypatch):
     assert n > 15  # the kill has met every stage
 
 
-@pytest.mark.usefixtures("quick_fsync")
 def test_kills_at_random_moments(tmp_path):
     rng = random.Random(0)
     done = -1

@@ -18,6 +18,7 @@ from aipo.policy import Policy
 from aipo.problems.problem import Problem
 from aipo.record.clock import Clock
 from aipo.record.tokens import BYTES_PER_TOKEN, answer_of, recorded_rows, token_texts
+from aipo.selection import Selection
 from tests.record.test_reporting import batch
 from tests.test_curriculum import build
 from tests.test_trainer import LENGTHS, config_of, made
@@ -154,7 +155,7 @@ def test_what_dynamic_sampling_left_out_is_there_without_figures(model: Path) ->
     left_out.rewards, left_out.correct = torch.tensor([1.0, 0, 0, 0]), torch.tensor([True, False, False, False])
     left_out.used = left_out.advantages = torch.empty(0)  # as they are before advantages are assigned
     trainer.recorder.start(rollouts, {}, left_out)
-    selection = trainer.selector.begin(rollouts, None, kappa=0.1, step=0)
+    selection = Selection(trainer.selector, rollouts, None, kappa=0.1, step=0)
     rows = trainer.recorder.table(selection).to_pylist()
     assert len({row["group"] for row in rows}) == 4  # three of the batch's, and the first that was left out
     assert [row["group"] for row in rows[-2:]] == [4, 4]

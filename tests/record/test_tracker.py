@@ -1,3 +1,4 @@
+import gc
 import io
 import json
 import logging
@@ -18,7 +19,7 @@ from rich.console import Console
 from aipo.errors import UserError
 from aipo.metrics import Accuracy
 from aipo.record import clock
-from aipo.record.jsonl import JsonlLog, read_jsonl
+from aipo.record.jsonl import JsonlLog, iterate_jsonl, read_jsonl
 from aipo.record.plots import PANELS, draw_curves
 from aipo.record.progress import Progress, duration, final_table, summarize
 from aipo.record.tracker import (
@@ -146,6 +147,16 @@ def test_a_line_cut_inside_a_character(tmp_path):
     path.write_bytes(b'{"step": 0}\n' + '{"step": 1, "κ'.encode()[:-1])
     JsonlLog(path, keep=lambda line: line["step"] <= 9).append({"step": 1})
     assert [line["step"] for line in read_jsonl(path)] == [0, 1]
+
+
+def test_lines_are_read_one_at_a_time(tmp_path):
+    path = tmp_path / "m.jsonl"
+    assert [*iterate_jsonl(path)] == []  # not there
+    path.write_text('{"step": 0}\n\n{"step": 1}\n{"step"\n')
+    lines = iterate_jsonl(path)
+    assert [next(lines), next(lines)] == [{"step": 0}, {"step": 1}]  # what comes later is not looked at yet
+    with pytest.raises(UserError, match=r"m\.jsonl, row 4 is damaged"):
+        next(lines)
 
 
 # --- the tracker
@@ -302,6 +313,24 @@ def test_every_panel_can_be_drawn(tmp_path):
     del lines[1]["validation/accuracy_low"]  # a band with a hole is left out
     assert draw_curves(lines, tmp_path / "curves.png")
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_drawing_leaves_no_garbage_behind(tmp_path):
+    tracker = Tracker(tmp_path, wandb_mode="disabled", plot_every=2)
+    lines = [{"reward/mean": 0.5, "mi/mean": 0.1}] * 4
+    gc.collect()
+    gc.disable()
+    try:
+        for step, metrics in enumerate(lines, start=1):
+            tracker.log(step, metrics)
+            assert not gc.isenabled()  # as it was found
+            if step > 2:  # the first figure makes what stays
+                assert gc.collect() < 100  # a figure leaves thousands
+    finally:
+        gc.enable()
+    tracker.draw()
+    assert gc.isenabled()
+    assert (tmp_path / "curves" / "curves.png").exists()
 
 
 # --- progress

@@ -254,7 +254,3 @@ def test_postfixes() -> None:
     tokenizer = tiny_tokenizer()
     assert tokenizer.decode(postfix_ids(tokenizer, thinking=False)) == "\nThe answer is \\boxed{"
     assert tokenizer.decode(postfix_ids(tokenizer, thinking=True)) == "\n</think>\n\n**Final Answer**\n\\boxed{"
-    own = postfix_ids(tokenizer, thinking=True, text="</think><answer>")
-    assert tokenizer.decode(own) == "</think><answer>"
-    with pytest.raises(ValueError, match="no token"):
-        postfix_ids(tokenizer, thinking=True, text="")

@@ -79,18 +79,22 @@ def test_no_gold_is_matched_by_nothing() -> None:
     assert not is_correct("", boxed("5"))
 
 
+def in_order(verifier: Verifier, items: list[tuple[str, str, str]]) -> list[Verdict]:
+    return [future.result() for future in [verifier.submit(*item) for item in items]]
+
+
 def test_verdicts_do_not_depend_on_order_or_company(verifier: Verifier) -> None:
     items = [
         (gold, boxed(answer), "math")
         for gold in ("0.5", "x^2", r"\sqrt{8}", "(1,3)")
         for answer in (r"\frac12", "x x", r"2\sqrt{2}", "(3/3,3)", r"\frac{", "((((")
     ]
-    verdicts = verifier.verify_all(items)
+    verdicts = in_order(verifier, items)
     assert sum(verdict.correct for verdict in verdicts) == 4
     with Verifier(1, timeout=20.0) as other:
-        assert other.verify_all(items[::-1]) == verdicts[::-1]
+        assert in_order(other, items[::-1]) == verdicts[::-1]
         assert [other.submit(*item).result() for item in items] == verdicts
-        assert other.verify_all(items * 3) == verdicts * 3
+        assert in_order(other, items * 3) == verdicts * 3
 
 
 def test_one_answer_is_judged_once_while_it_is_under_way_and_then_remembered() -> None:
