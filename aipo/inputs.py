@@ -183,14 +183,15 @@ def watch_sources(config: Config) -> list[WatchSource]:
 def check_functions(config: Config) -> None:
     """Raises UserError for a reward function that cannot be imported where it will run."""
     reward = config.reward
-    for function in sorted({each.function for each in config.rewards().values()} - {VERIFIER}):
-        try:
-            Verifier(1, reward.timeout_s, reward.memory_mb).check(function)
-        except FunctionError as error:
-            raise UserError(
-                f"reward.function: {function} cannot be imported ({error}): install its package, put its file beside "
-                "train.py or its folder on PYTHONPATH; reward.memory_mb caps what it may load"
-            ) from error
+    with Verifier(1, reward.timeout_s, reward.memory_mb) as verifier:
+        for function in sorted({each.function for each in config.rewards().values()} - {VERIFIER}):
+            try:
+                verifier.check(function)
+            except FunctionError as error:
+                raise UserError(
+                    f"reward.function: {function} cannot be imported ({error}): install its package, put its file "
+                    "beside train.py or its folder on PYTHONPATH; reward.memory_mb caps what it may load"
+                ) from error
 
 
 def check_model(config: Config, architecture: Any) -> None:

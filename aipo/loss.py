@@ -102,7 +102,7 @@ def loss_terms(
         gain = clipped.detach() * advantages * logp  # (B, T)
         clip = (rho != clipped) & mask  # (B, T)
     elif config.ratio == "soft_gate":
-        tau = torch.where(advantages > 0, config.gate_positive, config.gate_negative).to(rho)  # (B, T)
+        tau = torch.full_like(rho, config.gate_negative).masked_fill(advantages > 0, config.gate_positive)  # (B, T)
         gain = (tau * (rho - 1)).sigmoid() * (4 / tau) * advantages  # (B, T)
         clip = torch.zeros_like(mask)  # (B, T)
     elif config.ratio in ("tv_mask", "kl_mask"):

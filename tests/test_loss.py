@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -114,6 +114,19 @@ def test_value_and_gradient(ratio: str, aggregation: str, per_token: bool) -> No
     clip_high=st.sampled_from([0.0, 0.28, 4.0]),
     everything=st.booleans(),
     constant_group=st.booleans(),
+)
+@example(  # a sum in which rounding shows
+    seed=34410,
+    rows=2,
+    width=3,
+    spread=0.0,
+    ratio="soft_gate",
+    aggregation="token",
+    kl_beta=0.0,
+    clip_low=0.0,
+    clip_high=0.0,
+    everything=True,
+    constant_group=False,
 )
 def test_value_and_gradient_of_any_shape(
     seed: int,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -63,6 +64,7 @@ class Plan:
         return sum(self.phases[phase].values())
 
 
+@cache  # a campaign plans many runs of one model
 def read_model(path: str) -> Model:
     """Architecture of a folder, a hub id or the embedded model; raises ``UserError`` if it cannot be had."""
     from transformers import AutoConfig

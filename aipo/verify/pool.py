@@ -155,10 +155,10 @@ class _Worker:
 
 
 class Verifier:
-    """A pool of workers. Start-up is lazy; ``stats`` counts the verdicts so far. Thread-safe.
+    """A pool of workers. ``stats`` counts the verdicts so far. Thread-safe.
 
     Args:
-        workers: processes, each on at most one core.
+        workers: processes at most, each on at most one core; one starts where an answer would have to wait for it.
         timeout: seconds of CPU time for one answer, so that a busy machine changes no verdict.
         memory_mb: address space of a worker in MiB.
     """
@@ -218,22 +218,19 @@ class Verifier:
 
     def check(self, function: str) -> None:
         """Raises FunctionError if it cannot be imported in a worker."""
-        worker = _Worker(self._memory_mb)
-        try:
-            worker.await_ready()
-            if worker.judge(_Job(("import", function), self.timeout, Future())) in (Verdict.TIMED_OUT, Verdict.KILLED):
-                raise FunctionError(f"the process that imports it died (it may take {self._memory_mb} MiB)")
-        finally:
-            worker.kill()
+        with self._lock:
+            done = self._enqueue(_Job(("import", function), self.timeout, Future()))
+        if done.result() in (Verdict.TIMED_OUT, Verdict.KILLED):
+            raise FunctionError(f"the process that imports it died (it may take {self._memory_mb} MiB)")
 
     def _enqueue(self, job: _Job) -> Future[Any]:
         """The future that will know the verdict: the job's own, or that of the same job already under way."""
         if self._closed:
             raise RuntimeError("the verifier is closed")
-        if not self._threads:
-            self._start_threads()
         first = self._pending.setdefault((job.request, job.timeout), job.future)
         if first is job.future:
+            if len(self._threads) < min(len(self._workers), len(self._pending)):
+                self._start_thread()
             self._jobs.put(job)
         return first
 
@@ -269,12 +266,12 @@ class Verifier:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start_threads(self) -> None:
-        # Daemons: a trainer that dies of an exception must not wait for the answers still queued.
-        for slot in range(len(self._workers)):
-            thread = threading.Thread(target=self._serve, args=(slot,), name=f"verifier-{slot}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+    def _start_thread(self) -> None:
+        # A daemon: a trainer that dies of an exception must not wait for the answers still queued.
+        slot = len(self._threads)
+        thread = threading.Thread(target=self._serve, args=(slot,), name=f"verifier-{slot}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _serve(self, slot: int) -> None:
         """Feed one worker, and replace it whenever it was killed."""

@@ -19,6 +19,7 @@ from operator import attrgetter
 from typing import Any
 
 from aipo.problems.problem import Problem
+from aipo.startup import imports
 
 RewardFunction = Callable[[Problem, str], float]
 """The user's ``reward.function``: a problem and the whole completion as text -> a finite number; 1 or more is right.
@@ -34,10 +35,11 @@ def work(connection: Connection, memory_mb: int) -> None:
     """Do jobs until the parent hangs up: see ``_Job`` of the pool for what is asked, and here for the replies."""
     logging.disable(logging.CRITICAL)
     _limit_process(memory_mb)
-    from aipo.verify.equality import equal
+    with imports():
+        from aipo.verify.equality import equal
 
-    if not all(equal(*pair) for pair in _WARM_UP):
-        raise RuntimeError("math-verify does not read what it used to read")
+        if not all(equal(*pair) for pair in _WARM_UP):
+            raise RuntimeError("math-verify does not read what it used to read")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     connection.send_bytes(b"ready")
     functions: dict[str, RewardFunction] = {}
