@@ -11,7 +11,9 @@ import psutil
 EVERY = ("checkpoint.every", "validation.every", "tracking.plot_every")
 BOUNDS = {"RSS": 16 * 2**20, "shared memory": 0, "file handles": 2, "threads": 1, "folder": 16 * 2**10}
 """Growth that is borne (:func:`grown`): bytes, number; of the folder bytes a step."""
-WARM = 50, 32 * 2**20  # steps in which a run comes to its size, and what RSS may grow by meanwhile
+WARM_STEPS = 50  # in which a run comes to its size
+WARM = {"RSS": 32 * 2**20, "folder": 32 * 2**10}
+"""What is borne besides while it does: libraries are read in, the first completions are long, the plots are new."""
 
 
 def resources(process: psutil.Process, folder: Path) -> dict[str, float]:
@@ -39,8 +41,8 @@ def grown(seen: Sequence[Mapping[str, float]], steps: int) -> tuple[str, list[st
         more = statistics.median(s[key] for s in last) - statistics.median(s[key] for s in first)
         if key == "folder":
             more /= steps * 11 / 16  # between the two medians, at 3/16 and 14/16
-        if key == "RSS" and steps / 8 < WARM[0]:
-            bound += WARM[1]
+        if steps / 8 < WARM_STEPS:
+            bound += WARM.get(key, 0)
         if more > bound:
             wrong.append(f"growth: {key} grew by {more:.0f}, bound {bound}")
         unit, form, of = (2**20, ".1f", " MiB") if key in ("RSS", "shared memory") else (1, ".0f", "")

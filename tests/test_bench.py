@@ -105,7 +105,8 @@ def test_the_soak_adds_rows_up_and_tells_what_grew() -> None:
     assert not wrong  # what is made in the first eighth does not count
     assert told.startswith("RSS +0.0 MiB (bound ")
     assert "folder +9000 bytes a step (bound 16384)" in told
-    assert not grown([flat | {"RSS": 5e8 + 1e6 * step} for step in range(24)], 24)[1]  # a short run is only the start
+    few = [flat | {"RSS": 5e8 + 1e6 * step, "folder": 3e4 * step} for step in range(24)]
+    assert not grown(few, len(few))[1]  # a short run is only the start
     for key, each in (("RSS", 3e4), ("shared memory", 1), ("file handles", 0.1), ("threads", 0.1), ("folder", 1e4)):
         _, wrong = grown([seen | {key: seen[key] + each * step} for step, seen in enumerate(steps)], 1000)
         assert len(wrong) == 1
