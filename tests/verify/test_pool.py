@@ -130,6 +130,21 @@ def test_an_answer_that_takes_too_long_is_refused_and_the_next_one_is_not() -> N
         assert pool.stats == {Verdict.CORRECT: 3, Verdict.TIMED_OUT: 2}
 
 
+def test_a_worker_starts_where_an_answer_would_wait_for_it() -> None:
+    with Verifier(3, timeout=20.0) as pool:
+        for answer in ("x + 0", "0 + x"):
+            assert pool.submit("x", boxed(answer)).result() is Verdict.CORRECT
+        first, *others = pool._workers
+        assert first is not None
+        assert others == [None, None]
+        busy = pool.submit("5", BOMB)
+        assert pool.submit("x", boxed("2x - x")).result() is Verdict.CORRECT
+        assert not busy.done()
+        assert pool._workers[0] is first
+        assert isinstance(pool._workers[1], type(first))
+        assert pool._workers[2] is None
+
+
 def test_a_worker_that_dies_costs_one_answer_if_busy_and_none_if_idle() -> None:
     with Verifier(1, timeout=20.0) as pool:
         assert pool.submit("x", boxed("x + 0")).result().correct
