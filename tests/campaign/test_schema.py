@@ -113,6 +113,20 @@ def test_the_beds_campaign_sets_selections_of_one_size_beside_the_controls() -> 
         assert {each.config.mask.fraction for each in made if each.panel == panel} == {share}
 
 
+def test_table_1_on_beds_has_every_method_beside_twins_and_controls() -> None:
+    on_model, on_beds = (CONFIG_FOLDER / "campaigns" / "laptop" / f"{name}.yaml" for name in ("table1", "table1_beds"))
+    campaign, methods = load_campaign(on_beds), load_campaign(on_model).conditions
+    assert {each.method for each in methods.values()} == {p.stem for p in (CONFIG_FOLDER / "methods").glob("*.yaml")}
+    controls = {"oracle", "inverse of oracle", "+ AIPO, inverse", "+ AIPO, wrong gold"}
+    assert campaign.conditions.keys() == methods.keys() | controls
+    made = list(settings(campaign, on_beds))
+    for panel in campaign.panels:  # one budget a bed, and of each condition another run
+        own = [each for each in made if each.panel == panel and each.seed == 0]
+        assert len({each.config.optim.generated_tokens for each in own}) == 1
+        assert {each.config.model.path for each in own} == {f"data/beds/{panel}/model"}
+        assert len({each.config.model_dump_json(exclude={"name"}) for each in own}) == len(own) - 1  # GRPO is read twice
+
+
 def test_the_document_names_every_key_and_its_example_works(tmp_path: Path) -> None:
     text = (CONFIG_FOLDER.parent / "docs" / "campaigns.md").read_text()
     table = text[text.index("## Keys") : text.index("## What is run")]
