@@ -11,8 +11,8 @@ import pytest
 
 from aipo.problems.embedded import embedded_model
 from tests.e2e.launch import train
+from tests.e2e.test_browser import walk_through
 from tests.report.browser import Page, browser
-from tests.report.test_browser import walk_through
 from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.e2e

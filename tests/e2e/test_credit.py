@@ -29,6 +29,8 @@ from aipo.rollouts import Rollouts
 from aipo.sharding import Sharded
 from aipo.tokens.table import measure
 
+pytestmark = pytest.mark.e2e
+
 CONFIG = Path(__file__).parents[2] / "configs" / "beds" / "chain.yaml"
 SMALL = ["--questions", "5", "--samples", "6", "--continuations", "16", "--out", "out"]
 

@@ -20,6 +20,8 @@ import pytest
 
 from tests.processes import run
 
+pytestmark = pytest.mark.e2e
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROOT = Path(__file__).parents[2]
 

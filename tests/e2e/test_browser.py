@@ -13,6 +13,8 @@ from aipo.report.run_report import report
 from tests.report.browser import Page, browser
 from tests.report.folders import HOSTILE, make_evaluation, make_run
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
