@@ -21,7 +21,10 @@ SHARES = re.compile(r"accuracy|correct|otf|share|truncated|no_answer")  # metric
 
 
 def collect(plan: Plan) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(a row a cell, a row a cell and step). What is not there yet has ``state`` and no figures."""
+    """(a row a cell, a row a cell and step). What is not there yet has ``state`` and no figures.
+
+    A condition that is read before training has no steps: the run it shares is another condition's.
+    """
     own, backbone = differences(plan), _backbone(plan)
     runs, curves = [], []
     for cell in plan.cells:
@@ -33,8 +36,9 @@ def collect(plan: Plan) -> tuple[pd.DataFrame, pd.DataFrame]:
         if trained:
             log = read_jsonl(cell.folder / "metrics.jsonl")
             row |= figures(cell, log, [name for name in plan.campaign.columns if "/" in name], plan.campaign.metric)
-            tokens = accumulate(line.get("rollout/tokens") or 0.0 for line in log)
-            curves += [{**named, **line, "tokens": so_far} for line, so_far in zip(log, tokens)]
+            if setting.read != "first":
+                tokens = accumulate(line.get("rollout/tokens") or 0.0 for line in log)
+                curves += [{**named, **line, "tokens": so_far} for line, so_far in zip(log, tokens)]
         if cell.results is not None and cell.results.is_file():
             row |= evaluated(cell, backbone.get((setting.panel, setting.seed)), row.get("otf"))
         runs.append(row)

@@ -71,7 +71,7 @@ def _curves(plan: Plan, plot: Plot, curves: pd.DataFrame) -> Figure:
         (panel, name): band(part, plot.metric, plot.x)
         for (panel, name), part in curves.groupby(["panel", "condition"], sort=False)
     }
-    names = list(plan.campaign.variants())
+    names = [name for name in plan.campaign.variants() if any((panel, name) in bands for panel in panels)]
     many = len(names) > MANY
     places = [(panel, name) for panel in panels for name in names] if many else [(panel, "") for panel in panels]
     columns = min(len(places), 4 if many else 3)
@@ -111,6 +111,7 @@ def _forest(plan: Plan, made: Mapping[str, Mapping[str, Comparison]]) -> Figure:
         ax.plot(c.difference, y, marker="o", color="C0", fillstyle="full" if c.told_apart else "none", markersize=6)
     ax.axvline(0, color="0.5", linewidth=0.8)
     ax.set_yticks(range(len(lines)), [name for name, _ in reversed(lines)])
+    ax.set_ylim(-0.7, len(lines) - 0.3)
     ax.set_xlabel(f"points above {plan.campaign.control}; 95 % over seeds; filled: told apart", fontsize="small")
     _quiet(ax)
     return sheet

@@ -136,6 +136,8 @@ def test_the_tables_are_what_the_runs_say(tmp_path: Path, model: Path) -> None:
     assert latex.count("{") == latex.count("}")
     rows = pd.read_csv(plan.folder / "table.csv")
     assert len(rows) == 3 * 7
+    steps = pd.read_parquet(plan.folder / "curves.parquet")
+    assert set(steps["condition"]) == {row["condition"] for row in table.to_dict("records")} - {"before"}
     for name in ("curves.png", "forest.png", "curves.csv", "curves.parquet"):
         assert (plan.folder / name).stat().st_size > 500
 
