@@ -82,13 +82,15 @@ def make(options: argparse.Namespace, knobs: Knobs) -> None:
     tokenizer = base.word_tokenizer(knobs.vocabulary())
     model = base.small_llama(len(tokenizer), width=options.width, seed=options.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; filler entropy {math.log(knobs.words):.2f} nats")
-    settings = {"steps": options.pretrain_steps, "batch": options.batch, "lr": options.lr, "seed": options.seed}
-    base.pretrain(model, tokenizer, world, say=lambda line: print(line, flush=True), **settings)
+    settings = {"batch": options.batch, "lr": options.lr, "seed": options.seed}
+    base.pretrain(
+        model, tokenizer, world, steps=options.pretrain_steps, say=lambda line: print(line, flush=True), **settings
+    )
     right, seconds = base.accuracy(model, tokenizer, world, questions=2000), time.perf_counter() - start
     base.save(model, tokenizer, folder / "model")
     sigma = round(base.bandwidth(model, tokenizer, world), 1)
-    made = {"world": options.world, **asdict(knobs), "width": options.width, **settings}
-    facts = made | {"accuracy": right, "sigma": sigma}
+    made = {"world": options.world, **asdict(knobs), "width": options.width, "pretrain_steps": options.pretrain_steps}
+    facts = made | settings | {"accuracy": right, "sigma": sigma}
     (folder / "bed.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(f"{folder}: base policy right in {right:.1%} of 2000 samples, median bandwidth {sigma}, {seconds:.0f} s")
 

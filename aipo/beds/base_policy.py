@@ -119,16 +119,27 @@ def accuracy(
 
 
 @torch.no_grad()
+def states(
+    model: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[list[str]], completions: Sequence[list[str]]
+) -> list[torch.Tensor]:
+    """What scores read where each word of a completion is predicted, of each row: (t, d).
+
+    It is the residual stream before the final norm (:class:`aipo.policy.Policy`), behind which states are less wide.
+    """
+    number = tokenizer.get_vocab()
+    asked, said = ([[number[word] for word in row] for row in rows] for rows in (prompts, completions))
+    (micro,) = micro_batches(asked, said, budget=sys.maxsize, packing=False)
+    parts = Policy(model, temperature=1.0)(micro)["states"].split(micro.lengths.tolist())
+    return [part for _, part in sorted(zip(micro.rows.tolist(), parts), key=lambda pair: pair[0])]
+
+
 def bandwidth(model: Any, tokenizer: PreTrainedTokenizerFast, world: World, *, questions: int = 64) -> float:
-    """Median heuristic over the coordinates of the states that scores read (:class:`aipo.policy.Policy`: before the
-    final norm, behind which they are far less wide), at demonstrations: what a fixed ``mi.sigma`` is to be near."""
-    draw, number = random.Random(1), tokenizer.get_vocab()
+    """Median heuristic over the coordinates of :func:`states` at demonstrations: what a fixed ``mi.sigma`` is to be
+    near."""
+    draw = random.Random(1)
     examples = [world.draw(draw, world.knobs) for _ in range(questions)]
-    prompts = [[number[word] for word in e.question] for e in examples]
-    completions = [[number[word] for word in e.demonstration] for e in examples]
-    (micro,) = micro_batches(prompts, completions, budget=sys.maxsize, packing=False)
-    states = Policy(model, temperature=1.0)(micro)["states"]  # (N, d)
-    return float(median_bandwidth(states.reshape(-1, 1)))
+    found = states(model, tokenizer, [e.question for e in examples], [e.demonstration for e in examples])
+    return float(median_bandwidth(torch.cat(found).reshape(-1, 1)))
 
 
 def problems(world: World, count: int, *, seed: int, without: frozenset[str] = frozenset()) -> list[Example]:

@@ -227,7 +227,8 @@ def missing_data(cells: Iterable[Cell]) -> list[str]:
 def check_here(plan: Plan) -> None:
     """What must hold before anything is started. UserError."""
     if missing := missing_data(plan.cells):
-        raise UserError(f"{plan.name}: {', '.join(missing)} not there: make data, or put the file there")
+        how = "make data, for a bed python -m aipo.beds, or put the file there"
+        raise UserError(f"{plan.name}: {', '.join(missing)} not there: {how}")
 
 
 def differences(plan: Plan) -> dict[str, dict[str, Any]]:

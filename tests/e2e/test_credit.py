@@ -46,6 +46,12 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_bed_says_how_it_was_made(bed: Path) -> None:
+    facts = json.loads((bed / "data" / "beds" / "chain" / "bed.json").read_text())
+    made = {"world": "chain", "steps": 4, "fillers": 0, "words": 16, "pretrain_steps": 60, "batch": 64, "seed": 0}
+    assert made.items() <= facts.items()
+
+
 def test_values_signals_and_tables(bed: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(bed)
     monkeypatch.setattr("aipo.distributed.launch", lambda work: work(torch.device("cpu")))
