@@ -6,6 +6,7 @@ import json
 import random
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from aipo.verify import Verifier
 
 GOLD = "42"
 CODE = (
@@ -86,11 +89,15 @@ def through_the_pool(count: int, seed: int, folder: Path, report: Path, submissi
             verdicts.extend(verifier.submit(GOLD, text, "math") for text in texts)  # what is left
             counts = Counter(each.result().value for each in verdicts)
             honest = [verifier.submit("x^2-1", text, "math").result().value for text in HONEST]
-            workers = [worker.process.pid for worker in verifier._workers if worker and worker.process.poll() is None]
+            started = len(verifier._threads)  # as many as answers ever waited at once
+            until = time.monotonic() + 60
+            while len(workers := alive(verifier)) < started and time.monotonic() < until:
+                time.sleep(0.05)  # one that was killed is being replaced
             children = psutil.Process().children()
             below = [each.name() for worker in workers for each in psutil.Process(worker).children(recursive=True)]
             mine = [each.cmdline()[:5] for each in children if each.pid not in workers]
-            content = {"verdicts": counts, "honest": honest, "workers": len(workers), "below": below, "other": mine}
+            content = {"verdicts": counts, "honest": honest, "below": below, "other": mine}
+            content |= {"workers": len(workers), "started": started}
             content |= {"files": [path.name for path in folder.iterdir()], "connections": trap.connections}
             report.write_text(json.dumps(content))
             close(trainer)
@@ -99,6 +106,11 @@ def through_the_pool(count: int, seed: int, folder: Path, report: Path, submissi
         aipo.run.close = and_report
 
     return install
+
+
+def alive(verifier: Verifier) -> list[int]:
+    """Process numbers of the workers that live."""
+    return [each.process.pid for each in list(verifier._workers) if each and each.process.poll() is None]
 
 
 HONEST = ("\\boxed{(x-1)(x+1)}", "\\boxed{x^2}")

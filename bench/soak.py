@@ -339,8 +339,9 @@ def hostile(bed: Bed, draw: random.Random, count: int) -> Row:
         tally.update(found["verdicts"])
         if tally["correct"] or sum(found["verdicts"].values()) != few:
             wrong.append(f"{name}: verdicts {found['verdicts']}")
-        if found["honest"] != ["correct", "wrong"] or found["workers"] != 2:
-            wrong.append(f"{name}: afterwards {found['workers']} workers, which say {found['honest']}")
+        if found["honest"] != ["correct", "wrong"] or found["workers"] != found["started"]:
+            alive = f"{found['workers']} of {found['started']}"
+            wrong.append(f"{name}: afterwards {alive} workers live, which say {found['honest']}")
         wrong += [f"{name}: {key}: {found[key]}" for key in ("files", "connections", "below", "other") if found[key]]
         print(f"  hostile: {sum(tally.values())} of {count} {dict(tally)} {wrong}", flush=True)
     how = "hostile answers while training; no file, process, connection; rewards as without"
