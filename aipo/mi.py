@@ -302,7 +302,7 @@ def _factors(x: Tensor, columns: Tensor, phi: Expansion, center: bool, ridge: fl
     factor = chebyshev(near, m).permute(1, 2, 0) @ R[:, :, :m].mT  # (q, d, min(D, m + o))
     factor[:, columns] += R[:, :, m:].mT
     # what centring leaves of equal coordinates is rounding, which differs from machine to machine, and no rank
-    noise = (8 * torch.finfo(factor.dtype).eps) ** 2 * factor.square().sum((1, 2))  # (q,)
+    noise = (8 * torch.finfo(factor.dtype).eps * torch.linalg.vector_norm(factor, dim=(1, 2))) ** 2  # (q,)
     factor = _centered(factor, center)
     eigenvalue, vector = torch.linalg.eigh(factor.mT @ factor)  # ascending
     kept = eigenvalue > (RANK_TOLERANCE * eigenvalue[:, -1]).maximum(noise)[:, None]  # (q, min(D, m + o))

@@ -356,6 +356,15 @@ def test_gold_states_together_are_each_alone_and_exact(monkeypatch, center, chun
         torch.testing.assert_close(scores, exact, rtol=1e-3, atol=1e-4 * scale)
 
 
+def test_rounding_of_a_constant_gold_state_is_no_rank():
+    phi_of = FourierFeatures.draw("quadrature", 1, 256, seed=0)
+    gold = torch.full((1, 90), 1.5, dtype=torch.float64)
+    gold[0, ::2] = math.nextafter(1.5, 2)
+    assert gold_factors(gold, phi_of, 50.0, True).shape[2] == 0
+    gold[0, ::2] += 1e-9  # which varies, however little
+    assert gold_factors(gold, phi_of, 50.0, True).shape[2] >= 1
+
+
 def test_chunks_fit_the_cache(monkeypatch):
     hidden, gold = planted()
     whole = coordinate_scores(hidden, gold, num_features=32, sigma=50.0)
