@@ -2,7 +2,19 @@
 
 import pytest
 
-LONGEST = ["methods", "train", "campaign", "soak", "adapters", "failures", "replay", "report", "sharding"]
+LONGEST = [
+    "train",
+    "methods",
+    "report",
+    "evaluate",
+    "embedded_model",
+    "campaign",
+    "soak",
+    "sharding",
+    "adapters",
+    "failures",
+    "replay",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
