@@ -1,8 +1,9 @@
 """Train every selection of tokens on a bed, over many seeds:  python bench/beds.py chain [--seeds 8] [--conditions a,b]
 
 All through train.py's own path, one run after the other in this process. Each finished run is a line of
-bench/results/beds-NAME.jsonl, and is not made again: the command may be stopped and started. The table goes beside it.
-The bed itself is made by python -m aipo.beds. More keys may follow, for other settings of a bed under another --name.
+beds-NAME.jsonl in bench/results, and is not made again: the command may be stopped and started. The table goes beside
+it; --out DIR makes all anew. The bed itself is made by python -m aipo.beds. More keys may follow, for other settings of
+a bed under another --name.
 """
 
 from __future__ import annotations
@@ -187,18 +188,25 @@ def main() -> int:
     parser.add_argument("--name", help="of the results (default: the bed)")
     parser.add_argument("--conditions", default=",".join(known), help="by comma (default: all)")
     parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the results")
     parser.add_argument("--table", action="store_true", help="only make the table of what is there")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     options = parser.parse_intermixed_args()
     name = options.name or options.bed
-    target = ROOT / "bench" / "results" / f"beds-{name}"
+    target = options.out / f"beds-{name}"
     if options.table:
         print(write(name, target))
         return 0
+    asked = options.conditions.split(",")
+    rows = read_jsonl(target.with_suffix(".jsonl"))
+    if other := {r["condition"] for r in rows if r["condition"] in asked and r["settings"] != options.overrides}:
+        print(f"error: {target}.jsonl has {', '.join(sorted(other))} with other keys: another --name", file=sys.stderr)
+        return 2
     facts = ROOT / "data" / "beds" / name / "bed.json"
     if not facts.is_file():
         print(f"error: the bed {name} is not there: python -m aipo.beds makes it", file=sys.stderr)
         return 2
+    options.out.mkdir(parents=True, exist_ok=True)
     accuracy = json.loads(facts.read_text())["accuracy"]
     print(f"{name}: base policy right in {accuracy:.1%}", flush=True)
 
@@ -206,8 +214,8 @@ def main() -> int:
     from aipo.threads import settle
 
     settle()
-    done = {(row["condition"], row["seed"]) for row in read_jsonl(target.with_suffix(".jsonl"))}
-    jobs = [(seed, condition) for seed in range(options.seeds) for condition in options.conditions.split(",")]
+    done = {(row["condition"], row["seed"]) for row in rows}
+    jobs = [(seed, condition) for seed in range(options.seeds) for condition in asked]
     jobs = [(seed, condition) for seed, condition in jobs if (condition, seed) not in done]
 
     def work(device: Any) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from aipo.config import CONFIG_FOLDER, load_config
-from bench.beds import CONDITIONS, CONTROLS, area, best, contrasts, counts, table, twins
+from bench.beds import CONDITIONS, CONTROLS, area, best, contrasts, counts, main, table, twins
 
 BEDS = sorted(path.stem for path in (CONFIG_FOLDER / "beds").glob("*.yaml"))
 
@@ -66,3 +69,18 @@ def test_the_signal_that_ended_highest_is_tested_against_all_others() -> None:
         f"mi - {other}" for other in ("oracle", "all", "random", "entropy")
     ]
     assert best(rows({"random": [0.5]})) == ""
+
+
+def test_runs_with_other_keys_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "beds-made.jsonl").write_text(
+        json.dumps({"condition": "mi", "seed": 0, "settings": ["mi.sigma=5"]}) + "\n"
+    )
+    start = ["beds.py", "chain", "--name", "made", "--out", str(tmp_path), "--conditions", "mi,all"]
+    monkeypatch.setattr(sys, "argv", [*start, "mi.sigma=24"])
+    assert main() == 2
+    assert "has mi with other keys" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*start, "mi.sigma=5"])
+    assert main() == 2
+    assert "the bed made is not there" in capsys.readouterr().err

@@ -7,7 +7,6 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from aipo.beds.worlds import Example, World
 from aipo.errors import UserError
 from aipo.layout import micro_batches
 from aipo.mi import median_bandwidth
-from aipo.model.loading import save_model
 from aipo.policy import Policy
 
 END, PAD, UNKNOWN = "<end>", "<pad>", "<unknown>"
@@ -153,7 +151,3 @@ def problems(world: World, count: int, *, seed: int, without: frozenset[str] = f
         if len(found) == count:
             return list(found.values())
     raise UserError(f"--steps: a world of {world.knobs.steps} has only {len(found)} of {count} questions: raise it")
-
-
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    save_model(model, tokenizer, folder)

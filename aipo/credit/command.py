@@ -23,7 +23,7 @@ from aipo.credit.frozen import asked_signals, build, command, configured, prepar
 from aipo.credit.plot import plot
 from aipo.credit.signals import all_signals, named
 from aipo.credit.table import WRONG, Credit, table, twins
-from aipo.credit.values import Valued, changes, enough_continuations, value_prefixes
+from aipo.credit.values import Valued, by_chance, changes, enough_continuations, value_prefixes
 from aipo.errors import UserError, exit_code
 from aipo.evaluation.benchmarks import load_benchmarks
 from aipo.inputs import Inputs, check_inputs
@@ -67,7 +67,7 @@ def run(config: Config, options: argparse.Namespace, folder: Path, device: torch
     pool, only = candidates(inputs, options), asked_signals(options)
     named(config, pool, only)
     asked = {name: getattr(options, name) for name in ("benchmarks", "samples", "continuations", "stride")}
-    prepare(folder, config, **asked)  # without the number of questions: more, or fewer, may be asked for later
+    prepare(folder, inputs, **asked)  # without the number of questions: more, or fewer, may be asked for later
     with Progress() as progress:
         for line in precision.lines:
             progress.say(line)
@@ -81,7 +81,7 @@ def run(config: Config, options: argparse.Namespace, folder: Path, device: torch
         rollouts = Rollouts.joined([valued[p.id].rollouts(p, encode(p.question, p.origin)) for p in problems])
         frame, credit = rows(problems, valued, options.continuations, inputs.prompter)
         check(credit, options.continuations)
-        signals: dict[str, np.ndarray[Any, Any]] = {}
+        signals = {"standard error": credit.error}  # as a control: where the noise is, some exceed it by chance
         makers = all_signals(Passes(config, sharded, inputs.prompter, device), problems, rollouts, only)
         with progress.task("signals", len(makers)) as task:
             for name, make in makers.items():
@@ -89,7 +89,7 @@ def run(config: Config, options: argparse.Namespace, folder: Path, device: torch
                 task.advance()
         progress.say("tables: intervals over questions")
     write_parquet(folder / "tokens.parquet", frame | signals)
-    text = summary(config, options, drawn, credit, problems) + table(signals, credit)
+    text = summary(config, options, drawn, credit, frame, problems) + table(signals, credit)
     if any(name.endswith(WRONG) for name in signals):
         text += f"\nBeside another question's gold, the wrong gold: AUROC.\n\n{twins(signals, credit)}"
     (folder / "credit.md").write_text(text)
@@ -122,7 +122,10 @@ def draw(
     Where all rollouts are right, or all wrong, hardly a token changes the value, and none of the continuations that
     say so would tell one signal from another. UserError if no question is mixed.
     """
-    drawn = {row["question"]: Valued.of(row) for row in read_jsonl(folder / "rollouts.jsonl")}
+    asked = {problem.id for problem in pool}  # more may lie there, of a start that asked for more
+    drawn = {
+        row["question"]: Valued.of(row) for row in read_jsonl(folder / "rollouts.jsonl") if row["question"] in asked
+    }
     sampling, wanted, n = Sampling.of(config.rollout), options.questions, options.samples
     mixed = sum(each.mixed for each in drawn.values())
     with progress.task("mixed questions", wanted) as task, closing(JsonlLog(folder / "rollouts.jsonl")) as log:
@@ -192,13 +195,14 @@ def rows(
         own = valued[problem.id]
         for sample, (completion, cuts, value) in enumerate(zip(own.completions, own.cuts, own.values)):
             delta, error = changes(torch.tensor(value), continuations)  # (n,)
+            chance = by_chance(torch.tensor(value), continuations)  # (n,)
             for i in range(len(cuts) - 1):
                 if delta[i] != delta[i]:
                     continue
                 ids = [] if problem.protected else completion.token_ids[cuts[i] : cuts[i + 1]]
                 entry: tuple[Any, ...] = (problem.id, sample, cuts[i], cuts[i + 1], ids, prompter.decode(ids))
                 entry += (value[i], value[i + 1])
-                entry += (float(delta[i]), float(error[i]), own.correct[sample], rollout, q)
+                entry += (float(delta[i]), float(error[i]), float(chance[i]), own.correct[sample], rollout, q)
                 for name, cell in zip(COLUMNS, entry):
                     columns[name].append(cell)
             rollout += 1
@@ -208,10 +212,12 @@ def rows(
 
 CANDIDATES = 8  # questions of which rollouts may be drawn for each that is wanted
 COLUMNS: tuple[str, ...] = ("question", "sample", "start", "end", "token_ids", "text", "value_before", "value_after")
-COLUMNS += ("delta", "error", "correct", "rollout", "number")
+COLUMNS += ("delta", "error", "chance", "correct", "rollout", "number")
 
 
 def check(credit: Credit, continuations: int) -> None:
+    if not len(credit.delta):
+        raise UserError("no rollout's prefixes have values: no answer of theirs had a verdict (reward.timeout_s)")
     if not credit.decides.any():
         raise UserError(
             f"none of {len(credit.delta)} tokens changes the value by more than twice its standard error (the largest "
@@ -237,7 +243,12 @@ def write_parquet(path: Path, columns: dict[str, Any]) -> None:
 
 
 def summary(
-    config: Config, options: argparse.Namespace, drawn: dict[str, Valued], credit: Credit, problems: Sequence[Problem]
+    config: Config,
+    options: argparse.Namespace,
+    drawn: dict[str, Valued],
+    credit: Credit,
+    frame: dict[str, Any],
+    problems: Sequence[Problem],
 ) -> str:
     decides = credit.decides
     right = [right for each in drawn.values() for right in each.correct]
@@ -247,7 +258,8 @@ def summary(
         f"{len(drawn)} questions that are right in {sum(right) / len(right):.0%}. Prefixes "
         f"{options.stride} token{'s' * (options.stride > 1)} apart, {options.continuations} continuations of each. "
         f"{int(decides.sum())} of {len(decides)} stretches ({decides.mean():.1%}) "
-        f"change the value by more than twice their standard error (median {np.median(credit.error):.3f}); they hold "
+        f"change the value by more than twice their standard error (median {np.median(credit.error):.3f}); if none did "
+        f"but the last of each, {sum(frame['chance']):.0f} would seem to. They hold "
         f"{np.abs(credit.delta[decides]).sum() / np.abs(credit.delta).sum():.0%} of the sum of |dV|. In brackets: "
         "95 % intervals, bootstrapped over questions.\n\n"
     )

@@ -49,16 +49,26 @@ def configured(options: argparse.Namespace) -> Config:
     return load_config(options.config, [*FIXED, *model, *options.overrides])
 
 
-def prepare(folder: Path, config: Config, **facts: Any) -> None:
-    """Make the folder, whose values are gone on from. UserError if other settings made them, or under a launcher."""
+def prepare(folder: Path, inputs: Inputs, **facts: Any) -> None:
+    """Make the folder, whose values are gone on from.
+
+    UserError if other settings, data or weights made them, or under a launcher.
+    """
     if distributed.world_size() > 1:
         raise UserError("measurements of a frozen model are one process: start them without a launcher")
-    asked = json.loads(json.dumps({"config": config.model_dump(mode="json"), **facts}))
+    asked = inputs.identity | json.loads(json.dumps(facts))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
-    if path.is_file() and json.loads(path.read_text()) != asked:
-        raise UserError(f"{folder} holds values that other settings made: give another --out, or remove it")
-    path.write_text(json.dumps(asked, indent=1))
+    if path.is_file():
+        made = json.loads(path.read_text())
+        if other := sorted(key for key in asked.keys() | made.keys() if asked.get(key) != made.get(key)):
+            raise UserError(
+                f"{folder} holds values that other settings made ({', '.join(other)}): give another --out, or remove it"
+            )
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asked, indent=1))
+    temporary.replace(path)
 
 
 def build(config: Config, inputs: Inputs, device: torch.device) -> tuple[Collector, Sharded]:

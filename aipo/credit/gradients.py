@@ -183,7 +183,7 @@ def run(config: Config, options: argparse.Namespace, folder: Path, device: torch
             "--batches)): lower one of them"
         )
     asked = {name: getattr(options, name) for name in ("questions", "times", "budgets", "signals")}
-    prepare(folder, config, **asked)
+    prepare(folder, inputs, **asked)
     sampling, samples = Sampling.of(config.rollout), config.rollout.samples_per_question
     done = {row["batch"]: row["rows"] for row in read_jsonl(folder / "cosines.jsonl")}
     with Progress() as progress:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -25,15 +26,25 @@ VOCABULARY = ("entropy", "certainty", "energy", "gap")  # what one forward pass 
 
 
 def readings(config: MIConfig, *, solutions: bool) -> Iterator[tuple[str, MIConfig]]:
-    """Every reading of the mutual information, by name: estimator, its features, what is normalised, the gold text."""
+    """Every reading of the mutual information, by name: estimator, its features, what is normalised, the gold text.
+
+    The coordinates' bandwidth is the config's; between whole states, which lie further apart, the median.
+    """
     kinds = [("coordinate", features, normalized) for features in get_args(Features) for normalized in NORMALIZED]
     kinds += [(name, features, "none") for name in ("pointwise", "position") for features in ("random", "orthogonal")]
     for estimator, features, normalized in kinds:
         for gold_text in ("answer", "boxed", "question_answer", *(["solution"] if solutions else [])):
-            # few features where they are squared, or deterministic
-            count = min(config.num_features, 16 if features == "quadrature" else 64)
-            keys = {"estimator": estimator, "features": features, "normalized": normalized, "gold_text": gold_text}
-            made = MIConfig.model_validate(config.model_dump() | keys | {"num_features": count})
+            keys: dict[str, Any] = {
+                "estimator": estimator,
+                "features": features,
+                "normalized": normalized,
+                "gold_text": gold_text,
+            }
+            if features == "quadrature":  # deterministic: 16 are enough
+                keys["num_features"] = min(config.num_features, 16)
+            if estimator != "coordinate":  # features of whole states are squared
+                keys |= {"num_features": min(config.num_features, 64), "sigma": "median"}
+            made = MIConfig.model_validate(config.model_dump() | keys)
             yield "mi " + " ".join([estimator, features, *NORMALIZED[normalized], gold_text]), made
 
 
@@ -68,7 +79,8 @@ def all_signals(
     batches = passes.batches_of(rollouts)
     inside = token_grid(rollouts.lengths, int(rollouts.lengths.max()))  # (B, T)
     place = torch.arange(inside.shape[1]) / rollouts.lengths[:, None]  # (B, T)
-    noise = torch.rand(inside.shape, generator=torch.Generator().manual_seed(config.seed))  # (B, T)
+    drawn = crc32(f"{config.seed} {rollouts.problems[0].id}".encode())  # another for every batch
+    noise = torch.rand(inside.shape, generator=torch.Generator().manual_seed(drawn))  # (B, T)
     said: dict[int, dict[str, Tensor]] = {}  # of each micro-batch, on the host
     golds: dict[str, Tensor] = {}  # (Q, d) each
 

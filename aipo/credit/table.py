@@ -142,12 +142,12 @@ def twins(signals: dict[str, Numbers], credit: Credit) -> str:
     return markdown(columns, [cell for _, cell in sorted(cells, key=lambda each: -each[0])])
 
 
-def table(signals: dict[str, Numbers], credit: Credit, names: Sequence[str] = tuple(STATISTICS)) -> str:
+def table(signals: dict[str, Numbers], credit: Credit) -> str:
     """A line a signal, best AUROC first. A token that a signal does not measure counts as its lowest."""
     cells, drawn = [], resamples(credit)
     for name, values in signals.items():
         score = filled(values)
-        found = [bootstrap(score, credit, STATISTICS[each], drawn) for each in names]
+        found = [bootstrap(score, credit, statistic, drawn) for statistic in STATISTICS.values()]
         order = found[0][0] if found[0][0] == found[0][0] else -1.0
         cells.append((order, [name, *(f"{value:.2f} ({low:.2f}–{high:.2f})" for value, low, high in found)]))
-    return markdown(["signal", *names], [cell for _, cell in sorted(cells, key=lambda each: -each[0])])
+    return markdown(["signal", *STATISTICS], [cell for _, cell in sorted(cells, key=lambda each: -each[0])])

@@ -112,15 +112,36 @@ def value_prefixes(
 
 
 def changes(values: Tensor, continuations: int) -> tuple[Tensor, Tensor]:
-    """dV and its standard error from the values (n + 1,) of consecutive prefixes, the last being exact: (n,), (n,).
-
-    The variance of a share v of K is p (1 - p) / K with p = (K v + 1/2) / (K + 1), so that K equal outcomes are not
-    taken for certainty.
-    """
-    p = (continuations * values.double() + 0.5) / (continuations + 1)  # (n + 1,)
-    variance = p * (1 - p) / continuations  # (n + 1,)
+    """dV and its standard error from the values (n + 1,) of consecutive prefixes, the last being exact: (n,), (n,)."""
+    variance = _variance(values, continuations)  # (n + 1,)
     variance[-1] = 0.0
     return values.double().diff(), (variance[1:] + variance[:-1]).sqrt()
+
+
+def _variance(values: Tensor, continuations: int) -> Tensor:
+    """Of shares v of K: p (1 - p) / K with p = (K v + 1/2) / (K + 1), so that K equal outcomes are not certainty."""
+    p = (continuations * values.double() + 0.5) / (continuations + 1)
+    return p * (1 - p) / continuations
+
+
+def by_chance(values: Tensor, continuations: int) -> Tensor:
+    """Probability that |dV| exceeds twice its standard error where V does not change: (n + 1,) -> (n,).
+
+    Of two binomial shares of K at the mean of both values, exactly; 0 for the last stretch, whose end has no noise.
+    """
+    shares = torch.arange(continuations + 1, dtype=torch.float64) / continuations  # (K + 1,)
+    variance = _variance(shares, continuations)  # (K + 1,)
+    beyond = (shares[:, None] - shares).abs() > 2 * (variance[:, None] + variance).sqrt()  # (K + 1, K + 1)
+    mean = (values.double()[1:] + values.double()[:-1]) / 2  # (n,)
+    p = (2 * continuations * mean + 0.5) / (2 * continuations + 1)  # (n,)
+    pmf = (
+        torch.distributions.Binomial(continuations, p[:, None], validate_args=False)
+        .log_prob(continuations * shares)
+        .exp()
+    )  # (n, K + 1)
+    chance = torch.einsum("ni,ij,nj->n", pmf, beyond.double(), pmf)
+    chance[-1] = 0.0
+    return chance
 
 
 def enough_continuations(continuations: int) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from aipo.credit.values import Valued, changes, cuts_of, enough_continuations
+from aipo.credit.values import Valued, by_chance, changes, cuts_of, enough_continuations
 from aipo.errors import UserError
 from aipo.record.jsonl import plain
 from aipo.rollout.base import Completion
@@ -27,6 +27,18 @@ def test_the_standard_error_is_that_of_simulated_values() -> None:
     delta, error = found[0]
     assert float(delta[1]) == pytest.approx(1 - after[0])
     assert float(error[1]) < float(error[0])  # the reward itself is exact
+
+
+@pytest.mark.parametrize("value", [0.02, 0.3, 0.5])
+def test_changes_by_chance_are_as_many_as_simulated(value: float) -> None:
+    draw, count = np.random.default_rng(0), 16
+    values = torch.from_numpy(draw.binomial(count, value, (20_000, 2)) / count)  # (m, 2): V does not change
+    found = [changes(torch.tensor([*pair, 1.0]), count) for pair in values.tolist()]
+    seen = np.mean([bool(delta[0].abs() > 2 * error[0]) for delta, error in found])
+    said = by_chance(torch.tensor([value, value, 1.0]), count)
+    assert float(said[0]) == pytest.approx(seen, rel=0.15, abs=0.002)
+    assert float(said[1]) == 0.0  # the end has no noise
+    assert by_chance(torch.tensor([float("nan"), value, 1.0]), count)[0].isnan()
 
 
 def test_equal_outcomes_are_not_certainty() -> None:

@@ -7,7 +7,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,10 +14,10 @@ import torch
 from aipo.beds.__main__ import main as make_bed
 from aipo.config import Config, load_config
 from aipo.credit import gradients
-from aipo.credit.command import check, main
+from aipo.credit.command import main
 from aipo.credit.frozen import FIXED, build
 from aipo.credit.signals import VOCABULARY, all_signals
-from aipo.credit.table import WRONG, Credit
+from aipo.credit.table import WRONG
 from aipo.errors import UserError
 from aipo.inputs import Inputs, check_inputs
 from aipo.layout import token_grid
@@ -60,7 +59,8 @@ def test_values_signals_and_tables(bed: Path, monkeypatch: pytest.MonkeyPatch, c
     text = capsys.readouterr().out
     tokens = pd.read_parquet("out/tokens.parquet")
     first, second = text.split("wrong gold: AUROC")
-    assert first.count("\n| ") == tokens.shape[1] - 13 + 2
+    assert first.count("\n| ") == tokens.shape[1] - 14 + 2
+    assert (tokens["standard error"] == tokens.error).all()
     assert second.count("\n| ") == sum(name.endswith(WRONG) for name in tokens) + 2
     for _, own in tokens.groupby(["question", "sample"]):
         # the changes add up to the reward less the value of the question
@@ -103,12 +103,6 @@ def test_a_model_that_is_always_wrong_or_always_right_on_a_question(
     arguments = ["--config", str(CONFIG), "--questions=2", "--samples=1", "--out=unmixed"]
     assert main(arguments) == 2
     assert "none of 16 questions has both right and wrong rollouts" in capsys.readouterr().err
-
-
-def test_no_token_above_its_noise() -> None:
-    still = Credit(np.full(5, 0.1), np.full(5, 0.2), np.zeros(5, int), np.zeros(5, int))
-    with pytest.raises(UserError, match=r"none of 5 tokens .* 0\.10, the median error 0\.20.*--continuations \(16\)"):
-        check(still, 16)
 
 
 def frozen(*, questions: int, samples: int) -> tuple[Config, Inputs, Sharded, Rollouts]:

@@ -1,0 +1,63 @@
+#!/bin/bash
+# Every figure of docs/evidence.md again, from nothing, into runs/evidence; those of the docs stay in bench/results.
+#   bash bench/evidence.sh [--quick]    some ten hours on two cores; what is done is kept, and the same command goes on
+# --quick: two seeds and a few questions, to try the commands themselves.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH"
+out=runs/evidence seeds=16 of_bed="--samples 4 --continuations 32" batches="--times 64 --batches 8"
+if [ "${1:-}" = --quick ]; then
+    out=runs/evidence-quick seeds=2 of_bed="--samples 4 --questions 2" batches="--times 16 --batches 2"
+fi
+
+keys() {  # of a bed under another name than its world's
+    echo "model.path=data/beds/$1/model data.train=data/beds/$1/train.jsonl data.validation=data/beds/$1/held_out.jsonl"
+}
+
+make_bed() {  # NAME WORLD [knobs]
+    [ -f "data/beds/$1/bed.json" ] || python -m aipo.beds "$2" --name "$1" "${@:3}"
+}
+
+train() {  # bench/beds.py, which keeps what is done
+    python bench/beds.py "$@" --seeds "$seeds" --out "$out"
+}
+
+make_bed chain chain
+make_bed fork fork
+make_bed copy copy
+make_bed chain-fixed chain --fixed 1
+make_bed chain-half chain --fixed 0.5
+make_bed fork-fixed fork --fixed 1
+make_bed fork-half fork --fixed 0.5
+make_bed chain-wide chain --width 128
+
+# what signals find at the base policy, and where the gradient on them points
+python -m aipo.problems.embedded
+python -m aipo.credit --config smollm2_135m.yaml --out "$out/credit-smollm2-135m"
+for bed in chain chain-fixed chain-half fork fork-fixed fork-half; do
+    python -m aipo.credit --config "beds/${bed%-*}.yaml" $of_bed --out "$out/credit-$bed" $(keys "$bed")
+done
+for seed in 1 2 3; do  # other draws of everything
+    python -m aipo.credit --config beds/fork.yaml $of_bed --out "$out/credit-fork-fixed-seed$seed" \
+        $(keys fork-fixed) "seed=$seed"
+done
+mi="mi coordinate quadrature answer,mi coordinate random answer,mi coordinate random cca answer"
+mi="$mi,mi coordinate random question_answer,mi pointwise random answer,mi position random answer"
+wrong=$(echo "$mi" | sed 's/,/ (wrong gold),/g; s/$/ (wrong gold)/')
+plain="critical,filler,surprisal,entropy,certainty,energy,gap,information,signal,attention,position (early),random"
+for bed in chain fork; do
+    python -m aipo.credit.gradients --config "beds/$bed.yaml" $batches --signals "$plain,$mi,$wrong" \
+        --out "$out/gradients-$bed"
+done
+
+# training on what a signal selects
+for bed in fork chain copy; do
+    train "$bed"
+done
+others=oracle,all,random,inverse,fillers,mi_position,mi_position_wrong_gold,surprisal,entropy,entropy_low
+scores=mi,mi_wrong_gold,mi_low,mi_low_wrong_gold  # their bandwidth is near the median of the bed
+train chain --name chain-fixed --conditions "$others" $(keys chain-fixed) optim.lr=2e-4
+train chain --name chain-fixed --conditions "$scores" $(keys chain-fixed) optim.lr=2e-4 mi.sigma=5.4
+train chain --name chain-wide --conditions oracle,all,random,inverse $(keys chain-wide) optim.lr=3e-4
+train chain --name chain-wide --conditions "$scores" $(keys chain-wide) optim.lr=3e-4 mi.sigma=24
+python sweep.py laptop/table1_beds.yaml --workers 2

@@ -1,0 +1,49 @@
+"""What the command asks for, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aipo.config import load_config
+from aipo.config.sections import MIConfig
+from aipo.credit.command import check, draw, parse
+from aipo.credit.signals import readings
+from aipo.credit.table import Credit
+from aipo.credit.values import Valued
+from aipo.errors import UserError
+from aipo.problems.problem import Problem
+from aipo.record.progress import Progress
+from aipo.rollout.base import Completion
+
+
+def test_only_questions_that_are_asked_for_count_as_mixed(tmp_path: Path) -> None:
+    def line(name: str, judged: list[float]) -> str:
+        said = [Completion([1], [-0.1], "stop")] * 2
+        return json.dumps(Valued(name, said, judged, ["", ""]).row()) + "\n"
+
+    # of an earlier start that asked for more questions
+    (tmp_path / "rollouts.jsonl").write_text(line("first", [0.0, 0.0]) + line("second", [0.0, 1.0]))
+    options, pool = parse(["--config", "x", "--questions", "1"]), [Problem("first", "1 + 1 =", "2")]
+    config = load_config("beds/chain.yaml")
+    with pytest.raises(UserError, match="right in 0% of 2 rollouts"), Progress() as progress:
+        draw(config, None, pool, options, tmp_path, progress)  # type: ignore[arg-type]
+
+
+def test_the_bandwidth_between_whole_states_is_the_median() -> None:
+    made = dict(readings(MIConfig(sigma=50.0, num_features=256), solutions=False))
+    for name, mi in made.items():
+        assert mi.sigma == (50.0 if "coordinate" in name else "median"), name
+    assert made["mi coordinate random answer"].num_features == 256  # the default reading, as it is
+    assert made["mi pointwise random answer"].num_features == 64
+
+
+def test_no_token_above_its_noise() -> None:
+    still = Credit(np.full(5, 0.1), np.full(5, 0.2), np.zeros(5, int), np.zeros(5, int))
+    with pytest.raises(UserError, match="no answer of theirs had a verdict"):
+        check(still.take(np.array([], int), np.array([], int)), 16)
+    with pytest.raises(UserError, match=r"none of 5 tokens .* 0\.10, the median error 0\.20.*--continuations \(16\)"):
+        check(still, 16)
