@@ -100,7 +100,10 @@ def spread(gpus: int) -> None:
     """Become a launcher that starts this command once a GPU."""
     import torch
 
+    from aipo.distributed import refuse_unusable_gpu
+
     if gpus > torch.cuda.device_count():
+        refuse_unusable_gpu()
         raise UserError(f"--gpus {gpus}: this machine has {torch.cuda.device_count()}")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     os.execv(sys.executable, [sys.executable, *launcher, __file__, *sys.argv[1:]])  # which has a RANK then

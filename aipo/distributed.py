@@ -72,6 +72,10 @@ def start() -> torch.device:
     torch.set_num_threads(cpu_threads())  # also where torch was imported before the environment was settled
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {local} of this machine has no GPU: {torch.cuda.device_count()} there, start as many"
+            )
         torch.cuda.set_device(local)
         device = torch.device("cuda", local)
         # a bound device makes every later group an NCCL split, which one rank alone has no use for

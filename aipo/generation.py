@@ -54,7 +54,9 @@ class Generation:
         self.sampling = Sampling.of(config.rollout)
         self.ahead: tuple[int, Future[Judged]] | None = None  # step, its batch
         self.dropped: Rollouts | None = None  # what the step's first draw of dynamic sampling left out, to be looked at
-        self.thread = ThreadPoolExecutor(1, "generation", initializer=partial(_same_device, torch.get_num_threads()))
+        own_stream = config.rollout.engine == "hf"  # vLLM keeps to the stream that it generated on first
+        setting = partial(_same_device, torch.get_num_threads(), own_stream=own_stream)
+        self.thread = ThreadPoolExecutor(1, "generation", initializer=setting)
         if config.rollout.async_depth and config.dynamic.enabled:
             distributed.open_beside()
 
@@ -247,12 +249,13 @@ def _unmeasured(phase: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def _same_device(threads: int) -> None:
+def _same_device(threads: int, *, own_stream: bool) -> None:
     """What a thread does not inherit: its number of CPU threads, and a CUDA stream beside the training's."""
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_stream(torch.cuda.Stream())
+        if own_stream:
+            torch.cuda.set_stream(torch.cuda.Stream())
 
 
 def varying_groups(rollouts: Rollouts, *, by: str, tolerance: float) -> list[int]:

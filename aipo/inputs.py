@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+import sysconfig
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from aipo.branching.cvae import Latents, load_latents
@@ -119,6 +123,8 @@ def check_inputs(config: Config, world: int) -> Inputs:
     require_engine(config.rollout.engine)
     if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         raise UserError("model.attention: flash_attention_2 is not installed: pip install flash-attn, or use sdpa")
+    if torch.cuda.is_available() and find_spec("triton") and (lacks := triton_lacks()):
+        raise UserError(f"Triton compiles a GPU's kernels when they are first used, and finds {lacks}: install it")
     held_out = kept["validation"][: config.validation.questions]
     watched = {
         each.called: Watched(
@@ -160,6 +166,15 @@ def load_data(config: Config, names: Collection[str]) -> dict[str, tuple[str, Lo
 
 def _training(names: Collection[str]) -> set[str]:
     return {name for name in names if name.partition(" ")[0] == "train"}
+
+
+def triton_lacks() -> str | None:
+    """What Triton would not find to compile with, of what pip does not install."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "no C compiler (gcc, clang, or the one that CC names)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "no Python.h (Debian's python3-dev)"
+    return None
 
 
 def data_sets(config: Config) -> dict[str, Source]:

@@ -45,11 +45,13 @@ def test_what_it_starts_takes_its_arguments(tmp_path: Path, monkeypatch: pytest.
     assert gpu.step(tmp_path, 0, small=False) == "## Title\n"
     monkeypatch.setattr(sys, "argv", started[0][1:])
     parsed = step.parse()
+    assert parsed.attention == "sdpa"
     assert (parsed.scale, parsed.quick, parsed.random, parsed.micro_tokens) == (60, True, True, 12288)
     longest = max(map(len, load(questions=1, scale=parsed.scale, vocabulary=9).completions))
     assert 10_000 < longest <= parsed.micro_tokens - 200  # and its prompt
     config = load_config("qwen3_1.7b.yaml", [*gpu.RUN, *gpu.LARGE_RUN])
     assert (config.rollout.engine, config.sharding.zero_stage) == ("hf", 3)
+    assert not config.validation.watch  # of files that no machine has by itself
     assert sum(share for _, share in gpu.PARTS.values()) == pytest.approx(1)
 
 

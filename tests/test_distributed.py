@@ -41,6 +41,7 @@ def test_a_device_is_bound_where_there_are_others(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: ranks)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     device = distributed.start()
     assert device == torch.device("cuda", 0)
@@ -66,6 +67,16 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(
     shown.write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
     distributed.start()
     assert launched == [{"backend": "gloo"}] * 3
+
+
+def test_a_rank_without_a_gpu_is_an_error(launched: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="rank 1 of this machine has no GPU: 1 there"):
+        distributed.start()
+    assert not launched
 
 
 def test_a_full_disk_is_one_line(

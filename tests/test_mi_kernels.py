@@ -58,6 +58,7 @@ def test_products_equal_those_of_plain_pytorch():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: elsewhere scores take plain PyTorch")
 def test_scores_on_a_gpu_equal_those_on_the_cpu():
+    from aipo.config.sections import MIConfig
     from aipo.scorer import TokenScorer
 
     torch.manual_seed(0)
@@ -66,6 +67,7 @@ def test_scores_on_a_gpu_equal_those_on_the_cpu():
     hidden[:, :3] *= 40
     gold[::2, 5:9] *= 40  # so that the gold states need different columns
     gold[::3] = gold[0]
-    on_cpu = TokenScorer().score(hidden, gold, lengths)
-    on_gpu = TokenScorer().score(hidden.cuda(), gold.cuda(), lengths.cuda())
+    scorer = TokenScorer(MIConfig())
+    on_cpu = scorer.score(hidden, gold, lengths)
+    on_gpu = scorer.score(hidden.cuda(), gold.cuda(), lengths.cuda())
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-4, atol=1e-5 * float(on_cpu.max()))

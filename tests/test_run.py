@@ -12,7 +12,7 @@ from transformers import AutoConfig
 import train
 from aipo.config import load_config
 from aipo.errors import UserError
-from aipo.inputs import check_inputs, check_model, describe_data, without_effect
+from aipo.inputs import check_inputs, check_model, describe_data, triton_lacks, without_effect
 from aipo.run import resume_command
 from tests.tiny import make_tiny
 
@@ -242,3 +242,16 @@ def test_a_dry_run_counts_what_is_there_and_names_what_is_not(model: Path, tmp_p
     mix = ["data.train=[{path: nowhere.jsonl}, {path: embedded:chain_sum}]"]
     said = describe_data(config_with(model, data, *mix))  # sources are compared: one alone is not counted
     assert [line.partition(":")[0] for line in said] == ["data.train nowhere", "data.validation"]
+
+
+def test_what_triton_compiles_with_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / name))
+    assert "no C compiler" in (triton_lacks() or "")
+    (tmp_path / "gcc").write_text("#!/bin/sh\n")
+    (tmp_path / "gcc").chmod(0o755)
+    assert "no Python.h" in (triton_lacks() or "")
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "Python.h").touch()
+    assert triton_lacks() is None

@@ -75,6 +75,7 @@ class Validator:
         metrics: dict[str, float] = {}
         for name, each in due.items():
             metrics |= self._measure(f"watch/{name}", each.problems, each.samples)[1]
+        self.collector.engine.sleep()  # new weights beside its cache may not fit
         self.collector.engine.sync(self.passes.sharded.full_parameters())
         return metrics
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from aipo.config import Config
+from aipo.distributed import refuse_unusable_gpu
 
 # what bfloat16 costs where it does not pay, measured on two cores of each kind
 NO_INSTRUCTIONS = (
@@ -36,8 +37,11 @@ class Precision:
 
 
 def this_device() -> str:
-    """``cuda`` or ``cpu``: where models run on this machine."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """``cuda`` or ``cpu``: where models run on this machine; UserError where a GPU is there that torch cannot use."""
+    if torch.cuda.is_available():
+        return "cuda"
+    refuse_unusable_gpu()
+    return "cpu"
 
 
 def gains_from_bf16(device: str) -> tuple[bool, str, str]:

@@ -7,15 +7,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from tests import processes
 
 ROOT = Path(__file__).parents[2]
 PYTHON, ACCELERATE = [sys.executable], ["accelerate", "launch"]  # the second imports torch for itself: seconds
 
 
+def few_gpus(ranks: int) -> bool:
+    """Whether there are GPUs, but not one for each rank."""
+    return 0 < torch.cuda.device_count() < ranks
+
+
+two_vllm = pytest.mark.skipif(few_gpus(2), reason="vLLM for GPUs wants one for each of two ranks")
+
+
+def hidden(ranks: int) -> list[str]:
+    """What a command begins with so that it goes to the CPU where there are too few GPUs."""
+    return ["env", "CUDA_VISIBLE_DEVICES="] if few_gpus(ranks) else []
+
+
 def torchrun(ranks: int) -> list[str]:
     """On a port of its own, so that two can go on at once."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*hidden(ranks), sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
 
 
 def command(*arguments: str, ranks: int = 1, launcher: list[str] = PYTHON) -> list[str]:

@@ -10,15 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from aipo.record.tracker import has_begun
 from tests import processes
-from tests.e2e.launch import ROOT, torchrun
+from tests.e2e.launch import ROOT, hidden, torchrun
 from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.e2e
 
-ACCELERATE = ["accelerate", "launch", "--use_deepspeed", "--num_processes", "2", "--main_process_port", "0"]
+ACCELERATE = [*hidden(2), "accelerate", "launch", "--use_deepspeed", "--num_processes", "2", "--main_process_port", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,7 @@ def start(command: list[str], **environment: str) -> subprocess.CompletedProcess
     return processes.run(["/bin/sh", "-c", 'exec "$0" "$@" 2>&1', *command], cwd=ROOT, env=environment)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU Triton compiles its kernels")
 @pytest.mark.parametrize(("engine", "offload"), [("hf", True), ("vllm", False)])
 def test_nothing_is_compiled(arguments: list[str], engine: str, offload: bool, tmp_path: Path) -> None:
     """No compiler, no ninja, and the lock of a compilation that was killed: a step is trained, by a bare python."""

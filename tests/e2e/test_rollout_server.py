@@ -22,7 +22,7 @@ from aipo.rollout import Completion, Request, Sampling, make_engine
 from aipo.rollout.check import TOLERANCE, check_weight_sync, logprob_gap, perturbed
 from aipo.rollout.interventions import Intervention
 from aipo.rollout.server import ServerEngine
-from tests.e2e.launch import ROOT, train
+from tests.e2e.launch import ROOT, train, two_vllm
 from tests.e2e.test_rollout_vllm import EOS, PROMPTS, REQUESTS, SAMPLING, gap, hf_logprobs
 from tests.processes import Guard
 from tests.tiny import make_tiny
@@ -135,6 +135,7 @@ def test_as_the_engine_in_the_process(engine, model, folder):
         colocated.close()
 
 
+@two_vllm
 def test_two_ranks_train_through_it(engine, folder, server, tmp_path):
     url, _ = server
     options = ["rollout.mode=server", f"rollout.server_url={url}", "sharding.zero_stage=3"]

@@ -20,7 +20,7 @@ from aipo.rollout.check import TOLERANCE, check_weight_sync, logprob_gap, pertur
 from aipo.rollout.vllm import VllmEngine
 from aipo.threads import cpu_threads
 from tests import processes
-from tests.e2e.launch import torchrun
+from tests.e2e.launch import torchrun, two_vllm
 from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.e2e
@@ -204,7 +204,7 @@ def test_errors_surface_and_leave_a_working_engine(synced, model):
     assert synced.generate(REQUESTS, SAMPLING) == before
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=two_vllm)])
 def test_under_a_launcher(tmp_path, ranks):
     """The trainer owns the process group; each rank has its own engine and as much work as it likes."""
     folder = make_tiny(tmp_path / "tiny")

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aipo.model.export import find_model
-from tests.e2e.launch import ACCELERATE, ROOT, command, metrics, train
+from tests.e2e.launch import ACCELERATE, ROOT, command, metrics, train, two_vllm
 from tests.processes import Guard
 from tests.tiny import make_tiny
 
@@ -186,6 +186,7 @@ def test_resuming_another_run_is_refused(undisturbed: tuple[Path, str], model: P
     assert "exists already" in printed
 
 
+@two_vllm
 def test_two_ranks_zero3_and_vllm(model: Path, data: Path, tmp_path: Path) -> None:
     """The real stack: each rank its ZeRO-3 shard and its own vLLM; the start-up check of the weight sync is on."""
     small = ["rollout.engine=vllm", "model.dtype=bfloat16", "optim.steps=2", "optim.updates_per_batch=2"]

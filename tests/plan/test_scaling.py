@@ -86,6 +86,7 @@ def test_the_slurm_script_starts_one_launcher_a_machine(tmp_path: Path) -> None:
         "SLURM_JOB_NODELIST": "host[0-3]",
         "SLURM_SUBMIT_DIR": str(tmp_path),
         "NETWORK": "ib7",
+        "SLURM_CPUS_PER_TASK": "96",
     }
     subprocess.run(["bash", str(SCRIPT), "qwen3_32b.yaml", "name=a b"], env=environment, check=True)
     for number in range(4):
@@ -95,7 +96,7 @@ def test_the_slurm_script_starts_one_launcher_a_machine(tmp_path: Path) -> None:
         assert arguments[-5:] == ["--resume", "auto", "--config", "qwen3_32b.yaml", "name=a b"]
         launched(arguments)
     exported = (tmp_path / "environment").read_text().splitlines()
-    assert {"NCCL_SOCKET_IFNAME=ib7", "GLOO_SOCKET_IFNAME=ib7"} <= set(exported)
+    assert {"NCCL_SOCKET_IFNAME=ib7", "GLOO_SOCKET_IFNAME=ib7", "SRUN_CPUS_PER_TASK=96"} <= set(exported)
 
 
 def test_the_slurm_script_wants_a_config_and_is_clean() -> None:

@@ -62,6 +62,7 @@ def test_a_request_does_not_depend_on_its_company(folder):
 def test_a_fixed_cache_draws_what_a_growing_one_does(folder, monkeypatch):
     """With rows that end early, so that they are dropped, and a cache that is laid out anew again and again."""
     monkeypatch.setattr("aipo.rollout.decoding.ROOM", 3)
+    monkeypatch.setattr("aipo.rollout.decoding.PAYS_FROM", 0)  # on a GPU as CUDA graphs
     laid_out = []
     lay_out = Fixed._lay_out
     monkeypatch.setattr(Fixed, "_lay_out", lambda self: lay_out(self) or laid_out.append(self.mask.shape))
@@ -70,6 +71,7 @@ def test_a_fixed_cache_draws_what_a_growing_one_does(folder, monkeypatch):
     growing = engine_for(folder, fixed_cache=False).generate(requests, SAMPLING)
     assert not laid_out
     fixed = engine_for(folder, fixed_cache=True).generate(requests, SAMPLING)
+    assert Fixed.graphs  # none was given up
     assert [shape[0] for shape in laid_out][-1] < len(requests) / 2
     assert max(shape[-1] for shape in laid_out) > min(shape[-1] for shape in laid_out)
     for a, b in zip(growing, fixed):
