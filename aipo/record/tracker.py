@@ -180,7 +180,7 @@ class Tracker:
             return
         self._metrics.append({"step": step, **metrics})
         self._wandb.log({"step": step, **metrics})
-        if step % self._plot_every == 0:
+        if step and step % self._plot_every == 0:  # a point is no curve
             self.draw()
 
     def log_answers(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
