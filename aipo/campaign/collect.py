@@ -39,8 +39,10 @@ def collect(plan: Plan) -> tuple[pd.DataFrame, pd.DataFrame]:
             if setting.read != "first":
                 tokens = accumulate(line.get("rollout/tokens") or 0.0 for line in log)
                 curves += [{**named, **line, "tokens": so_far} for line, so_far in zip(log, tokens)]
-        if cell.results is not None and cell.results.is_file():
-            row |= evaluated(cell, backbone.get((setting.panel, setting.seed)), row.get("otf"))
+        if cell.results is not None:  # the benchmarks are what such a cell is compared by, never its held-out questions
+            row |= dict.fromkeys(("accuracy", "before", "mag", "tes"))
+            if cell.results.is_file():
+                row |= evaluated(cell, backbone.get((setting.panel, setting.seed)), row.get("otf"))
         runs.append(row)
     return pd.DataFrame(runs), pd.DataFrame(curves)
 

@@ -265,3 +265,14 @@ def test_benchmarks_are_columns_and_the_papers_figures_stand_beside(tmp_path: Pa
     assert "In round brackets the paper's figures" in text
     assert "Made at the paper's scale" in text
     assert (plan.folder / "bars.png").is_file()
+
+
+def test_without_its_benchmarks_a_trained_cell_has_no_accuracy(tmp_path: Path, model: Path) -> None:
+    """Held-out accuracy must not stand among means over benchmarks."""
+    plan = planned(tmp_path, model, EVALUATED.replace("read: first", "mask.rule: all"))
+    finish(plan.cells[0].folder, [0.1, 0.2, 0.3], 1.0)
+    text = write_report(plan)
+    row = pd.read_parquet(plan.folder / "runs.parquet").iloc[0]
+    assert row["otf"] == 100
+    assert row[["accuracy", "before", "mag", "tes"]].isna().all()
+    assert "| Backbone | – | – | – | – |" in text
