@@ -41,6 +41,11 @@ class Work:
     def done(self) -> bool:
         return Path(self.result).is_file()
 
+    @property
+    def lock(self) -> Path:
+        """What train.py or evaluate.py holds while it works."""
+        return Path(self.result).with_name(".lock")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -94,13 +99,18 @@ class Job:
         return FileLock(self.place.with_name(f".{self.place.name}.lock"))
 
     def _busy(self) -> bool:
-        if not Path(self.lock().lock_file).exists():
+        return _held(Path(self.lock().lock_file))
+
+
+def _held(lock: Path) -> bool:
+    """Whether a process has it. It is taken for a moment, so a command that is about to start must not be asked for."""
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock).acquire(timeout=0):
             return False
-        try:
-            with self.lock().acquire(timeout=0):
-                return False
-        except Timeout:
-            return True
+    except Timeout:
+        return True
 
 
 def run_job(
@@ -116,10 +126,14 @@ def run_job(
         try:
             held = lock.acquire(timeout=0.2)
             break
-        except Timeout:  # another campaign computes it, or a run that outlives a killed one comes to its end
+        except Timeout:  # another campaign computes it
             if stopped():
                 return "stopped"
     with held:
+        while any(_held(work.lock) for work in job.work):  # a run that outlives a killed campaign ends its step
+            if stopped():
+                return "stopped"
+            time.sleep(0.2)
         return _run(job, {**os.environ, **job.environment, **environment}, stopped)
 
 

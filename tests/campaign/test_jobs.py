@@ -128,6 +128,18 @@ def test_a_killed_campaign_takes_its_runs_along(tmp_path: Path) -> None:
     until((saving.place / "saved").exists)
 
 
+def test_a_run_that_outlives_its_campaign_is_waited_for(tmp_path: Path) -> None:
+    """kill -9 frees the campaign's lock at once; its train.py keeps the folder until its step is saved."""
+    one = job(tmp_path, "a", "test -f saved || exit 2; touch done")
+    one.place.mkdir(parents=True)
+    holds = "import sys, time; from filelock import FileLock; lock = FileLock('.lock'); lock.acquire(); "
+    holds += "open('up', 'w'); time.sleep(2); open('saved', 'w')"
+    with subprocess.Popen([sys.executable, "-c", holds], cwd=one.place):
+        until((one.place / "up").exists)
+        assert run_job(one, stopped=lambda: True) == "stopped"
+        assert run_job(one) == "done"
+
+
 def test_a_model_that_was_not_kept_is_trained_again_for_an_evaluation(tmp_path: Path) -> None:
     trained = job(tmp_path, "a", "mkdir -p final; touch done; echo x >> starts")
     assert run_job(trained) == "done"
