@@ -84,9 +84,10 @@ def make_plan(path: Path, runs: Path) -> Plan:
 
 
 def write_configs(plan: Plan) -> None:
-    """The config of each run in its folder, where train.py and evaluate.py read it."""
+    """The config of each run in its folder, where train.py and evaluate.py read it, and what is wanted of the run."""
+    for job in plan.jobs:
+        job.claim()
     for cell in {cell.key: cell for cell in plan.cells}.values():
-        cell.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(cell.folder / "cell.yaml", dump_config(_placed(cell)))
 
 

@@ -115,7 +115,7 @@ def dry_run(plan: Plan, workers: int, show: Callable[[Any], None]) -> int:
         if cell.setting.seed != plan.campaign.seeds[0]:
             keys = "″"
         state = {"done": "reused", "waiting": "to do", "begun": f"goes on from step {job.reached}"}
-        known = state.get(job.state(), job.state())
+        known = "model gone: trained again" if job.again else state.get(job.state(), job.state())
         done = not job.missing
         table.add_row(
             cell.name, keys, known, "" if done else hours(estimate.seconds), "" if done else estimate.source,

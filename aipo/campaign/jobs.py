@@ -77,8 +77,21 @@ class Job:
         return left
 
     @property
+    def figures(self) -> list[Path]:
+        """What other campaigns read of its training; the last file says that it is done."""
+        results = [Path(work.result) for work in self.work if work.what == "training"]
+        return [path for result in results for path in (result.with_name("metrics.jsonl"), result)]
+
+    @property
+    def again(self) -> bool:
+        """Whether what was trained is to be trained once more, since its model is gone."""
+        return any(work.what == "training" and work.done for work in self.missing)
+
+    @property
     def reached(self) -> int:
-        """The step that its metrics have come to."""
+        """The step that its metrics have come to; 0 where it is trained again."""
+        if self.again:
+            return 0
         with suppress(OSError, ValueError, IndexError):
             with (self.place / "metrics.jsonl").open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
@@ -97,6 +110,21 @@ class Job:
 
     def lock(self) -> FileLock:
         return FileLock(self.place.with_name(f".{self.place.name}.lock"))
+
+    def claim(self) -> None:
+        """Note what is wanted of the model, before anything runs: while it is, no campaign removes it."""
+        self.place.mkdir(parents=True, exist_ok=True)
+        if self.keep_model:
+            (self.place / "keep").touch()
+        for work in self.work:
+            if work.what == "evaluation" and not work.done:
+                Path(work.result).parent.mkdir(parents=True, exist_ok=True)
+                Path(f"{work.result}.wanted").touch()
+
+    @property
+    def _claimed(self) -> bool:
+        wanted = self.place.rglob("*.wanted")
+        return (self.place / "keep").exists() or any(not each.with_suffix("").exists() for each in wanted)
 
     def _busy(self) -> bool:
         return _held(Path(self.lock().lock_file))
@@ -120,7 +148,7 @@ def run_job(
 
     ``stopped`` is asked all the time; once it says yes, the command is told to end, which saves a checkpoint.
     """
-    job.place.mkdir(parents=True, exist_ok=True)
+    job.claim()
     lock = job.lock()
     while True:
         try:
@@ -134,7 +162,11 @@ def run_job(
             if stopped():
                 return "stopped"
             time.sleep(0.2)
-        return _run(job, {**os.environ, **job.environment, **environment}, stopped)
+        _put_back(job)
+        try:
+            return _run(job, {**os.environ, **job.environment, **environment}, stopped)
+        finally:
+            _put_back(job)
 
 
 def _run(job: Job, environment: dict[str, str], stopped: Callable[[], bool]) -> Literal["done", "failed", "stopped"]:
@@ -156,17 +188,16 @@ def _run(job: Job, environment: dict[str, str], stopped: Callable[[], bool]) -> 
     if failed:
         _note(job.place / "failed.json", failed[0])
         return "failed"
-    for heavy in () if job.keep_model else ("final", "exported", "checkpoints"):  # gigabytes; numbers stay
+    for heavy in () if job._claimed else ("final", "exported", "checkpoints"):  # gigabytes; numbers stay
         shutil.rmtree(job.place / heavy, ignore_errors=True)
     return "done"
 
 
 def _do(job: Job, work: Work, environment: dict[str, str], stopped: Callable[[], bool]) -> int:
     """Run one command; its exit code, negative for a signal."""
-    began, fresh = time.monotonic(), job.reached == 0
+    began, fresh = time.monotonic(), not (job.place / "checkpoints" / "latest").exists()
     if work.done:  # trained before, but its model is gone: all again
-        Path(work.result).unlink()
-        fresh = True
+        _put_aside(job)
     with (job.place / "cell.log").open("ab") as log:
         log.write(f"$ {' '.join(work.command)}\n".encode())
         log.flush()
@@ -182,9 +213,27 @@ def _do(job: Job, work: Work, environment: dict[str, str], stopped: Callable[[],
                 told = True
             with suppress(subprocess.TimeoutExpired):
                 process.wait(POLL)
-    if code == 0 and fresh and work.what == "training":
-        _note(job.place / "cell.json", job.facts | {"seconds": time.monotonic() - began, "cores": cores()})
+    if code == 0 and work.done and work.what == "training":
+        shutil.rmtree(job.place / "earlier", ignore_errors=True)
+        if fresh:
+            _note(job.place / "cell.json", job.facts | {"seconds": time.monotonic() - began, "cores": cores()})
     return code
+
+
+def _put_aside(job: Job) -> None:
+    """Keep the figures of a run that is trained again, which may fail this time."""
+    (job.place / "earlier").mkdir(exist_ok=True)
+    for path in job.figures:
+        if path.exists():
+            shutil.copyfile(path, path.with_name(".tmp-earlier"))
+            os.replace(path.with_name(".tmp-earlier"), job.place / "earlier" / path.name)
+    job.figures[-1].unlink()
+
+
+def _put_back(job: Job) -> None:
+    for path in job.figures:
+        with suppress(FileNotFoundError):
+            os.replace(job.place / "earlier" / path.name, path)
 
 
 def _end_with_parent() -> None:

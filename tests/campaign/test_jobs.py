@@ -154,6 +154,44 @@ def test_a_model_that_was_not_kept_is_trained_again_for_an_evaluation(tmp_path: 
     assert more.missing == []
 
 
+def evaluated(trained: Job, name: str) -> Job:
+    """With an evaluation that needs the model."""
+    command = ("sh", "-c", f"cd {trained.place}; test -d final && test -f ready-{name} && touch {name}")
+    evaluation = Work("evaluation", command, str(trained.place / name))
+    return Job(**{**trained.__dict__, "work": (*trained.work, evaluation)})
+
+
+def test_no_campaign_removes_a_model_that_another_keeps_or_still_needs(tmp_path: Path) -> None:
+    plain = job(tmp_path, "a", "mkdir -p final; touch done; echo x >> starts")
+    evaluated(plain, "score").claim()  # a campaign that has not come to it yet
+    assert run_job(plain) == "done"
+    assert (plain.place / "final").is_dir()
+    (plain.place / "ready-score").touch()
+    assert run_job(evaluated(plain, "score")) == "done"
+    assert not (plain.place / "final").exists()
+    keeping = Job(**{**plain.__dict__, "keep_model": True})
+    assert run_job(keeping) == run_job(plain) == "done"
+    assert keeping.missing == []
+    assert (plain.place / "starts").read_text() == "x\nx\n"
+
+
+@pytest.mark.parametrize("ends", ["exit 1", "kill -9 $PPID; exit 1"])
+def test_a_run_that_is_trained_again_in_vain_stays_there_for_others(ends: str, tmp_path: Path) -> None:
+    script = f"test -f broken && {{ echo '{{\"step\": 1}}' > metrics.jsonl; {ends}; }}; mkdir final; touch done"
+    trained = job(tmp_path, "a", script)
+    metrics = trained.place / "metrics.jsonl"
+    assert run_job(trained) == "done"
+    metrics.write_text('{"step": 4}\n')
+    (trained.place / "broken").touch()
+    more = evaluated(trained, "score")
+    assert (more.again, more.reached, more.state()) == (True, 0, "waiting")
+    save_jobs([more], tmp_path / "jobs.json")
+    subprocess.run([sys.executable, "-m", "aipo.campaign.slurm", tmp_path / "jobs.json", "0"], cwd=ROOT)
+    run_job(more, stopped=lambda: True)  # after a kill, whatever comes next puts it right
+    assert trained.state() == "done"
+    assert metrics.read_text() == '{"step": 4}\n'
+
+
 def test_an_evaluation_that_fails_stops_no_other(tmp_path: Path) -> None:
     trained = job(tmp_path, "a", "mkdir final; touch done")
     good = Work("evaluation", ("sh", "-c", f"cd {trained.place}; touch score"), str(trained.place / "score"))

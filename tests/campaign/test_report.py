@@ -195,6 +195,21 @@ def test_the_dry_run_lists_all_and_writes_nothing(tmp_path: Path, model: Path) -
     assert "time: 5 min" in "\n".join(map(str, said[1:]))
 
 
+def test_a_run_whose_model_is_gone_is_announced_with_its_whole_time(tmp_path: Path, model: Path) -> None:
+    plan = planned(tmp_path, model, CAMPAIGN + "keep_models: true\n")
+    job = plan.jobs[0]
+    finish(job.place, [0.1, 0.2, 0.3], 1.0)
+    (job.place / "cell.json").write_text(json.dumps(job.facts | {"seconds": 60.0, "cores": 2}))
+    assert estimates(plan)[job.key].seconds == 60
+    said: list[Any] = []
+    dry_run(plan, 1, said.append)
+    console = Console(record=True, width=200)
+    console.print(said[0])
+    assert "model gone: trained again" in console.export_text()
+    write_configs(plan)
+    assert (job.place / "keep").exists()
+
+
 def test_the_papers_campaigns_fit_the_papers_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight A100, no network: every run is planned, none exceeds its memory, and each has a time."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
