@@ -7,20 +7,21 @@ config, the data, the model and the code, so that equal cells of any campaigns a
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
+import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
-from aipo.campaign.jobs import Job, State, Work
+from aipo.campaign.jobs import ROOT, SCRIPTS, Job, State, What, Work, source_version
 from aipo.campaign.schema import Campaign, Setting, find_campaign, load_campaign, reference, settings
 from aipo.config import Config, dump_config
+from aipo.config.data import VERIFIER
 from aipo.errors import UserError
 from aipo.inputs import MAY_CHANGE, data_sets, file_digest
 from aipo.labelling import DEPENDS_ON
@@ -29,8 +30,7 @@ from aipo.problems.readers import HUB
 from aipo.record.checkpoints import digest, flatten, run_identity, write_atomically
 from aipo.record.tracker import versions
 
-ROOT = Path(__file__).resolve().parents[2]
-APART = ("campaign", "evaluation", "plan", "report")  # folders of aipo/ that change no number of a training run
+planned_source = functools.cache(source_version)  # what keys stand for; each command looks whether it is still so
 ELSEWHERE = ("embedded:", HUB)
 FREE = [key for key in MAY_CHANGE if not key.startswith("validation.")]  # what is watched must be there to be read
 
@@ -103,6 +103,9 @@ def _cell(campaign: Campaign, setting: Setting, runs: Path) -> Cell:
         "data": {name: _content(source.path) for name, source in data_sets(config).items()},
         "model": _weights(config.model.path),
         "latents": config.branch.latent_path and _content(config.branch.latent_path),
+        "rewards": {
+            each: _module(each) for reward in config.rewards().values() if (each := reward.function) != VERIFIER
+        },
         "code": code_version(),
     }
     identity = run_identity(config.model_dump(), may_change=FREE, **facts)
@@ -116,7 +119,8 @@ def _cell(campaign: Campaign, setting: Setting, runs: Path) -> Cell:
     folder = runs / "cells" / (f"untrained-{key}" if untrained else key)
     results = None
     if campaign.evaluate is not None:
-        asked_for = digest([campaign.evaluate.model_dump(), code_version("evaluation")])
+        files = [_content(name) for name in campaign.evaluate.benchmarks if name.endswith(".jsonl")]
+        asked_for = digest([campaign.evaluate.model_dump(), files, planned_source("evaluation")])
         of = f"{setting.read}-{asked_for[:8]}"
         results = folder / "evaluations" / of
         results = results / ("results.json" if setting.intervene == "none" else f"{setting.intervene}/results.json")
@@ -126,13 +130,12 @@ def _cell(campaign: Campaign, setting: Setting, runs: Path) -> Cell:
 def _job(campaign: Campaign, name: str, cells: Sequence[Cell]) -> Job:
     """All that is computed in one folder: the training, then what each condition evaluates of it."""
     first = cells[0]
-    launch = _launcher(campaign)
     work, trained = [], not (first.setting.read == "first" and campaign.evaluate)
     if trained:
-        command = [*launch, str(ROOT / "train.py"), "--config", str(first.folder / "cell.yaml"), "--resume", "auto"]
-        work.append(Work("training", tuple(command), str(first.folder / "summary.json")))
+        arguments = ["--config", str(first.folder / "cell.yaml"), "--resume", "auto"]
+        work.append(_work("training", campaign, arguments, first.folder / "summary.json"))
     for results, cell in {cell.results: cell for cell in cells if cell.results}.items():
-        work.append(Work("evaluation", tuple(_evaluate(campaign, cell, launch, trained)), str(results)))
+        work.append(_work("evaluation", campaign, _evaluate(campaign, cell, trained), results))
     tags = sorted({tag for cell in cells for tag in (cell.setting.condition, cell.setting.panel) if tag})
     config = first.setting.config
     return Job(
@@ -152,27 +155,27 @@ def _job(campaign: Campaign, name: str, cells: Sequence[Cell]) -> Job:
     )
 
 
-def _launcher(campaign: Campaign) -> list[str]:
-    if campaign.gpus == 1:
-        return [sys.executable]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={campaign.gpus}"]
+def _work(what: What, campaign: Campaign, arguments: Sequence[str], result: Path) -> Work:
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={campaign.gpus}"]
+    command = [sys.executable, *(several if campaign.gpus > 1 else []), str(ROOT / SCRIPTS[what]), *arguments]
+    return Work(what, tuple(command), str(result), planned_source(what))
 
 
-def _evaluate(campaign: Campaign, cell: Cell, launch: Sequence[str], trained: bool) -> list[str]:
+def _evaluate(campaign: Campaign, cell: Cell, trained: bool) -> list[str]:
     asked, setting, folder = campaign.evaluate, cell.setting, cell.folder
     assert asked is not None
     assert cell.results is not None
-    command = [*launch, str(ROOT / "evaluate.py"), "--config", str(folder / "cell.yaml")]
+    words = ["--config", str(folder / "cell.yaml")]
     if trained:
-        command += ["--model", str({"best": folder / "checkpoints" / "best"}.get(str(setting.read), folder))]
+        words += ["--model", str({"best": folder / "checkpoints" / "best"}.get(str(setting.read), folder))]
     out = cell.results.parent if setting.intervene == "none" else cell.results.parent.parent
-    command += ["--benchmarks", ",".join(asked.benchmarks), f"--avg={asked.samples}", "--seed", str(setting.seed)]
-    command += ["--engine", asked.engine, "--out", str(out), *asked.options]
-    command += ["--limit", str(asked.limit)] if asked.limit else []
+    words += ["--benchmarks", ",".join(asked.benchmarks), f"--avg={asked.samples}", "--seed", str(setting.seed)]
+    words += ["--engine", asked.engine, "--out", str(out), *asked.options]
+    words += ["--limit", str(asked.limit)] if asked.limit else []
     if setting.intervene != "none":
-        command += ["--intervene", setting.intervene]
-        command += ["--tokens-from", str(folder)] if asked.tokens_from_run else []
-    return command
+        words += ["--intervene", setting.intervene]
+        words += ["--tokens-from", str(folder)] if asked.tokens_from_run else []
+    return words
 
 
 def size(config: Config, gpus: int) -> dict[str, Any]:
@@ -187,18 +190,9 @@ def device() -> str:
 
 
 @functools.cache
-def code_version(*also: str) -> str:
-    """Of what a training run executes: our source but for the folders in ``APART``, and the packages below it.
-
-    ``also`` names such folders that are read after all.
-    """
-    found = hashlib.sha256(json.dumps(versions()).encode())
-    for path in sorted((ROOT / "aipo").rglob("*.py")):
-        name = path.relative_to(ROOT)
-        if name.parts[1] not in APART or name.parts[1] in also:
-            found.update(name.as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    found.update((ROOT / "train.py").read_bytes())
-    return found.hexdigest()[:16]
+def code_version() -> str:
+    """Of what a training run executes: our source, and the packages below it."""
+    return digest([versions(), planned_source("training")])
 
 
 @functools.cache
@@ -211,6 +205,16 @@ def _content(path: str) -> str:
         files = (file for file in sorted(place.rglob("*")) if file.is_file())
         return digest({str(file.relative_to(place)): file_digest(str(file)) for file in files})
     return file_digest(str(place)) if place.is_file() else f"{path} is not there"
+
+
+def _module(function: str) -> str:
+    """The file of a reward function of the user's, by its content. Nothing of it is imported."""
+    origin: str | None = None
+    path: Sequence[str] | None = None
+    for name in itertools.accumulate(function.partition(":")[0].split("."), "{}.{}".format):
+        spec = PathFinder.find_spec(name, path)
+        origin, path = (spec.origin, spec.submodule_search_locations or []) if spec else (None, [])
+    return file_digest(origin) if origin else f"{function} is not there"
 
 
 @functools.cache

@@ -7,6 +7,7 @@ lock that the system drops with the process keeps two campaigns from one folder:
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import shutil
@@ -27,15 +28,30 @@ State = Literal["waiting", "begun", "running", "failed", "done"]
 BAD_INPUT = 2  # exit code of train.py and evaluate.py where the user must mend something: another try is no use
 POLL = 0.02  # seconds between two looks at a command
 _LIBC = ctypes.CDLL(None)
+ROOT = Path(__file__).resolve().parents[2]
+APART = ("campaign", "plan", "report")  # folders of aipo/ that change no number of a run
+SCRIPTS = {"training": "train.py", "evaluation": "evaluate.py"}
+What = Literal["training", "evaluation"]
+
+
+def source_version(what: What, root: Path = ROOT) -> str:
+    """Of our source that such a command executes: a hundredth of a second."""
+    found = hashlib.sha256((root / SCRIPTS[what]).read_bytes())
+    for path in sorted((root / "aipo").rglob("*.py")):
+        name = path.relative_to(root)
+        if name.parts[1] not in APART:
+            found.update(b"\0" + name.as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Work:
-    """A command, and the file that is there when it has succeeded."""
+    """A command, and the file that is there when it has succeeded. It is planned for ``source``; empty: for any."""
 
-    what: Literal["training", "evaluation"]
+    what: What
     command: tuple[str, ...]
     result: str
+    source: str = ""
 
     @property
     def done(self) -> bool:
@@ -195,12 +211,15 @@ def _run(job: Job, environment: dict[str, str], stopped: Callable[[], bool]) -> 
 
 def _do(job: Job, work: Work, environment: dict[str, str], stopped: Callable[[], bool]) -> int:
     """Run one command; its exit code, negative for a signal."""
-    began, fresh = time.monotonic(), not (job.place / "checkpoints" / "latest").exists()
-    if work.done:  # trained before, but its model is gone: all again
-        _put_aside(job)
     with (job.place / "cell.log").open("ab") as log:
         log.write(f"$ {' '.join(work.command)}\n".encode())
+        if work.source not in ("", source_version(work.what)):  # its results would lie under the key of other code
+            log.write(b"error: the code was changed since this was planned: start the campaign again\n")
+            return BAD_INPUT
         log.flush()
+        began, fresh = time.monotonic(), not (job.place / "checkpoints" / "latest").exists()
+        if work.done:  # trained before, but its model is gone: all again
+            _put_aside(job)
         process = subprocess.Popen(
             work.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
             preexec_fn=_end_with_parent,

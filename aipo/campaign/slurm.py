@@ -13,10 +13,9 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from aipo.campaign.jobs import Job, failure, load_jobs, run_job, save_jobs
+from aipo.campaign.jobs import ROOT, Job, failure, load_jobs, run_job, save_jobs
 from aipo.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "configs" / "cluster" / "campaign.slurm"
 
 

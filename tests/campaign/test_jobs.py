@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -10,12 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aipo.campaign.jobs import Job, Work, failure, load_jobs, run_job, save_jobs
+from aipo.campaign.jobs import Job, Work, failure, load_jobs, run_job, save_jobs, source_version
 from aipo.campaign.local import run_jobs, slots
 from aipo.campaign.slurm import submit
 from aipo.errors import UserError
@@ -60,6 +62,32 @@ def test_a_failure_is_tried_again_but_not_a_mistake_of_the_user(code: int, start
     failing = job(tmp_path, "a", f"echo x >> starts; exit {code}", retries=2)
     assert run_job(failing) == "failed"
     assert (failing.place / "starts").read_text() == "x\n" * starts
+
+
+def test_code_that_was_changed_since_the_plan_computes_nothing(tmp_path: Path) -> None:
+    """Else its results lie under the key of the code before."""
+    for name in ("train.py", "evaluate.py", "aipo/evaluation/scoring.py", "aipo/campaign/jobs.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def of_both() -> list[str]:
+        return [source_version("training", tmp_path), source_version("evaluation", tmp_path)]
+
+    found = [of_both()]
+    for name in ("aipo/campaign/jobs.py", "evaluate.py", "aipo/evaluation/scoring.py"):
+        (tmp_path / name).write_text("x = 1")
+        found.append(of_both())
+    assert [[a == b for a, b in zip(*pair)] for pair in itertools.pairwise(found)] == [
+        [True, True], [True, False], [False, False],
+    ]  # fmt: skip
+    one = job(tmp_path, "a", "touch done", retries=5)
+    now, before = (
+        replace(one, work=(replace(one.work[0], source=each),)) for each in (source_version("training"), found[0][0])
+    )
+    assert run_job(before) == "failed"
+    assert "the code was changed since this was planned: start the campaign again" in failure(before)
+    assert (one.place / "cell.log").read_text().count("$ ") == 1
+    assert run_job(now) == "done"
 
 
 def test_each_worker_has_cores_and_gpus_of_its_own(tmp_path: Path) -> None:
@@ -147,7 +175,7 @@ def test_a_model_that_was_not_kept_is_trained_again_for_an_evaluation(tmp_path: 
     evaluation = Work(
         "evaluation", ("sh", "-c", f"cd {trained.place}; test -d final && touch score"), str(trained.place / "score")
     )
-    more = Job(**{**trained.__dict__, "work": (*trained.work, evaluation)})
+    more = replace(trained, work=(*trained.work, evaluation))
     assert [work.what for work in more.missing] == ["training", "evaluation"]
     assert run_job(more) == "done"
     assert (trained.place / "starts").read_text() == "x\nx\n"
@@ -158,7 +186,7 @@ def evaluated(trained: Job, name: str) -> Job:
     """With an evaluation that needs the model."""
     command = ("sh", "-c", f"cd {trained.place}; test -d final && test -f ready-{name} && touch {name}")
     evaluation = Work("evaluation", command, str(trained.place / name))
-    return Job(**{**trained.__dict__, "work": (*trained.work, evaluation)})
+    return replace(trained, work=(*trained.work, evaluation))
 
 
 def test_no_campaign_removes_a_model_that_another_keeps_or_still_needs(tmp_path: Path) -> None:
@@ -169,7 +197,7 @@ def test_no_campaign_removes_a_model_that_another_keeps_or_still_needs(tmp_path:
     (plain.place / "ready-score").touch()
     assert run_job(evaluated(plain, "score")) == "done"
     assert not (plain.place / "final").exists()
-    keeping = Job(**{**plain.__dict__, "keep_model": True})
+    keeping = replace(plain, keep_model=True)
     assert run_job(keeping) == run_job(plain) == "done"
     assert keeping.missing == []
     assert (plain.place / "starts").read_text() == "x\nx\n"
@@ -196,7 +224,7 @@ def test_an_evaluation_that_fails_stops_no_other(tmp_path: Path) -> None:
     trained = job(tmp_path, "a", "mkdir final; touch done")
     good = Work("evaluation", ("sh", "-c", f"cd {trained.place}; touch score"), str(trained.place / "score"))
     bad = Work("evaluation", ("sh", "-c", "exit 2"), str(trained.place / "never"))
-    both = Job(**{**trained.__dict__, "work": (*trained.work, bad, good)})
+    both = replace(trained, work=(*trained.work, bad, good))
     assert run_job(both) == "failed"
     assert [work.done for work in both.work] == [True, False, True]
     assert (trained.place / "final").is_dir()  # kept for the one that is missing

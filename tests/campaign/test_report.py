@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from aipo.campaign.cells import Plan, check_here, make_plan, write_configs
+from aipo.campaign.cells import Plan, _content, check_here, make_plan, write_configs
 from aipo.campaign.estimate import dry_run, estimates
 from aipo.campaign.plots import band
 from aipo.campaign.report import write_report
@@ -95,6 +95,32 @@ def test_equal_cells_are_one_run(tmp_path: Path, model: Path) -> None:
     assert plan.jobs[0].environment["WANDB_RUN_GROUP"] == "mine"
     assert plan.jobs[0].environment["WANDB_TAGS"] == "all,before,seed 0"
     assert [job.name.rpartition(" ")[2] for job in plan.jobs] == ["0", "0", "1", "1", "2", "2"]
+
+
+def test_questions_of_a_benchmark_and_a_reward_function_are_part_of_what_is_computed(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine").mkdir()
+    function, benchmark = tmp_path / "mine" / "judge.py", tmp_path / "own.jsonl"
+    text = EVALUATED.replace("mine.jsonl", str(benchmark)).replace("mine: ", "own: ")
+    text = text.replace("{model.path", "{reward.function: mine.judge:score, reward.length: 0, model.path")
+
+    def keys(judge: str, question: str) -> tuple[set[str], set[str]]:
+        function.write_text(judge)
+        benchmark.write_text(question)
+        _content.cache_clear()
+        cells = planned(tmp_path, model, text).cells
+        return {cell.key for cell in cells}, {str(cell.results and cell.results.parent.name) for cell in cells}
+
+    first = keys("raise ImportError", "1")
+    assert keys("raise ImportError", "1") == first
+    trained, results = keys("raise ImportError", "2")
+    assert trained == first[0]
+    assert not results & first[1] - {"drop"}
+    trained, results = keys("def score(problem, completion): return 1", "1")
+    assert len(trained & first[0]) == 1  # the backbone: nothing of it is rewarded
+    assert results == first[1]
 
 
 def test_the_config_of_a_run_is_the_resolved_one(tmp_path: Path, model: Path) -> None:
