@@ -19,7 +19,7 @@ import pytest
 
 from aipo.campaign.jobs import Job, Work, failure, load_jobs, run_job, save_jobs, source_version
 from aipo.campaign.local import run_jobs, slots
-from aipo.campaign.slurm import submit
+from aipo.campaign.slurm import SCRIPT, submit
 from aipo.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -252,24 +252,31 @@ def test_slurm_gets_an_array_of_what_is_missing(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("LOG", str(tmp_path / "log"))
     monkeypatch.chdir(tmp_path)
+    time_is_up = SCRIPT.read_text().partition("--signal=B:")[2].partition("@")[0]
     jobs = [
         job(tmp_path, "a", "touch done", gpus=8),
         job(tmp_path, "b", "test -f mended && touch done", gpus=8),
         job(tmp_path, "c", "test -f again && touch done; touch again", gpus=8, retries=1),
-        job(tmp_path, "d", "test -f more && touch done || { touch more; kill -TERM $PPID; sleep 60; }", gpus=8),
+        job(
+            tmp_path,
+            "d",
+            f"test -f more && touch done || {{ touch more; kill -{time_is_up} $PPID; sleep 60; }}",
+            gpus=8,
+        ),
+        job(tmp_path, "e", "test -f more && touch done || { touch more; kill -TERM $PPID; sleep 60; }", gpus=8),
     ]
     assert run_job(jobs[0]) == "done"
     assert submit("mine", jobs, tmp_path / "campaign", hours=3, at_once=2) == "77"
     log = (tmp_path / "log").read_text()
-    assert "--array=0-2%2" in log
+    assert "--array=0-3%2" in log
     assert "--gpus-per-node=8" in log
     assert "--time=3:00:00" in log
     assert "training ended with 1" in log  # b
-    assert "scontrol requeue 77_2" in log  # d had reached its limit
-    assert [each.state() for each in jobs] == ["done", "failed", "done", "waiting"]
+    assert [line for line in log.splitlines() if "scontrol" in line] == ["scontrol requeue 77_2"]  # e was cancelled
+    assert [each.state() for each in jobs] == ["done", "failed", "done", "waiting", "waiting"]
     (jobs[1].place / "mended").touch()
     assert submit("mine", jobs, tmp_path / "campaign", hours=3, at_once=None) == "77"
-    assert "--array=0-1 " in (tmp_path / "log").read_text()
+    assert "--array=0-2 " in (tmp_path / "log").read_text()
     assert submit("mine", jobs, tmp_path / "campaign", hours=3, at_once=None) is None
 
 
