@@ -61,6 +61,7 @@ class Plan:
     cells: list[Cell]
     jobs: list[Job]
     folder: Path  # of tables and plots
+    path: Path
 
     def job(self, cell: Cell) -> Job:
         return next(job for job in self.jobs if job.key == cell.key)
@@ -80,11 +81,22 @@ def make_plan(path: Path, runs: Path) -> Plan:
     for cell in sorted(cells, key=lambda cell: campaign.seeds.index(cell.setting.seed)):  # all of a seed, then the next
         by_key.setdefault(cell.key, []).append(cell)
     jobs = [_job(campaign, name, same) for same in by_key.values()]
-    return Plan(name, campaign, cells, jobs, runs.resolve() / "campaigns" / name)
+    return Plan(name, campaign, cells, jobs, runs.resolve() / "campaigns" / name, path.resolve())
+
+
+def open_folder(plan: Plan) -> None:
+    """Make the campaign's folder. UserError where it is that of another campaign of the same name."""
+    noted = plan.folder / "campaign.txt"
+    other = Path(noted.read_text().strip()) if noted.is_file() else plan.path
+    if other != plan.path and other.is_file():
+        raise UserError(f"{plan.folder} is of {other}, and {plan.path} has the same name: rename one of the two")
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(noted, f"{plan.path}\n")
 
 
 def write_configs(plan: Plan) -> None:
     """The config of each run in its folder, where train.py and evaluate.py read it, and what is wanted of the run."""
+    open_folder(plan)
     for job in plan.jobs:
         job.claim()
     for cell in {cell.key: cell for cell in plan.cells}.values():

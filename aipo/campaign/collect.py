@@ -49,7 +49,6 @@ def collect(plan: Plan) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def save(plan: Plan, runs: pd.DataFrame, curves: pd.DataFrame) -> None:
     """Both as Parquet and CSV in the campaign's folder."""
-    plan.folder.mkdir(parents=True, exist_ok=True)
     for name, table in (("runs", runs), ("curves", curves)):
         table.to_parquet(plan.folder / f"{name}.parquet", index=False)
         table.to_csv(plan.folder / f"{name}.csv", index=False)

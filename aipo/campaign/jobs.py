@@ -285,9 +285,13 @@ def failure(job: Job) -> str:
     return f"{found['what']} ended with {found['code']}: {found['last']} ({job.folder}/cell.log)"
 
 
-def save_jobs(jobs: list[Job], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _note(path, [asdict(job) for job in jobs])
+def save_jobs(jobs: list[Job], folder: Path) -> Path:
+    """A file named by its content: a list that waits in a queue is never written over by another."""
+    content = [asdict(job) for job in jobs]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"jobs-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]}.json"
+    _note(path, content)
+    return path
 
 
 def load_jobs(path: Path) -> list[Job]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aipo.campaign.cells import Plan
+from aipo.campaign.cells import Plan, open_folder
 from aipo.campaign.collect import collect, save
 from aipo.campaign.jobs import failure
 from aipo.campaign.plots import draw
@@ -16,6 +16,7 @@ def write_report(plan: Plan) -> str:
 
     Returns the text of the report.
     """
+    open_folder(plan)
     runs, curves = collect(plan)
     save(plan, runs, curves)
     campaign, rows, made = plan.campaign, entries(plan.campaign, runs), comparisons(plan.campaign, runs)

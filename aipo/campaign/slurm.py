@@ -24,8 +24,7 @@ def submit(name: str, jobs: Sequence[Job], folder: Path, *, hours: int, at_once:
     missing = [job for job in jobs if job.missing]
     if not missing:
         return None
-    listed = folder / "jobs.json"
-    save_jobs(missing, listed)
+    listed = save_jobs(missing, folder)
     gpus = missing[0].gpus
     options = {
         "job-name": name,

@@ -146,9 +146,9 @@ def test_told_to_stop_it_passes_it_on_and_waits(tmp_path: Path) -> None:
 def test_a_killed_campaign_takes_its_runs_along(tmp_path: Path) -> None:
     """SIGKILL: the kernel tells the run to save and end."""
     saving = job(tmp_path, "a", "trap 'touch saved; exit 3' TERM; touch up; while :; do sleep 0.05; done")
-    save_jobs([saving], tmp_path / "jobs.json")
-    assert load_jobs(tmp_path / "jobs.json") == [saving]
-    parent = subprocess.Popen([sys.executable, "-m", "aipo.campaign.slurm", tmp_path / "jobs.json", "0"], cwd=ROOT)
+    listed = save_jobs([saving], tmp_path)
+    assert load_jobs(listed) == [saving]
+    parent = subprocess.Popen([sys.executable, "-m", "aipo.campaign.slurm", listed, "0"], cwd=ROOT)
     until((saving.place / "up").exists)
     assert saving.state() == "running"
     parent.kill()
@@ -213,8 +213,8 @@ def test_a_run_that_is_trained_again_in_vain_stays_there_for_others(ends: str, t
     (trained.place / "broken").touch()
     more = evaluated(trained, "score")
     assert (more.again, more.reached, more.state()) == (True, 0, "waiting")
-    save_jobs([more], tmp_path / "jobs.json")
-    subprocess.run([sys.executable, "-m", "aipo.campaign.slurm", tmp_path / "jobs.json", "0"], cwd=ROOT)
+    listed = save_jobs([more], tmp_path)
+    subprocess.run([sys.executable, "-m", "aipo.campaign.slurm", listed, "0"], cwd=ROOT)
     run_job(more, stopped=lambda: True)  # after a kill, whatever comes next puts it right
     assert trained.state() == "done"
     assert metrics.read_text() == '{"step": 4}\n'
@@ -275,7 +275,9 @@ def test_slurm_gets_an_array_of_what_is_missing(tmp_path: Path, monkeypatch: pyt
     assert [line for line in log.splitlines() if "scontrol" in line] == ["scontrol requeue 77_2"]  # e was cancelled
     assert [each.state() for each in jobs] == ["done", "failed", "done", "waiting", "waiting"]
     (jobs[1].place / "mended").touch()
+    (queued,) = (tmp_path / "campaign").glob("jobs-*.json")
     assert submit("mine", jobs, tmp_path / "campaign", hours=3, at_once=None) == "77"
+    assert load_jobs(queued) == jobs[1:]  # whose tasks read it when they start, and again
     assert "--array=0-2 " in (tmp_path / "log").read_text()
     assert submit("mine", jobs, tmp_path / "campaign", hours=3, at_once=None) is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,18 @@ def test_questions_of_a_benchmark_and_a_reward_function_are_part_of_what_is_comp
     trained, results = keys("def score(problem, completion): return 1", "1")
     assert len(trained & first[0]) == 1  # the backbone: nothing of it is rewarded
     assert results == first[1]
+
+
+def test_two_campaigns_of_one_name_do_not_share_a_folder(tmp_path: Path, model: Path) -> None:
+    one = planned(tmp_path, model)
+    write_configs(one)
+    (tmp_path / "b").mkdir()
+    other = Path(shutil.copy(one.path, tmp_path / "b"))
+    for write in (write_configs, write_report):
+        with pytest.raises(UserError, match=f"mine is of {one.path}, and {other} has the same name: rename one"):
+            write(make_plan(other, tmp_path / "runs"))
+    one.path.unlink()  # moved
+    write_configs(make_plan(other, tmp_path / "runs"))
 
 
 def test_the_config_of_a_run_is_the_resolved_one(tmp_path: Path, model: Path) -> None:
