@@ -7,9 +7,11 @@ config, the data, the model and the code, so that equal cells of any campaigns a
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+import evaluate
 from aipo.campaign.jobs import ROOT, SCRIPTS, Job, State, What, Work, source_version
 from aipo.campaign.schema import Campaign, Setting, find_campaign, load_campaign, reference, settings
 from aipo.config import Config, dump_config
@@ -80,7 +83,10 @@ def make_plan(path: Path, runs: Path) -> Plan:
     by_key: dict[str, list[Cell]] = {}
     for cell in sorted(cells, key=lambda cell: campaign.seeds.index(cell.setting.seed)):  # all of a seed, then the next
         by_key.setdefault(cell.key, []).append(cell)
-    jobs = [_job(campaign, name, same) for same in by_key.values()]
+    try:
+        jobs = [_job(campaign, name, same) for same in by_key.values()]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return Plan(name, campaign, cells, jobs, runs.resolve() / "campaigns" / name, path.resolve())
 
 
@@ -131,7 +137,7 @@ def _cell(campaign: Campaign, setting: Setting, runs: Path) -> Cell:
     folder = runs / "cells" / (f"untrained-{key}" if untrained else key)
     results = None
     if campaign.evaluate is not None:
-        files = [_content(name) for name in campaign.evaluate.benchmarks if name.endswith(".jsonl")]
+        files = [_content(name) for name in campaign.evaluate.files]
         asked_for = digest([campaign.evaluate.model_dump(), files, planned_source("evaluation")])
         of = f"{setting.read}-{asked_for[:8]}"
         results = folder / "evaluations" / of
@@ -174,6 +180,7 @@ def _work(what: What, campaign: Campaign, arguments: Sequence[str], result: Path
 
 
 def _evaluate(campaign: Campaign, cell: Cell, trained: bool) -> list[str]:
+    """Arguments of evaluate.py, which its own parser has read. UserError."""
     asked, setting, folder = campaign.evaluate, cell.setting, cell.folder
     assert asked is not None
     assert cell.results is not None
@@ -187,6 +194,12 @@ def _evaluate(campaign: Campaign, cell: Cell, trained: bool) -> list[str]:
     if setting.intervene != "none":
         words += ["--intervene", setting.intervene]
         words += ["--tokens-from", str(folder)] if asked.tokens_from_run else []
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            evaluate.parse(words)
+    except SystemExit:
+        raise UserError(f"evaluate: options: {said.getvalue().strip().rpartition('error: ')[2]}") from None
     return words
 
 
@@ -235,15 +248,16 @@ def _weights(name: str) -> str:
     return weights_digest(str(folder), PretrainedConfig()) if folder.is_dir() else name
 
 
-def missing_data(cells: Iterable[Cell]) -> list[str]:
-    """Files that runs read and that are not there."""
-    paths = {source.path for cell in cells for source in data_sets(cell.setting.config).values()}
+def missing_data(plan: Plan) -> list[str]:
+    """Files that runs and evaluations read and that are not there."""
+    paths = {source.path for cell in plan.cells for source in data_sets(cell.setting.config).values()}
+    paths |= set(plan.campaign.evaluate.files if plan.campaign.evaluate else ())
     return sorted(path for path in paths if not path.startswith(ELSEWHERE) and not Path(path).expanduser().exists())
 
 
 def check_here(plan: Plan) -> None:
     """What must hold before anything is started. UserError."""
-    if missing := missing_data(plan.cells):
+    if missing := missing_data(plan):
         how = "make data, for a bed python -m aipo.beds, or put the file there"
         raise UserError(f"{plan.name}: {', '.join(missing)} not there: {how}")
 

@@ -141,7 +141,7 @@ def dry_run(plan: Plan, workers: int, show: Callable[[Any], None]) -> int:
         show(f"GPU hours: {total * plan.jobs[0].gpus / 3600:,.0f}")
     passes, bases = len(set(labelling.values())), ", ".join(models)
     show(f"shared: {passes} labelling passes for {len(labelling)} runs with a curriculum; base models {bases}")
-    for missing in missing_data(plan.cells):
+    for missing in missing_data(plan):
         show(f"not there yet: {missing}")
     problems = dict.fromkeys(f"{job.name}: {made[job.key].problem}" for job in plan.jobs if made[job.key].problem)
     for problem in problems:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aipo.campaign.cells import Plan, open_folder
-from aipo.campaign.collect import collect, save
+from aipo.campaign.collect import collect, save, unmeasured
 from aipo.campaign.jobs import failure
 from aipo.campaign.plots import draw
 from aipo.campaign.tables import comparison_markdown, comparisons, entries, latex, markdown, note, table_csv
@@ -21,7 +21,6 @@ def write_report(plan: Plan) -> str:
     save(plan, runs, curves)
     campaign, rows, made = plan.campaign, entries(plan.campaign, runs), comparisons(plan.campaign, runs)
     scale = note(plan, runs, machine())
-    pictures = draw(plan, rows, curves, runs, made)
     text = f"# {campaign.title or plan.name}\n\n{scale}\n\n{markdown(campaign, rows)}\n"
     text += "Mean over seeds with its 95 % bootstrap interval; best bold, second underlined.\n"
     if any(made.values()):
@@ -34,8 +33,12 @@ def write_report(plan: Plan) -> str:
         )
     failed = [f"- {job.name}: {failure(job)}" for job in plan.jobs if job.state() == "failed"]
     text += "\n## Failed\n\n" + "\n".join(failed) + "\n" if failed else ""
-    text += "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
+    if absent := unmeasured(campaign, curves):
+        text += f"\n## Not measured\n\nNo run has {', '.join(absent)} in its metrics.jsonl: is it a typo?\n"
     write_atomically(plan.folder / "report.md", text)
     write_atomically(plan.folder / "table.tex", latex(campaign, rows, scale))
     write_atomically(plan.folder / "table.csv", table_csv(campaign, rows))
+    pictures = draw(plan, rows, curves, runs, made)  # last: a plot that fails takes no table along
+    text += "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
+    write_atomically(plan.folder / "report.md", text)
     return text

@@ -19,7 +19,7 @@ from aipo.config import CONFIG_FOLDER, Config, load_config
 from aipo.config.base import NonNegative, Positive, Section
 from aipo.config.reading import layers
 from aipo.errors import UserError
-from aipo.evaluation.benchmarks import ALIASES
+from aipo.evaluation.benchmarks import ALIASES, EMBEDDED, PAPER
 from aipo.record.checkpoints import flatten
 
 Read = Literal["first", "last", "best"]
@@ -56,10 +56,23 @@ class Evaluation(Section):
     tokens_from_run: bool = False
     """interventions take the tokens of highest mean MI in the run itself, not the paper's words"""
 
+    @field_validator("benchmarks")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        known = [*PAPER, *ALIASES, EMBEDDED]
+        for name in names:
+            if name not in known and not name.endswith(".jsonl"):
+                raise ValueError(f"{name} is unknown{_near(name, known)} (there: {', '.join(known)}, JSONL files)")
+        return names
+
+    @property
+    def files(self) -> list[str]:
+        return [name for name in self.benchmarks if name.endswith(".jsonl")]
+
     @property
     def names(self) -> list[str]:
         """Of the benchmarks, in results and as columns."""
-        return [Path(name).stem if name.endswith(".jsonl") else ALIASES.get(name, name) for name in self.benchmarks]
+        return [Path(name).stem if name in self.files else ALIASES.get(name, name) for name in self.benchmarks]
 
 
 class Condition(Section):
@@ -183,7 +196,10 @@ class Campaign(Section):
             raise ValueError(f"seeds must be distinct, at least one; got {list(self.seeds)}")
         if self.control is not None and self.control not in names:
             raise ValueError(f"control: {self.control} is no condition{_near(self.control, names)}")
-        known = [*FIGURES, *(self.evaluate.names if self.evaluate else ())]
+        benchmarks = self.evaluate.names if self.evaluate else []
+        if len(set(benchmarks)) < len(benchmarks):
+            raise ValueError(f"evaluate: benchmarks: one is named twice in {', '.join(benchmarks)}")
+        known = [*FIGURES, *benchmarks]
         for name in self.columns:
             if name not in known and "/" not in name:
                 raise ValueError(f"columns: {name} is unknown{_near(name, known)}; others are names in metrics.jsonl")
@@ -271,10 +287,29 @@ def settings(campaign: Campaign, path: Path) -> Iterator[Setting]:
             for seed in campaign.seeds:
                 try:
                     config = _config(campaign, whole, f"seed={seed}")
+                    _check_figures(campaign, whole.read or campaign.read, config)
                 except UserError as error:
                     where = ": ".join(part for part in (panel, name) if part)
                     raise UserError(f"{path}: {where}: {error}") from None
                 yield Setting(panel, name, seed, whole.read or campaign.read, whole.intervene, config)
+
+
+def _check_figures(campaign: Campaign, read: Read | int, config: Config) -> None:
+    """UserError for what cannot be read or drawn of such a run."""
+    steps, every = config.optim.steps, config.validation.every
+    if isinstance(read, int):
+        seldom = campaign.metric.startswith("validation/") and read % every and read != steps
+        if seldom or read > steps:
+            raise UserError(
+                f"read: {read} is not measured: of {steps} steps every {every}th and the last are validated"
+            )
+    for plot in campaign.plots:
+        if plot.kind == "heatmap":
+            flat = flatten(config.model_dump(mode="json"))
+            match flat.get(str(plot.key)):
+                case [int() | float(), int() | float()]:
+                    continue
+            raise UserError(f"plots: heatmap: {plot.key} is no key with two numbers{_near(str(plot.key), list(flat))}")
 
 
 def _config(campaign: Campaign, condition: Condition, *more: str) -> Config:

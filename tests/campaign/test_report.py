@@ -330,3 +330,29 @@ def test_without_its_benchmarks_a_trained_cell_has_no_accuracy(tmp_path: Path, m
     assert row["otf"] == 100
     assert row[["accuracy", "before", "mag", "tes"]].isna().all()
     assert "| Backbone | – | – | – | – |" in text
+
+
+def test_what_evaluate_py_would_refuse_is_refused_before_anything_runs(tmp_path: Path, model: Path) -> None:
+    text = EVALUATED.replace("samples: 2", "samples: 2, options: [--temprature, '1']")
+    with pytest.raises(UserError, match=r"mine.yaml: evaluate: options: unrecognized arguments: --temprature 1$"):
+        planned(tmp_path, model, text)
+    with pytest.raises(UserError, match=r"options: --temperature must lie between 0 and 100, not 101"):
+        planned(tmp_path, model, text.replace("temprature, '1'", "temperature, '101'"))
+    there = planned(tmp_path, model, text.replace("temprature", "temperature"))
+    with pytest.raises(UserError, match=r"mine\.jsonl not there"):
+        check_here(there)
+
+
+def test_a_metric_that_no_run_has_is_named_and_a_plot_that_fails_leaves_the_tables(tmp_path: Path, model: Path) -> None:
+    text = CAMPAIGN.replace("reward/correct]", "reward/corect]") + "metric: validation/acuracy\n"
+    plan = planned(tmp_path, model, text)
+    assert "Not measured" not in write_report(plan)  # there is no run yet
+    runs(plan)
+    (plan.folder / "curves.png").mkdir()  # where a picture cannot be written
+    for name in ("report.md", "table.tex", "table.csv"):
+        (plan.folder / name).unlink()
+    with pytest.raises(IsADirectoryError):
+        write_report(plan)
+    assert "No run has reward/corect, validation/acuracy in its metrics" in (plan.folder / "report.md").read_text()
+    assert (plan.folder / "table.tex").is_file()
+    assert (plan.folder / "table.csv").is_file()
