@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 
 import evaluate
 from aipo.campaign.jobs import ROOT, SCRIPTS, Job, State, What, Work, source_version
-from aipo.campaign.schema import Campaign, Setting, find_campaign, load_campaign, reference, settings
+from aipo.campaign.schema import Campaign, Setting, find_campaign, load_campaign, settings
 from aipo.config import Config, dump_config
 from aipo.config.data import VERIFIER
 from aipo.errors import UserError
@@ -263,10 +263,8 @@ def check_here(plan: Plan) -> None:
 
 
 def differences(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Cell key -> the config keys in which it is not what the campaign starts from, but for the seed."""
-    base = flatten(reference(plan.campaign).model_dump(mode="json"))
-    found = {}
-    for cell in plan.cells:
-        own = flatten(cell.setting.config.model_dump(mode="json"))
-        found[cell.key] = {k: v for k, v in own.items() if v != base.get(k) and k not in ("seed", "name")}
-    return found
+    """Cell key -> the config keys that are not the same in all cells, but for the seed."""
+    flat = {cell.key: flatten(cell.setting.config.model_dump(mode="json")) for cell in plan.cells}
+    pairs = itertools.pairwise(flat.values())
+    varied = {k for a, b in pairs for k in a.keys() | b.keys() if a.get(k) != b.get(k)} - {"seed", "name"}
+    return {key: {k: v for k, v in own.items() if k in varied} for key, own in flat.items()}

@@ -102,16 +102,18 @@ def dry_run(plan: Plan, workers: int, show: Callable[[Any], None]) -> int:
     """Print every run with what is its own, its time and memory, and what is there already; 2 if one cannot work."""
     made, own = estimates(plan), differences(plan)
     table = Table(title=f"{plan.name}: {plan.campaign.title}", title_justify="left")
-    for column in ("run", "what differs", "state", "time", "from", "GiB a rank"):
+    for column in ("run", "what differs; below the first, from it", "state", "time", "from", "GiB a rank"):
         table.add_column(column, overflow="fold", justify="right" if column in ("time", "GiB a rank") else "left")
     first: dict[str, str] = {}
+    lead = next((own[cell.key] for cell in plan.cells if plan.job(cell).steps), {})
     for cell in plan.cells:
         job, estimate = plan.job(cell), made[cell.key]
         if cell.key in first:
             table.add_row(cell.name, "", f"same run as {first[cell.key]}", "", "", "")
             continue
         first[cell.key] = cell.name
-        keys = " ".join(f"{key}={value}" for key, value in own[cell.key].items()) if job.steps else "not trained"
+        unlike = {k: v for k, v in own[cell.key].items() if own[cell.key] is lead or v != lead.get(k)}
+        keys = " ".join(f"{key}={value}" for key, value in unlike.items()) if job.steps else "not trained"
         if cell.setting.seed != plan.campaign.seeds[0]:
             keys = "″"
         state = {"done": "reused", "waiting": "to do", "begun": f"goes on from step {job.reached}"}

@@ -274,11 +274,6 @@ def load_campaign(path: Path) -> Campaign:
         raise UserError("; ".join(_explain(each, path) for each in error.errors())) from None
 
 
-def reference(campaign: Campaign) -> Config:
-    """The config without any condition, from which the dry run tells differences."""
-    return _config(campaign, campaign.common)
-
-
 def settings(campaign: Campaign, path: Path) -> Iterator[Setting]:
     """All runs of a campaign, panel by panel, seed by seed in each condition. UserError for a config that is wrong."""
     for panel, part in (campaign.panels or {"": Condition()}).items():
@@ -286,7 +281,7 @@ def settings(campaign: Campaign, path: Path) -> Iterator[Setting]:
             whole = condition.over(part).over(campaign.common)
             for seed in campaign.seeds:
                 try:
-                    config = _config(campaign, whole, f"seed={seed}")
+                    config = _config(campaign, whole, seed)
                     _check_figures(campaign, whole.read or campaign.read, config)
                 except UserError as error:
                     where = ": ".join(part for part in (panel, name) if part)
@@ -312,9 +307,9 @@ def _check_figures(campaign: Campaign, read: Read | int, config: Config) -> None
             raise UserError(f"plots: heatmap: {plot.key} is no key with two numbers{_near(str(plot.key), list(flat))}")
 
 
-def _config(campaign: Campaign, condition: Condition, *more: str) -> Config:
-    overrides = [f"{key}={json.dumps(value)}" for key, value in condition.keys.items()]
-    return load_config(condition.config or campaign.base, [*overrides, *more], method=condition.method)
+def _config(campaign: Campaign, condition: Condition, seed: int) -> Config:
+    overrides = [f"{key}={json.dumps(value)}" for key, value in (condition.keys | {"seed": seed}).items()]
+    return load_config(condition.config or campaign.base, overrides, method=condition.method)
 
 
 def find_campaign(path: Path) -> Path:

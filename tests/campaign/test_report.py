@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from aipo.campaign.cells import Plan, _content, check_here, make_plan, write_configs
+from aipo.campaign.cells import Plan, _content, check_here, differences, make_plan, write_configs
 from aipo.campaign.estimate import dry_run, estimates
 from aipo.campaign.plots import band
 from aipo.campaign.report import write_report
@@ -124,6 +124,19 @@ def test_questions_of_a_benchmark_and_a_reward_function_are_part_of_what_is_comp
     assert results == first[1]
 
 
+def test_what_is_common_need_not_be_a_config_of_its_own(tmp_path: Path, model: Path) -> None:
+    """Here reweight needs the rule that each condition chooses."""
+    common = "{mask.reweight: true, model.path"
+    text = CAMPAIGN.replace("{model.path", common)
+    text = re.sub(r"(before|all): \{mask.rule: all", r"\1: {mask.rule: random, mask.fraction: 0.5", text)
+    with pytest.raises(UserError, match=r"mask\.reweight"):
+        load_config("tiny.yaml", ["mask.reweight=true"])
+    plan = planned(tmp_path, model, text)
+    found = differences(plan)
+    assert [set(found[cell.key]) for cell in plan.cells[3::3]] == [{"mask.fraction"}] * 2
+    assert "0 of 9 cells are there" in write_report(plan)
+
+
 def test_two_campaigns_of_one_name_do_not_share_a_folder(tmp_path: Path, model: Path) -> None:
     one = planned(tmp_path, model)
     write_configs(one)
@@ -219,6 +232,7 @@ def test_the_dry_run_lists_all_and_writes_nothing(tmp_path: Path, model: Path) -
     console.print(said[0])
     table, text = console.export_text(), "\n".join(map(str, said[1:]))
     assert "same run as before, seed 0" in table
+    assert "mask.rule=all mask.fraction=" in table  # of the first run, then what is not as in it
     assert "mask.rule=random mask.fraction=0.1" in table
     assert "9 cells are 6 runs: 0 there already, 6 to do, 2 at once" in text
     assert "of 6 runs the time is not known" in text
