@@ -164,6 +164,7 @@ def _job(campaign: Campaign, name: str, cells: Sequence[Cell]) -> Job:
         environment={
             "WANDB_RUN_GROUP": name,
             "WANDB_TAGS": ",".join([*(tag.replace(",", " ")[:64] for tag in tags), f"seed {first.setting.seed}"]),
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1700",  # s: a launcher of several ranks waits so long for them to save
         },
         gpus=campaign.gpus,
         retries=campaign.retries,

@@ -279,6 +279,14 @@ def _note(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
+def fail(job: Job, error: Exception) -> str:
+    """Note that something else than its commands failed, as far as that can be written; what it was."""
+    said = f"{type(error).__name__}: {error}"
+    with suppress(OSError):
+        _note(job.place / "failed.json", {"code": "an error", "what": "campaign", "last": said})
+    return said
+
+
 def failure(job: Job) -> str:
     """Why a job failed, in a line."""
     found = json.loads((job.place / "failed.json").read_text())

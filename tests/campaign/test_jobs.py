@@ -101,6 +101,20 @@ def test_each_worker_has_cores_and_gpus_of_its_own(tmp_path: Path) -> None:
     assert (one.place / "cores").read_text() == f"{{{places[1]['cores'][0]}}}\n"
 
 
+def test_what_no_command_did_fails_one_cell_alone(tmp_path: Path) -> None:
+    jobs = [job(tmp_path, "bad", "touch done"), job(tmp_path, "good", "touch done")]
+    (jobs[0].place / "cell.log").mkdir(parents=True)  # where no log can be written
+    said: list[str] = []
+    assert run_jobs(jobs, [PLACE], said.append) is False
+    assert [each.state() for each in jobs] == ["failed", "done"]
+    assert "IsADirectoryError" in failure(jobs[0])
+    assert any("bad: failed: IsADirectoryError" in line for line in said)
+
+
+def test_more_gpus_than_cores_share_them() -> None:
+    assert [place["cores"] for place in slots(None, 1, ["0", "1", "2"], [4, 5])] == [[4], [5], [4]]
+
+
 def test_slots_that_are_not_there_are_refused() -> None:
     assert len(slots(None, 1, ["0", "1", "2"], [0, 1, 2])) == 3
     assert slots(None, 1, [], [0, 1]) == [{"cores": [0, 1], "gpus": []}]

@@ -95,6 +95,9 @@ def test_equal_cells_are_one_run(tmp_path: Path, model: Path) -> None:
     }
     assert plan.jobs[0].environment["WANDB_RUN_GROUP"] == "mine"
     assert plan.jobs[0].environment["WANDB_TAGS"] == "all,before,seed 0"
+    assert (
+        int(plan.jobs[0].environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) > 600
+    )  # torchrun's own 30 s save no checkpoint
     assert [job.name.rpartition(" ")[2] for job in plan.jobs] == ["0", "0", "1", "1", "2", "2"]
 
 
