@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+import sweep
 from aipo.campaign.cells import Plan, _content, check_here, differences, make_plan, write_configs
-from aipo.campaign.estimate import dry_run, estimates
+from aipo.campaign.estimate import Estimate, dry_run, estimates
+from aipo.campaign.jobs import State
 from aipo.campaign.plots import band
 from aipo.campaign.report import write_report
-from aipo.campaign.status import show
+from aipo.campaign.status import Watch, cores_of, show
 from aipo.config import load_config
 from aipo.errors import UserError
 from aipo.evaluation.results import Result, save_results
@@ -220,17 +223,22 @@ def test_a_campaign_half_done_says_what_is_missing(tmp_path: Path, model: Path) 
     assert "| all | **30.0** |" in text
     assert "training ended with 1: error: no memory" in text
     console = Console(record=True, width=200)
-    show(plan, console)
+    show(plan, console, 1)
     status = console.export_text()
     assert re.search(r"1 done.*1 failed|1 failed.*1 done", status)
     assert "0.300" in status
     assert "4/4" in status
+    for cell in plan.cells:  # what has failed is nothing that will take time
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        (cell.folder / "failed.json").write_text((broken / "failed.json").read_text())
+    show(plan, console, 1)
+    assert "nothing is left to run" in console.export_text()
 
 
 def test_the_dry_run_lists_all_and_writes_nothing(tmp_path: Path, model: Path) -> None:
     plan = planned(tmp_path, model)
     said: list[Any] = []
-    assert dry_run(plan, 2, said.append) == 0
+    assert dry_run(plan, 2, 1, said.append) == 0
     console = Console(record=True, width=200)
     console.print(said[0])
     table, text = console.export_text(), "\n".join(map(str, said[1:]))
@@ -245,10 +253,12 @@ def test_the_dry_run_lists_all_and_writes_nothing(tmp_path: Path, model: Path) -
     finish(plan.cells[0].folder, [0.1, 0.2, 0.3], 1.0)
     (plan.cells[0].folder / "cell.json").write_text(json.dumps(facts | {"seconds": 60.0, "cores": 2}))
     said.clear()
-    dry_run(plan, 1, said.append)
+    dry_run(plan, 1, 2, said.append)
     console.print(said[0])
     assert "measured, 1 seed" in console.export_text()  # seeds 1 and 2 of the same condition
     assert "time: 5 min" in "\n".join(map(str, said[1:]))
+    assert {each.source for each in estimates(plan, 1).values()} == {"nothing measured"}  # on as many cores
+    assert cores_of(plan, 1) == 2
 
 
 def test_a_run_whose_model_is_gone_is_announced_with_its_whole_time(tmp_path: Path, model: Path) -> None:
@@ -256,9 +266,9 @@ def test_a_run_whose_model_is_gone_is_announced_with_its_whole_time(tmp_path: Pa
     job = plan.jobs[0]
     finish(job.place, [0.1, 0.2, 0.3], 1.0)
     (job.place / "cell.json").write_text(json.dumps(job.facts | {"seconds": 60.0, "cores": 2}))
-    assert estimates(plan)[job.key].seconds == 60
+    assert estimates(plan, 2)[job.key].seconds == 60
     said: list[Any] = []
-    dry_run(plan, 1, said.append)
+    dry_run(plan, 1, 2, said.append)
     console = Console(record=True, width=200)
     console.print(said[0])
     assert "model gone: trained again" in console.export_text()
@@ -266,11 +276,49 @@ def test_a_run_whose_model_is_gone_is_announced_with_its_whole_time(tmp_path: Pa
     assert (job.place / "keep").exists()
 
 
+def test_the_dry_run_takes_as_many_at_once_as_the_run_would(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    for gpus, says in ((1, "6 to do, 3 at once"), (8, "6 to do, 1 at once")):  # eight are elsewhere
+        path = planned(tmp_path, model, f"{CAMPAIGN}gpus: {gpus}\n").path
+        monkeypatch.setattr("sys.argv", ["sweep.py", str(path), "--dry-run", "--runs", str(tmp_path / "runs")])
+        sweep.main()
+        assert says in capsys.readouterr().out
+
+
+def test_the_rate_of_make_train_is_for_two_cores(tmp_path: Path) -> None:
+    plan = make_plan(Path("laptop/table3.yaml"), tmp_path)
+    if plan.jobs[0].facts["device"] != "cpu":
+        pytest.skip("of a machine without a GPU")
+    on_one, on_two = (estimates(plan, cores)[plan.jobs[0].key] for cores in (1, 2))
+    assert on_one.seconds == 2 * on_two.seconds > 0
+    assert (on_two.source, on_one.source) == ("rate of make train", "rate of make train, by cores, 1 for 2")
+
+
+def test_time_left_is_by_the_pace_since_a_run_was_seen_at_work(tmp_path: Path, model: Path) -> None:
+    job = replace(planned(tmp_path, model).jobs[0], steps=10)
+    job.place.mkdir(parents=True)
+    watch, estimate = Watch(), Estimate(500.0, "", 1.0)
+
+    def left(state: State, step: int, now: float) -> float:
+        (job.place / "metrics.jsonl").write_text(json.dumps({"step": step}) + "\n")
+        return watch.left(job, state, estimate, now)
+
+    assert left("waiting", 0, 0) == 500
+    assert left("running", 0, 3600) == 500  # begins an hour later
+    assert left("running", 2, 3620) == 80  # eight steps of 10 s
+    assert left("failed", 2, 4000) == 500
+    assert left("running", 2, 5000) == 500
+    assert left("running", 6, 5080) == 80  # four of 20 s
+    assert left("done", 10, 6000) == 0
+
+
 def test_the_papers_campaigns_fit_the_papers_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight A100, no network: every run is planned, none exceeds its memory, and each has a time."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     plan = make_plan(Path("paper/table3.yaml"), tmp_path)
-    made = estimates(plan)
+    made = estimates(plan, 8)
     assert not [estimate.problem for estimate in made.values() if estimate.problem]
     assert all(estimate.memory > 10 for estimate in made.values())
     assert all(estimate.source == "arithmetic, not measured" for estimate in made.values())
