@@ -54,9 +54,9 @@ def main() -> int:
             console = make_console()
             try:
                 places = places_here(plan, options.workers)
-                at_once, cores = len(places), len(places[0]["cores"])
             except UserError:  # it is for another machine than this one
-                at_once, cores = options.workers or 1, len(os.sched_getaffinity(0))
+                places = [{"cores": list(os.sched_getaffinity(0))}] * (options.workers or 1)
+            cores = len(places[0]["cores"])
             if options.status:
                 from aipo.campaign.status import show
 
@@ -64,7 +64,7 @@ def main() -> int:
                 return 0
             from aipo.campaign.estimate import dry_run
 
-            return dry_run(plan, at_once, cores, lambda each: console.print(each, highlight=False, soft_wrap=True))
+            return dry_run(plan, len(places), cores, lambda each: console.print(each, highlight=False, soft_wrap=True))
         if options.collect:
             from aipo.campaign.report import write_report
 

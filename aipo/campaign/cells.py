@@ -7,11 +7,9 @@ config, the data, the model and the code, so that equal cells of any campaigns a
 from __future__ import annotations
 
 import functools
-import io
 import itertools
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -20,11 +18,9 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-import evaluate
 from aipo.campaign.jobs import ROOT, SCRIPTS, Job, State, What, Work, source_version
 from aipo.campaign.schema import Campaign, Setting, find_campaign, load_campaign, settings
 from aipo.config import Config, dump_config
-from aipo.config.data import VERIFIER
 from aipo.errors import UserError
 from aipo.inputs import MAY_CHANGE, data_sets, file_digest
 from aipo.labelling import DEPENDS_ON
@@ -34,6 +30,7 @@ from aipo.record.checkpoints import digest, flatten, run_identity, write_atomica
 from aipo.record.tracker import versions
 
 planned_source = functools.cache(source_version)  # what keys stand for; each command looks whether it is still so
+packages = functools.cache(versions)
 ELSEWHERE = ("embedded:", HUB)
 FREE = [key for key in MAY_CHANGE if not key.startswith("validation.")]  # what is watched must be there to be read
 
@@ -83,10 +80,7 @@ def make_plan(path: Path, runs: Path) -> Plan:
     by_key: dict[str, list[Cell]] = {}
     for cell in sorted(cells, key=lambda cell: campaign.seeds.index(cell.setting.seed)):  # all of a seed, then the next
         by_key.setdefault(cell.key, []).append(cell)
-    try:
-        jobs = [_job(campaign, name, same) for same in by_key.values()]
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    jobs = [_job(campaign, name, same) for same in by_key.values()]
     return Plan(name, campaign, cells, jobs, runs.resolve() / "campaigns" / name, path.resolve())
 
 
@@ -106,12 +100,8 @@ def write_configs(plan: Plan) -> None:
     for job in plan.jobs:
         job.claim()
     for cell in {cell.key: cell for cell in plan.cells}.values():
-        write_atomically(cell.folder / "cell.yaml", dump_config(_placed(cell)))
-
-
-def _placed(cell: Cell) -> Config:
-    place = {"name": cell.folder.name, "runs": str(cell.folder.parent)}
-    return cell.setting.config.model_copy(update=place)
+        place = {"name": cell.folder.name, "runs": str(cell.folder.parent)}
+        write_atomically(cell.folder / "cell.yaml", dump_config(cell.setting.config.model_copy(update=place)))
 
 
 def _cell(campaign: Campaign, setting: Setting, runs: Path) -> Cell:
@@ -121,17 +111,16 @@ def _cell(campaign: Campaign, setting: Setting, runs: Path) -> Cell:
         "data": {name: _content(source.path) for name, source in data_sets(config).items()},
         "model": _weights(config.model.path),
         "latents": config.branch.latent_path and _content(config.branch.latent_path),
-        "rewards": {
-            each: _module(each) for reward in config.rewards().values() if (each := reward.function) != VERIFIER
-        },
-        "code": code_version(),
+        "rewards": {reward.function: _module(reward.function) for reward in config.rewards().values()},
+        "code": planned_source("training"),
+        "packages": packages(),
     }
     identity = run_identity(config.model_dump(), may_change=FREE, **facts)
     shared = {key: value for key, value in identity.items() if key.startswith((*DEPENDS_ON, *facts))}
     labels = digest(shared) if config.curriculum.enabled else None
     untrained = setting.read == "first" and campaign.evaluate is not None
     if untrained:  # the model as it is: nothing of the config matters but what evaluate.py reads
-        asked = ("seed", "data.", "model", "rollout.max_tokens", "ranks", "code")
+        asked = ("seed", "data.", "model", "rollout.max_tokens", "ranks", "code", "packages")
         identity = {key: value for key, value in identity.items() if key.startswith(asked)}
     key, twins = digest(identity), digest(identity | {"seed": None})
     folder = runs / "cells" / (f"untrained-{key}" if untrained else key)
@@ -181,27 +170,20 @@ def _work(what: What, campaign: Campaign, arguments: Sequence[str], result: Path
 
 
 def _evaluate(campaign: Campaign, cell: Cell, trained: bool) -> list[str]:
-    """Arguments of evaluate.py, which its own parser has read. UserError."""
     asked, setting, folder = campaign.evaluate, cell.setting, cell.folder
     assert asked is not None
     assert cell.results is not None
-    words = ["--config", str(folder / "cell.yaml")]
+    command = ["--config", str(folder / "cell.yaml")]
     if trained:
-        words += ["--model", str({"best": folder / "checkpoints" / "best"}.get(str(setting.read), folder))]
+        command += ["--model", str({"best": folder / "checkpoints" / "best"}.get(str(setting.read), folder))]
     out = cell.results.parent if setting.intervene == "none" else cell.results.parent.parent
-    words += ["--benchmarks", ",".join(asked.benchmarks), f"--avg={asked.samples}", "--seed", str(setting.seed)]
-    words += ["--engine", asked.engine, "--out", str(out), *asked.options]
-    words += ["--limit", str(asked.limit)] if asked.limit else []
+    command += ["--benchmarks", ",".join(asked.benchmarks), f"--avg={asked.samples}", "--seed", str(setting.seed)]
+    command += ["--engine", asked.engine, "--out", str(out), *asked.options]
+    command += ["--limit", str(asked.limit)] if asked.limit else []
     if setting.intervene != "none":
-        words += ["--intervene", setting.intervene]
-        words += ["--tokens-from", str(folder)] if asked.tokens_from_run else []
-    said = io.StringIO()
-    try:
-        with redirect_stderr(said):
-            evaluate.parse(words)
-    except SystemExit:
-        raise UserError(f"evaluate: options: {said.getvalue().strip().rpartition('error: ')[2]}") from None
-    return words
+        command += ["--intervene", setting.intervene]
+        command += ["--tokens-from", str(folder)] if asked.tokens_from_run else []
+    return command
 
 
 def size(config: Config, gpus: int) -> dict[str, Any]:
@@ -213,12 +195,6 @@ def size(config: Config, gpus: int) -> dict[str, Any]:
 
 def device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-@functools.cache
-def code_version() -> str:
-    """Of what a training run executes: our source, and the packages below it."""
-    return digest([versions(), planned_source("training")])
 
 
 @functools.cache
@@ -234,7 +210,7 @@ def _content(path: str) -> str:
 
 
 def _module(function: str) -> str:
-    """The file of a reward function of the user's, by its content. Nothing of it is imported."""
+    """The file of a reward function, by its content; the verifier has none. Nothing of it is imported."""
     origin: str | None = None
     path: Sequence[str] | None = None
     for name in itertools.accumulate(function.partition(":")[0].split("."), "{}.{}".format):

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from aipo.campaign.cells import Cell, Plan, differences
-from aipo.campaign.schema import Campaign, Read
+from aipo.campaign.schema import Read
 from aipo.evaluation.results import average, load_results
 from aipo.metrics import cost_share, trained_share, training_efficiency
 from aipo.record.jsonl import read_jsonl
@@ -52,14 +52,6 @@ def save(plan: Plan, runs: pd.DataFrame, curves: pd.DataFrame) -> None:
     for name, table in (("runs", runs), ("curves", curves)):
         table.to_parquet(plan.folder / f"{name}.parquet", index=False)
         table.to_csv(plan.folder / f"{name}.csv", index=False)
-
-
-def unmeasured(campaign: Campaign, curves: pd.DataFrame) -> list[str]:
-    """Metrics that the campaign names and that no run has, once there is a run."""
-    named = [column for column in campaign.columns if "/" in column]
-    named += [plot.metric for plot in campaign.plots if plot.kind == "curves"]
-    named += [] if campaign.evaluate else [campaign.metric]
-    return [name for name in dict.fromkeys(named) if len(curves) and name not in curves]
 
 
 def figures(cell: Cell, log: Sequence[dict[str, Any]], more: Sequence[str], metric: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -24,8 +23,7 @@ from aipo.plan.planner import Plan as MemoryPlan
 from aipo.plan.planner import plan as plan_memory
 from aipo.problems import embedded
 
-EMBEDDED_FIXED, EMBEDDED_RATE = 90.0, 3.9e-3  # s a run; s a completion token at most: `make train`
-EMBEDDED_CORES = 2  # with AMX
+EMBEDDED_FIXED, EMBEDDED_RATE, EMBEDDED_CORES = 90.0, 3.9e-3, 2  # s a run, s a token at most: `make train` with AMX
 FLOPS, UTILISATION, BANDWIDTH, REACHED = 312e12, 0.4, 2.0e12, 0.6  # of an A100 80 GB; shares supposed, not measured
 LENGTH = 0.5  # completions of half the longest
 
@@ -40,7 +38,8 @@ class Estimate:
 
 def estimates(plan: Plan, cores: int) -> dict[str, Estimate]:
     """By job key, for runs on so many cores each."""
-    measured = _measured(plan.folder.parents[1] / "cells", cores)
+    noted = [json.loads(path.read_text()) for path in sorted((plan.folder.parents[1] / "cells").glob("*/cell.json"))]
+    measured = [each for each in noted if each["device"] != "cpu" or each["cores"] == cores]
     made, cache = {}, {}
     for job in plan.jobs:
         cell = next(cell for cell in plan.cells if cell.key == job.key)
@@ -57,15 +56,7 @@ def estimates(plan: Plan, cores: int) -> dict[str, Estimate]:
     return made
 
 
-def _measured(cells: Path, cores: int) -> list[dict[str, Any]]:
-    """Runs whose times hold for so many cores."""
-    noted = [json.loads(path.read_text()) for path in sorted(cells.glob("*/cell.json"))]
-    return [each for each in noted if each["device"] != "cpu" or each["cores"] == cores]
-
-
-def _time(
-    job: Job, cell: Cell, measured: list[dict[str, Any]], memory: MemoryPlan | str, cores: int
-) -> tuple[float, str]:
+def _time(job: Job, cell: Cell, measured: list[Any], memory: MemoryPlan | str, cores: int) -> tuple[float, str]:
     facts = job.facts
     if not job.steps:
         return 0.0, "not trained"
@@ -77,7 +68,7 @@ def _time(
         return rate * facts["work"], f"measured rate of {len(near)} other runs"
     if facts["model"] == embedded.MODEL and facts["device"] == "cpu":
         seconds = (EMBEDDED_FIXED + EMBEDDED_RATE * facts["work"]) * EMBEDDED_CORES / cores
-        return seconds, "rate of make train" + f", by cores, {cores} for {EMBEDDED_CORES}" * (cores != EMBEDDED_CORES)
+        return seconds, "rate of make train" + ", by the number of cores" * (cores != EMBEDDED_CORES)
     if isinstance(memory, str) or memory.device != "GPU":
         return math.nan, "nothing measured"
     return _arithmetic(cell, memory), "arithmetic, not measured"
@@ -106,10 +97,7 @@ def _memory(cell: Cell, gpus: int) -> MemoryPlan | str:
 
 
 def dry_run(plan: Plan, workers: int, cores: int, show: Callable[[Any], None]) -> int:
-    """Print every run with what is its own, its time and memory, and what is there already; 2 if one cannot work.
-
-    ``workers`` runs are at once, each on ``cores`` cores.
-    """
+    """Print every run with its keys, its time on so many cores, memory, what is there; 2 if one cannot work."""
     made, own = estimates(plan, cores), differences(plan)
     table = Table(title=f"{plan.name}: {plan.campaign.title}", title_justify="left")
     for column in ("run", "what differs; below the first, from it", "state", "time", "from", "GiB a rank"):

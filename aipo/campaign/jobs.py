@@ -93,12 +93,6 @@ class Job:
         return left
 
     @property
-    def figures(self) -> list[Path]:
-        """What other campaigns read of its training; the last file says that it is done."""
-        results = [Path(work.result) for work in self.work if work.what == "training"]
-        return [path for result in results for path in (result.with_name("metrics.jsonl"), result)]
-
-    @property
     def again(self) -> bool:
         """Whether what was trained is to be trained once more, since its model is gone."""
         return any(work.what == "training" and work.done for work in self.missing)
@@ -130,17 +124,10 @@ class Job:
     def claim(self) -> None:
         """Note what is wanted of the model, before anything runs: while it is, no campaign removes it."""
         self.place.mkdir(parents=True, exist_ok=True)
-        if self.keep_model:
-            (self.place / "keep").touch()
-        for work in self.work:
-            if work.what == "evaluation" and not work.done:
-                Path(work.result).parent.mkdir(parents=True, exist_ok=True)
-                Path(f"{work.result}.wanted").touch()
-
-    @property
-    def _claimed(self) -> bool:
-        wanted = self.place.rglob("*.wanted")
-        return (self.place / "keep").exists() or any(not each.with_suffix("").exists() for each in wanted)
+        wanted = [Path(work.result) for work in self.work if work.what == "evaluation" and not work.done]
+        for result in wanted + [self.place / "keep"] * self.keep_model:
+            result.parent.mkdir(parents=True, exist_ok=True)
+            Path(f"{result}.wanted").touch()
 
     def _busy(self) -> bool:
         return _held(Path(self.lock().lock_file))
@@ -178,11 +165,7 @@ def run_job(
             if stopped():
                 return "stopped"
             time.sleep(0.2)
-        _put_back(job)
-        try:
-            return _run(job, {**os.environ, **job.environment, **environment}, stopped)
-        finally:
-            _put_back(job)
+        return _run(job, {**os.environ, **job.environment, **environment}, stopped)
 
 
 def _run(job: Job, environment: dict[str, str], stopped: Callable[[], bool]) -> Literal["done", "failed", "stopped"]:
@@ -204,8 +187,9 @@ def _run(job: Job, environment: dict[str, str], stopped: Callable[[], bool]) -> 
     if failed:
         _note(job.place / "failed.json", failed[0])
         return "failed"
-    for heavy in () if job._claimed else ("final", "exported", "checkpoints"):  # gigabytes; numbers stay
-        shutil.rmtree(job.place / heavy, ignore_errors=True)
+    if all(wanted.with_suffix("").exists() for wanted in job.place.rglob("*.wanted")):
+        for heavy in ("final", "exported", "checkpoints"):  # gigabytes; numbers stay
+            shutil.rmtree(job.place / heavy, ignore_errors=True)
     return "done"
 
 
@@ -218,8 +202,10 @@ def _do(job: Job, work: Work, environment: dict[str, str], stopped: Callable[[],
             return BAD_INPUT
         log.flush()
         began, fresh = time.monotonic(), not (job.place / "checkpoints" / "latest").exists()
-        if work.done:  # trained before, but its model is gone: all again
-            _put_aside(job)
+        figures = [job.place / "metrics.jsonl", Path(work.result)] if work.done else []
+        earlier = {path: path.read_bytes() for path in figures if path.exists()}
+        if earlier:  # trained before, but its model is gone: all again
+            Path(work.result).unlink()
         process = subprocess.Popen(
             work.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
             preexec_fn=_end_with_parent,
@@ -232,27 +218,11 @@ def _do(job: Job, work: Work, environment: dict[str, str], stopped: Callable[[],
                 told = True
             with suppress(subprocess.TimeoutExpired):
                 process.wait(POLL)
-    if code == 0 and work.done and work.what == "training":
-        shutil.rmtree(job.place / "earlier", ignore_errors=True)
-        if fresh:
-            _note(job.place / "cell.json", job.facts | {"seconds": time.monotonic() - began, "cores": cores()})
+    if code == 0 and fresh and work.what == "training":
+        _note(job.place / "cell.json", job.facts | {"seconds": time.monotonic() - began, "cores": cores()})
+    for path, content in earlier.items() if code else ():  # other campaigns have them
+        path.write_bytes(content)
     return code
-
-
-def _put_aside(job: Job) -> None:
-    """Keep the figures of a run that is trained again, which may fail this time."""
-    (job.place / "earlier").mkdir(exist_ok=True)
-    for path in job.figures:
-        if path.exists():
-            shutil.copyfile(path, path.with_name(".tmp-earlier"))
-            os.replace(path.with_name(".tmp-earlier"), job.place / "earlier" / path.name)
-    job.figures[-1].unlink()
-
-
-def _put_back(job: Job) -> None:
-    for path in job.figures:
-        with suppress(FileNotFoundError):
-            os.replace(job.place / "earlier" / path.name, path)
 
 
 def _end_with_parent() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aipo.campaign.cells import Plan, open_folder
-from aipo.campaign.collect import collect, save, unmeasured
+from aipo.campaign.collect import collect, save
 from aipo.campaign.jobs import failure
 from aipo.campaign.plots import draw
 from aipo.campaign.tables import comparison_markdown, comparisons, entries, latex, markdown, note, table_csv
@@ -33,7 +33,8 @@ def write_report(plan: Plan) -> str:
         )
     failed = [f"- {job.name}: {failure(job)}" for job in plan.jobs if job.state() == "failed"]
     text += "\n## Failed\n\n" + "\n".join(failed) + "\n" if failed else ""
-    if absent := unmeasured(campaign, curves):
+    named = [*campaign.columns, *(plot.metric for plot in campaign.plots if plot.kind == "curves"), campaign.metric]
+    if absent := [name for name in dict.fromkeys(named) if "/" in name and len(curves) and name not in curves]:
         text += f"\n## Not measured\n\nNo run has {', '.join(absent)} in its metrics.jsonl: is it a typo?\n"
     write_atomically(plan.folder / "report.md", text)
     write_atomically(plan.folder / "table.tex", latex(campaign, rows, scale))

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import difflib
+import io
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +23,7 @@ from aipo.config.reading import layers
 from aipo.errors import UserError
 from aipo.evaluation.benchmarks import ALIASES, EMBEDDED, PAPER
 from aipo.record.checkpoints import flatten
+from evaluate import parse as parse_evaluation
 
 Read = Literal["first", "last", "best"]
 FIGURES = {
@@ -55,15 +58,6 @@ class Evaluation(Section):
     """more of evaluate.py, word by word, such as ["--temperature", "1.0"]"""
     tokens_from_run: bool = False
     """interventions take the tokens of highest mean MI in the run itself, not the paper's words"""
-
-    @field_validator("benchmarks")
-    @classmethod
-    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        known = [*PAPER, *ALIASES, EMBEDDED]
-        for name in names:
-            if name not in known and not name.endswith(".jsonl"):
-                raise ValueError(f"{name} is unknown{_near(name, known)} (there: {', '.join(known)}, JSONL files)")
-        return names
 
     @property
     def files(self) -> list[str]:
@@ -196,10 +190,11 @@ class Campaign(Section):
             raise ValueError(f"seeds must be distinct, at least one; got {list(self.seeds)}")
         if self.control is not None and self.control not in names:
             raise ValueError(f"control: {self.control} is no condition{_near(self.control, names)}")
-        benchmarks = self.evaluate.names if self.evaluate else []
-        if len(set(benchmarks)) < len(benchmarks):
-            raise ValueError(f"evaluate: benchmarks: one is named twice in {', '.join(benchmarks)}")
-        known = [*FIGURES, *benchmarks]
+        for name in self.evaluate.benchmarks if self.evaluate else ():
+            known = [*PAPER, *ALIASES, EMBEDDED]
+            if name not in known and not name.endswith(".jsonl"):
+                raise ValueError(f"evaluate: benchmarks: {name} is no JSONL file and unknown{_near(name, known)}")
+        known = [*FIGURES, *(self.evaluate.names if self.evaluate else ())]
         for name in self.columns:
             if name not in known and "/" not in name:
                 raise ValueError(f"columns: {name} is unknown{_near(name, known)}; others are names in metrics.jsonl")
@@ -220,8 +215,6 @@ class Campaign(Section):
             if condition.intervene != "none" and self.evaluate and self.evaluate.tokens_from_run and read == "first":
                 raise ValueError(f"conditions: {name}: tokens_from_run with read: first has no run to take them from")
         for plot in self.plots:
-            if plot.kind == "heatmap" and plot.key is None:
-                raise ValueError("plots: heatmap needs key, such as curriculum.cuts")
             if plot.kind == "forest" and self.control is None and len(names) > 1 and "plots" in self.model_fields_set:
                 raise ValueError("plots: forest shows differences from control: name one")
         return self
@@ -282,29 +275,31 @@ def settings(campaign: Campaign, path: Path) -> Iterator[Setting]:
             for seed in campaign.seeds:
                 try:
                     config = _config(campaign, whole, seed)
-                    _check_figures(campaign, whole.read or campaign.read, config)
+                    _check(campaign, whole, config)
                 except UserError as error:
                     where = ": ".join(part for part in (panel, name) if part)
                     raise UserError(f"{path}: {where}: {error}") from None
                 yield Setting(panel, name, seed, whole.read or campaign.read, whole.intervene, config)
 
 
-def _check_figures(campaign: Campaign, read: Read | int, config: Config) -> None:
-    """UserError for what cannot be read or drawn of such a run."""
-    steps, every = config.optim.steps, config.validation.every
-    if isinstance(read, int):
-        seldom = campaign.metric.startswith("validation/") and read % every and read != steps
-        if seldom or read > steps:
-            raise UserError(
-                f"read: {read} is not measured: of {steps} steps every {every}th and the last are validated"
-            )
-    for plot in campaign.plots:
-        if plot.kind == "heatmap":
-            flat = flatten(config.model_dump(mode="json"))
-            match flat.get(str(plot.key)):
-                case [int() | float(), int() | float()]:
-                    continue
-            raise UserError(f"plots: heatmap: {plot.key} is no key with two numbers{_near(str(plot.key), list(flat))}")
+def _check(campaign: Campaign, condition: Condition, config: Config) -> None:
+    """UserError for what cannot be evaluated, read or drawn of such a run."""
+    read, steps, every = condition.read or campaign.read, config.optim.steps, config.validation.every
+    seldom = campaign.metric.startswith("validation/") and isinstance(read, int) and read % every and read != steps
+    if isinstance(read, int) and (seldom or read > steps):
+        raise UserError(f"read: {read} is not measured: of {steps} steps every {every}th and the last are validated")
+    intervene = [] if condition.intervene == "none" else ["--intervene", condition.intervene]
+    try:
+        with redirect_stderr(io.StringIO()) as said:
+            parse_evaluation([*intervene, *(campaign.evaluate.options if campaign.evaluate else ())])
+    except SystemExit:
+        raise UserError(f"evaluate: options: {said.getvalue().strip().rpartition('error: ')[2]}") from None
+    for key in (plot.key or "" for plot in campaign.plots if plot.kind == "heatmap"):
+        flat = flatten(config.model_dump(mode="json"))
+        match flat.get(key):
+            case [int() | float(), int() | float()]:
+                continue
+        raise UserError(f"plots: heatmap: {key or 'none'} is no key with two numbers{_near(key, list(flat))}")
 
 
 def _config(campaign: Campaign, condition: Condition, seed: int) -> Config:

@@ -64,10 +64,7 @@ def render(plan: Plan, watch: Watch, made: dict[str, Estimate]) -> Group:
 
 
 def show(plan: Plan, console: Console, cores: int, *, every: float = 2.0) -> None:
-    """On a terminal a table that stays live until all is done or Ctrl-C; in a file once.
-
-    Times are those of as many cores as its newest run had; of ``cores`` before there is one.
-    """
+    """On a terminal a table that stays live until all is done or Ctrl-C; in a file once. ``cores``: of a run."""
     watch, made = Watch(), estimates(plan, cores_of(plan, cores))
     if not console.is_terminal:
         console.print(render(plan, watch, made))
@@ -83,7 +80,7 @@ def show(plan: Plan, console: Console, cores: int, *, every: float = 2.0) -> Non
 
 
 def cores_of(plan: Plan, otherwise: int) -> int:
-    """Cores of its newest run."""
+    """Cores of its newest run, for those that wait."""
     noted = [path for job in plan.jobs if (path := job.place / "cell.json").is_file()]
     newest = max(noted, key=lambda path: path.stat().st_mtime, default=None)
     return int(json.loads(newest.read_text())["cores"]) if newest else otherwise

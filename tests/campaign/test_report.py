@@ -273,7 +273,7 @@ def test_a_run_whose_model_is_gone_is_announced_with_its_whole_time(tmp_path: Pa
     console.print(said[0])
     assert "model gone: trained again" in console.export_text()
     write_configs(plan)
-    assert (job.place / "keep").exists()
+    assert (job.place / "keep.wanted").exists()
 
 
 def test_the_dry_run_takes_as_many_at_once_as_the_run_would(
@@ -293,7 +293,7 @@ def test_the_rate_of_make_train_is_for_two_cores(tmp_path: Path) -> None:
         pytest.skip("of a machine without a GPU")
     on_one, on_two = (estimates(plan, cores)[plan.jobs[0].key] for cores in (1, 2))
     assert on_one.seconds == 2 * on_two.seconds > 0
-    assert (on_two.source, on_one.source) == ("rate of make train", "rate of make train, by cores, 1 for 2")
+    assert (on_two.source, on_one.source) == ("rate of make train", "rate of make train, by the number of cores")
 
 
 def test_time_left_is_by_the_pace_since_a_run_was_seen_at_work(tmp_path: Path, model: Path) -> None:
@@ -399,7 +399,9 @@ def test_without_its_benchmarks_a_trained_cell_has_no_accuracy(tmp_path: Path, m
 
 def test_what_evaluate_py_would_refuse_is_refused_before_anything_runs(tmp_path: Path, model: Path) -> None:
     text = EVALUATED.replace("samples: 2", "samples: 2, options: [--temprature, '1']")
-    with pytest.raises(UserError, match=r"mine.yaml: evaluate: options: unrecognized arguments: --temprature 1$"):
+    with pytest.raises(
+        UserError, match=r"mine.yaml: small: Backbone: evaluate: options: unrecognized arguments: --temprature 1$"
+    ):
         planned(tmp_path, model, text)
     with pytest.raises(UserError, match=r"options: --temperature must lie between 0 and 100, not 101"):
         planned(tmp_path, model, text.replace("temprature, '1'", "temperature, '101'"))
