@@ -57,11 +57,6 @@ class Work:
     def done(self) -> bool:
         return Path(self.result).is_file()
 
-    @property
-    def lock(self) -> Path:
-        """What train.py or evaluate.py holds while it works."""
-        return Path(self.result).with_name(".lock")
-
 
 @dataclass(frozen=True)
 class Job:
@@ -161,8 +156,8 @@ def run_job(
             if stopped():
                 return "stopped"
     with held:
-        while any(_held(work.lock) for work in job.work):  # a run that outlives a killed campaign ends its step
-            if stopped():
+        while any(_held(Path(work.result).with_name(".lock")) for work in job.work):
+            if stopped():  # what train.py and evaluate.py hold: a run that outlives a killed campaign ends its step
                 return "stopped"
             time.sleep(0.2)
         return _run(job, {**os.environ, **job.environment, **environment}, stopped)
@@ -247,14 +242,6 @@ def _note(path: Path, content: Any) -> None:
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text(json.dumps(content) + "\n")
     os.replace(temporary, path)
-
-
-def fail(job: Job, error: Exception) -> str:
-    """Note that something else than its commands failed, as far as that can be written; what it was."""
-    said = f"{type(error).__name__}: {error}"
-    with suppress(OSError):
-        _note(job.place / "failed.json", {"code": "an error", "what": "campaign", "last": said})
-    return said
 
 
 def failure(job: Job) -> str:

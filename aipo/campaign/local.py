@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from aipo.campaign.jobs import Job, fail, failure, run_job
+from aipo.campaign.jobs import Job, failure, run_job
 from aipo.errors import UserError
 
 
@@ -62,7 +62,7 @@ def run_jobs(jobs: Sequence[Job], places: Sequence[dict[str, list[Any]]], say: C
             say(f"{job.name}: {outcome} after {took:.0f} s" + (f": {failure(job)}" if outcome == "failed" else ""))
             return outcome == "done"
         except Exception as error:  # such as a full disk: it stops no other
-            say(f"{job.name}: failed: {fail(job, error)}")
+            say(f"{job.name}: failed: {error!r}")
             return False
         finally:
             free.put(place)

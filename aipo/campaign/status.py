@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import time
-from dataclasses import dataclass, field
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -21,24 +20,21 @@ from aipo.record.jsonl import read_jsonl
 STYLES: dict[State, str] = {"done": "green", "running": "cyan", "failed": "red", "begun": "yellow", "waiting": "dim"}
 
 
-@dataclass
-class Watch:
-    """When and where each run at work was first seen, so that those that move tell their own rate."""
-
-    seen: dict[str, tuple[float, int]] = field(default_factory=dict)  # job key -> seconds, step
-
-    def left(self, job: Job, state: State, estimate: Estimate, now: float) -> float:
-        """Seconds that a job will still take, by its own pace since it was first seen, else by the estimate."""
-        if state != "running":
-            self.seen.pop(job.key, None)
-            return 0.0 if state == "done" else estimate.seconds
-        began, first = self.seen.setdefault(job.key, (now, job.reached))
-        if job.reached > first and now > began:
-            return (job.steps - job.reached) * (now - began) / (job.reached - first)
-        return estimate.seconds
+Seen = dict[str, tuple[float, int]]  # job key -> when a run at work was first seen, s, and at which step
 
 
-def render(plan: Plan, watch: Watch, made: dict[str, Estimate]) -> Group:
+def time_left(job: Job, state: State, estimate: Estimate, seen: Seen, now: float) -> float:
+    """Seconds that a job will still take, by its own pace since it was first seen, else by the estimate."""
+    if state != "running":
+        seen.pop(job.key, None)
+        return 0.0 if state == "done" else estimate.seconds
+    began, first = seen.setdefault(job.key, (now, job.reached))
+    if job.reached > first and now > began:
+        return (job.steps - job.reached) * (now - began) / (job.reached - first)
+    return estimate.seconds
+
+
+def render(plan: Plan, seen: Seen, made: dict[str, Estimate]) -> Group:
     table = Table(title=f"{plan.name}: {plan.campaign.title}", title_justify="left")
     for column in ("run", "state", "step", plan.campaign.metric, "left"):
         table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
@@ -46,7 +42,7 @@ def render(plan: Plan, watch: Watch, made: dict[str, Estimate]) -> Group:
     for job in plan.jobs:
         state = job.state()
         counts[state] += 1
-        left = watch.left(job, state, made[job.key], now)
+        left = time_left(job, state, made[job.key], seen, now)
         if state not in ("done", "failed"):
             seconds.append(left)
         if state == "failed":
@@ -65,18 +61,19 @@ def render(plan: Plan, watch: Watch, made: dict[str, Estimate]) -> Group:
 
 def show(plan: Plan, console: Console, cores: int, *, every: float = 2.0) -> None:
     """On a terminal a table that stays live until all is done or Ctrl-C; in a file once. ``cores``: of a run."""
-    watch, made = Watch(), estimates(plan, cores_of(plan, cores))
+    seen: Seen = {}
+    made = estimates(plan, cores_of(plan, cores))
     if not console.is_terminal:
-        console.print(render(plan, watch, made))
+        console.print(render(plan, seen, made))
         return
-    with Live(render(plan, watch, made), console=console, auto_refresh=False) as live:
+    with Live(render(plan, seen, made), console=console, auto_refresh=False) as live:
         for looks in itertools.count(1):
             if not any(job.missing for job in plan.jobs):
                 return
             time.sleep(every)
             if looks % 30 == 0:  # by then more may have been measured
                 made = estimates(plan, cores_of(plan, cores))
-            live.update(render(plan, watch, made), refresh=True)
+            live.update(render(plan, seen, made), refresh=True)
 
 
 def cores_of(plan: Plan, otherwise: int) -> int:

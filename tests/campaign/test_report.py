@@ -20,7 +20,7 @@ from aipo.campaign.estimate import Estimate, dry_run, estimates
 from aipo.campaign.jobs import State
 from aipo.campaign.plots import band
 from aipo.campaign.report import write_report
-from aipo.campaign.status import Watch, cores_of, show
+from aipo.campaign.status import Seen, cores_of, show, time_left
 from aipo.config import load_config
 from aipo.errors import UserError
 from aipo.evaluation.results import Result, save_results
@@ -299,11 +299,11 @@ def test_the_rate_of_make_train_is_for_two_cores(tmp_path: Path) -> None:
 def test_time_left_is_by_the_pace_since_a_run_was_seen_at_work(tmp_path: Path, model: Path) -> None:
     job = replace(planned(tmp_path, model).jobs[0], steps=10)
     job.place.mkdir(parents=True)
-    watch, estimate = Watch(), Estimate(500.0, "", 1.0)
+    seen: Seen = {}
 
     def left(state: State, step: int, now: float) -> float:
         (job.place / "metrics.jsonl").write_text(json.dumps({"step": step}) + "\n")
-        return watch.left(job, state, estimate, now)
+        return time_left(job, state, Estimate(500.0, "", 1.0), seen, now)
 
     assert left("waiting", 0, 0) == 500
     assert left("running", 0, 3600) == 500  # begins an hour later
