@@ -31,9 +31,9 @@ def slots(workers: int | None, gpus_each: int, gpus: Sequence[str], cores: Seque
         what = f"{len(gpus)} GPUs for {gpus_each} a run" if gpus else f"{len(cores)} cores"
         raise UserError(f"--workers {count}: there are {what}, so at most {most}")
     share = max(1, len(cores) // count)
-    cores = list(cores) * count
+    in_turn = list(cores) * count
     return [
-        {"cores": cores[i * share : (i + 1) * share], "gpus": list(gpus[i * gpus_each : (i + 1) * gpus_each])}
+        {"cores": in_turn[i * share : (i + 1) * share], "gpus": list(gpus[i * gpus_each : (i + 1) * gpus_each])}
         for i in range(count)
     ]
 
