@@ -11,9 +11,9 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from aipo.errors import exit_code
+from aipo.errors import UserError, exit_code
 
 if TYPE_CHECKING:
     from aipo.campaign.cells import Plan
@@ -52,16 +52,19 @@ def main() -> int:
             from aipo.evaluation.results import make_console
 
             console = make_console()
+            try:
+                places = places_here(plan, options.workers)
+            except UserError:  # it is for another machine than this one
+                places = [{"cores": list(os.sched_getaffinity(0))}] * (options.workers or 1)
+            cores = len(places[0]["cores"])
             if options.status:
                 from aipo.campaign.status import show
 
-                show(plan, console)
+                show(plan, console, cores)
                 return 0
             from aipo.campaign.estimate import dry_run
 
-            return dry_run(
-                plan, options.workers or 1, lambda each: console.print(each, highlight=False, soft_wrap=True)
-            )
+            return dry_run(plan, len(places), cores, lambda each: console.print(each, highlight=False, soft_wrap=True))
         if options.collect:
             from aipo.campaign.report import write_report
 
@@ -80,17 +83,24 @@ def main() -> int:
         return 130
 
 
-def run_here(plan: Plan, workers: int | None) -> int:
-    """Run what is missing and report; 1 if a run failed, 130 if a signal stopped it."""
+def places_here(plan: Plan, workers: int | None) -> list[dict[str, list[Any]]]:
+    """Cores and GPUs of each run that is at work here. UserError where there are too few."""
     import torch
 
-    from aipo.campaign.cells import write_configs
-    from aipo.campaign.local import run_jobs, slots
-    from aipo.campaign.report import write_report
+    from aipo.campaign.local import slots
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    places = slots(workers, plan.campaign.gpus, gpus, sorted(os.sched_getaffinity(0)))
+    return slots(workers, plan.campaign.gpus, gpus, sorted(os.sched_getaffinity(0)))
+
+
+def run_here(plan: Plan, workers: int | None) -> int:
+    """Run what is missing and report; 1 if a run failed, 130 if a signal stopped it."""
+    from aipo.campaign.cells import write_configs
+    from aipo.campaign.local import run_jobs
+    from aipo.campaign.report import write_report
+
+    places = places_here(plan, workers)
     write_configs(plan)
     done = run_jobs(plan.jobs, places, say)
     if done is None:

@@ -7,19 +7,19 @@ config, the data, the model and the code, so that equal cells of any campaigns a
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
+import itertools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
-from aipo.campaign.jobs import Job, State, Work
-from aipo.campaign.schema import Campaign, Setting, find_campaign, load_campaign, reference, settings
+from aipo.campaign.jobs import ROOT, SCRIPTS, Job, State, What, Work, source_version
+from aipo.campaign.schema import Campaign, Setting, find_campaign, load_campaign, settings
 from aipo.config import Config, dump_config
 from aipo.errors import UserError
 from aipo.inputs import MAY_CHANGE, data_sets, file_digest
@@ -29,8 +29,8 @@ from aipo.problems.readers import HUB
 from aipo.record.checkpoints import digest, flatten, run_identity, write_atomically
 from aipo.record.tracker import versions
 
-ROOT = Path(__file__).resolve().parents[2]
-APART = ("campaign", "evaluation", "plan", "report")  # folders of aipo/ that change no number of a training run
+planned_source = functools.cache(source_version)  # what keys stand for; each command looks whether it is still so
+packages = functools.cache(versions)
 ELSEWHERE = ("embedded:", HUB)
 FREE = [key for key in MAY_CHANGE if not key.startswith("validation.")]  # what is watched must be there to be read
 
@@ -61,6 +61,7 @@ class Plan:
     cells: list[Cell]
     jobs: list[Job]
     folder: Path  # of tables and plots
+    path: Path
 
     def job(self, cell: Cell) -> Job:
         return next(job for job in self.jobs if job.key == cell.key)
@@ -80,19 +81,27 @@ def make_plan(path: Path, runs: Path) -> Plan:
     for cell in sorted(cells, key=lambda cell: campaign.seeds.index(cell.setting.seed)):  # all of a seed, then the next
         by_key.setdefault(cell.key, []).append(cell)
     jobs = [_job(campaign, name, same) for same in by_key.values()]
-    return Plan(name, campaign, cells, jobs, runs.resolve() / "campaigns" / name)
+    return Plan(name, campaign, cells, jobs, runs.resolve() / "campaigns" / name, path.resolve())
+
+
+def open_folder(plan: Plan) -> None:
+    """Make the campaign's folder. UserError where it is that of another campaign of the same name."""
+    noted = plan.folder / "campaign.txt"
+    other = Path(noted.read_text().strip()) if noted.is_file() else plan.path
+    if other != plan.path and other.is_file():
+        raise UserError(f"{plan.folder} is of {other}, and {plan.path} has the same name: rename one of the two")
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(noted, f"{plan.path}\n")
 
 
 def write_configs(plan: Plan) -> None:
-    """The config of each run in its folder, where train.py and evaluate.py read it."""
+    """The config of each run in its folder, where train.py and evaluate.py read it, and what is wanted of the run."""
+    open_folder(plan)
+    for job in plan.jobs:
+        job.claim()
     for cell in {cell.key: cell for cell in plan.cells}.values():
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(cell.folder / "cell.yaml", dump_config(_placed(cell)))
-
-
-def _placed(cell: Cell) -> Config:
-    place = {"name": cell.folder.name, "runs": str(cell.folder.parent)}
-    return cell.setting.config.model_copy(update=place)
+        place = {"name": cell.folder.name, "runs": str(cell.folder.parent)}
+        write_atomically(cell.folder / "cell.yaml", dump_config(cell.setting.config.model_copy(update=place)))
 
 
 def _cell(campaign: Campaign, setting: Setting, runs: Path) -> Cell:
@@ -102,20 +111,23 @@ def _cell(campaign: Campaign, setting: Setting, runs: Path) -> Cell:
         "data": {name: _content(source.path) for name, source in data_sets(config).items()},
         "model": _weights(config.model.path),
         "latents": config.branch.latent_path and _content(config.branch.latent_path),
-        "code": code_version(),
+        "rewards": {reward.function: _module(reward.function) for reward in config.rewards().values()},
+        "code": planned_source("training"),
+        "packages": packages(),
     }
     identity = run_identity(config.model_dump(), may_change=FREE, **facts)
     shared = {key: value for key, value in identity.items() if key.startswith((*DEPENDS_ON, *facts))}
     labels = digest(shared) if config.curriculum.enabled else None
     untrained = setting.read == "first" and campaign.evaluate is not None
     if untrained:  # the model as it is: nothing of the config matters but what evaluate.py reads
-        asked = ("seed", "data.", "model", "rollout.max_tokens", "ranks", "code")
+        asked = ("seed", "data.", "model", "rollout.max_tokens", "ranks", "code", "packages")
         identity = {key: value for key, value in identity.items() if key.startswith(asked)}
     key, twins = digest(identity), digest(identity | {"seed": None})
     folder = runs / "cells" / (f"untrained-{key}" if untrained else key)
     results = None
     if campaign.evaluate is not None:
-        asked_for = digest([campaign.evaluate.model_dump(), code_version("evaluation")])
+        files = [_content(name) for name in campaign.evaluate.files]
+        asked_for = digest([campaign.evaluate.model_dump(), files, planned_source("evaluation")])
         of = f"{setting.read}-{asked_for[:8]}"
         results = folder / "evaluations" / of
         results = results / ("results.json" if setting.intervene == "none" else f"{setting.intervene}/results.json")
@@ -125,13 +137,12 @@ def _cell(campaign: Campaign, setting: Setting, runs: Path) -> Cell:
 def _job(campaign: Campaign, name: str, cells: Sequence[Cell]) -> Job:
     """All that is computed in one folder: the training, then what each condition evaluates of it."""
     first = cells[0]
-    launch = _launcher(campaign)
     work, trained = [], not (first.setting.read == "first" and campaign.evaluate)
     if trained:
-        command = [*launch, str(ROOT / "train.py"), "--config", str(first.folder / "cell.yaml"), "--resume", "auto"]
-        work.append(Work("training", tuple(command), str(first.folder / "summary.json")))
+        arguments = ["--config", str(first.folder / "cell.yaml"), "--resume", "auto"]
+        work.append(_work("training", campaign, arguments, first.folder / "summary.json"))
     for results, cell in {cell.results: cell for cell in cells if cell.results}.items():
-        work.append(Work("evaluation", tuple(_evaluate(campaign, cell, launch, trained)), str(results)))
+        work.append(_work("evaluation", campaign, _evaluate(campaign, cell, trained), results))
     tags = sorted({tag for cell in cells for tag in (cell.setting.condition, cell.setting.panel) if tag})
     config = first.setting.config
     return Job(
@@ -142,6 +153,7 @@ def _job(campaign: Campaign, name: str, cells: Sequence[Cell]) -> Job:
         environment={
             "WANDB_RUN_GROUP": name,
             "WANDB_TAGS": ",".join([*(tag.replace(",", " ")[:64] for tag in tags), f"seed {first.setting.seed}"]),
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1700",  # s: a launcher of several ranks waits so long for them to save
         },
         gpus=campaign.gpus,
         retries=campaign.retries,
@@ -151,17 +163,17 @@ def _job(campaign: Campaign, name: str, cells: Sequence[Cell]) -> Job:
     )
 
 
-def _launcher(campaign: Campaign) -> list[str]:
-    if campaign.gpus == 1:
-        return [sys.executable]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={campaign.gpus}"]
+def _work(what: What, campaign: Campaign, arguments: Sequence[str], result: Path) -> Work:
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={campaign.gpus}"]
+    command = [sys.executable, *(several if campaign.gpus > 1 else []), str(ROOT / SCRIPTS[what]), *arguments]
+    return Work(what, tuple(command), str(result), planned_source(what))
 
 
-def _evaluate(campaign: Campaign, cell: Cell, launch: Sequence[str], trained: bool) -> list[str]:
+def _evaluate(campaign: Campaign, cell: Cell, trained: bool) -> list[str]:
     asked, setting, folder = campaign.evaluate, cell.setting, cell.folder
     assert asked is not None
     assert cell.results is not None
-    command = [*launch, str(ROOT / "evaluate.py"), "--config", str(folder / "cell.yaml")]
+    command = ["--config", str(folder / "cell.yaml")]
     if trained:
         command += ["--model", str({"best": folder / "checkpoints" / "best"}.get(str(setting.read), folder))]
     out = cell.results.parent if setting.intervene == "none" else cell.results.parent.parent
@@ -186,21 +198,6 @@ def device() -> str:
 
 
 @functools.cache
-def code_version(*also: str) -> str:
-    """Of what a training run executes: our source but for the folders in ``APART``, and the packages below it.
-
-    ``also`` names such folders that are read after all.
-    """
-    found = hashlib.sha256(json.dumps(versions()).encode())
-    for path in sorted((ROOT / "aipo").rglob("*.py")):
-        name = path.relative_to(ROOT)
-        if name.parts[1] not in APART or name.parts[1] in also:
-            found.update(name.as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    found.update((ROOT / "train.py").read_bytes())
-    return found.hexdigest()[:16]
-
-
-@functools.cache
 def _content(path: str) -> str:
     """A file or folder by what is in it; what is made from the code, or lies on the hub, by its name."""
     if path.startswith(ELSEWHERE):
@@ -212,30 +209,39 @@ def _content(path: str) -> str:
     return file_digest(str(place)) if place.is_file() else f"{path} is not there"
 
 
+def _module(function: str) -> str:
+    """The file of a reward function, by its content; the verifier has none. Nothing of it is imported."""
+    origin: str | None = None
+    path: Sequence[str] | None = None
+    for name in itertools.accumulate(function.partition(":")[0].split("."), "{}.{}".format):
+        spec = PathFinder.find_spec(name, path)
+        origin, path = (spec.origin, spec.submodule_search_locations or []) if spec else (None, [])
+    return file_digest(origin) if origin else f"{function} is not there"
+
+
 @functools.cache
 def _weights(name: str) -> str:
     folder = Path(name).expanduser()
     return weights_digest(str(folder), PretrainedConfig()) if folder.is_dir() else name
 
 
-def missing_data(cells: Iterable[Cell]) -> list[str]:
-    """Files that runs read and that are not there."""
-    paths = {source.path for cell in cells for source in data_sets(cell.setting.config).values()}
+def missing_data(plan: Plan) -> list[str]:
+    """Files that runs and evaluations read and that are not there."""
+    paths = {source.path for cell in plan.cells for source in data_sets(cell.setting.config).values()}
+    paths |= set(plan.campaign.evaluate.files if plan.campaign.evaluate else ())
     return sorted(path for path in paths if not path.startswith(ELSEWHERE) and not Path(path).expanduser().exists())
 
 
 def check_here(plan: Plan) -> None:
     """What must hold before anything is started. UserError."""
-    if missing := missing_data(plan.cells):
+    if missing := missing_data(plan):
         how = "make data, for a bed python -m aipo.beds, or put the file there"
         raise UserError(f"{plan.name}: {', '.join(missing)} not there: {how}")
 
 
 def differences(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Cell key -> the config keys in which it is not what the campaign starts from, but for the seed."""
-    base = flatten(reference(plan.campaign).model_dump(mode="json"))
-    found = {}
-    for cell in plan.cells:
-        own = flatten(cell.setting.config.model_dump(mode="json"))
-        found[cell.key] = {k: v for k, v in own.items() if v != base.get(k) and k not in ("seed", "name")}
-    return found
+    """Cell key -> the config keys that are not the same in all cells, but for the seed."""
+    flat = {cell.key: flatten(cell.setting.config.model_dump(mode="json")) for cell in plan.cells}
+    pairs = itertools.pairwise(flat.values())
+    varied = {k for a, b in pairs for k in a.keys() | b.keys() if a.get(k) != b.get(k)} - {"seed", "name"}
+    return {key: {k: v for k, v in own.items() if k in varied} for key, own in flat.items()}

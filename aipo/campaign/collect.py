@@ -39,15 +39,16 @@ def collect(plan: Plan) -> tuple[pd.DataFrame, pd.DataFrame]:
             if setting.read != "first":
                 tokens = accumulate(line.get("rollout/tokens") or 0.0 for line in log)
                 curves += [{**named, **line, "tokens": so_far} for line, so_far in zip(log, tokens)]
-        if cell.results is not None and cell.results.is_file():
-            row |= evaluated(cell, backbone.get((setting.panel, setting.seed)), row.get("otf"))
+        if cell.results is not None:  # the benchmarks are what such a cell is compared by, never its held-out questions
+            row |= dict.fromkeys(("accuracy", "before", "mag", "tes"))
+            if cell.results.is_file():
+                row |= evaluated(cell, backbone.get((setting.panel, setting.seed)), row.get("otf"))
         runs.append(row)
     return pd.DataFrame(runs), pd.DataFrame(curves)
 
 
 def save(plan: Plan, runs: pd.DataFrame, curves: pd.DataFrame) -> None:
     """Both as Parquet and CSV in the campaign's folder."""
-    plan.folder.mkdir(parents=True, exist_ok=True)
     for name, table in (("runs", runs), ("curves", curves)):
         table.to_parquet(plan.folder / f"{name}.parquet", index=False)
         table.to_csv(plan.folder / f"{name}.csv", index=False)

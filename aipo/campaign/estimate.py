@@ -1,7 +1,8 @@
 """What a campaign will take, before it is started: memory from the planner, time from runs that were measured.
 
-A run is as long as earlier runs of the same condition here; else as those of the same model on the same device,
-by completion tokens at most; else as the embedded default took, or by arithmetic for a GPU. It is said which.
+A run is as long as earlier runs of the same condition here; else as those of the same model on the same device, by
+completion tokens at most; else as the embedded default took, or by arithmetic for a GPU. It is said which. On a CPU
+only runs on as many cores count.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -23,7 +23,7 @@ from aipo.plan.planner import Plan as MemoryPlan
 from aipo.plan.planner import plan as plan_memory
 from aipo.problems import embedded
 
-EMBEDDED_FIXED, EMBEDDED_RATE = 90.0, 3.9e-3  # s a run; s a completion token at most: `make train`, two cores with AMX
+EMBEDDED_FIXED, EMBEDDED_RATE, EMBEDDED_CORES = 90.0, 3.9e-3, 2  # s a run, s a token at most: `make train` with AMX
 FLOPS, UTILISATION, BANDWIDTH, REACHED = 312e12, 0.4, 2.0e12, 0.6  # of an A100 80 GB; shares supposed, not measured
 LENGTH = 0.5  # completions of half the longest
 
@@ -36,16 +36,17 @@ class Estimate:
     problem: str = ""
 
 
-def estimates(plan: Plan) -> dict[str, Estimate]:
-    """By job key."""
-    measured = _measured(plan.folder.parents[1] / "cells")
+def estimates(plan: Plan, cores: int) -> dict[str, Estimate]:
+    """By job key, for runs on so many cores each."""
+    noted = [json.loads(path.read_text()) for path in sorted((plan.folder.parents[1] / "cells").glob("*/cell.json"))]
+    measured = [each for each in noted if each["device"] != "cpu" or each["cores"] == cores]
     made, cache = {}, {}
     for job in plan.jobs:
         cell = next(cell for cell in plan.cells if cell.key == job.key)
         if job.facts["twins"] not in cache:
             cache[job.facts["twins"]] = _memory(cell, job.gpus)
         memory = cache[job.facts["twins"]]
-        seconds, source = _time(job, cell, measured, memory)
+        seconds, source = _time(job, cell, measured, memory, cores)
         left = 1 - job.reached / job.steps if job.steps else 1.0
         if not any(work.what == "training" for work in job.missing):
             left = 0.0
@@ -55,11 +56,7 @@ def estimates(plan: Plan) -> dict[str, Estimate]:
     return made
 
 
-def _measured(cells: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(cells.glob("*/cell.json"))]
-
-
-def _time(job: Job, cell: Cell, measured: list[dict[str, Any]], memory: MemoryPlan | str) -> tuple[float, str]:
+def _time(job: Job, cell: Cell, measured: list[Any], memory: MemoryPlan | str, cores: int) -> tuple[float, str]:
     facts = job.facts
     if not job.steps:
         return 0.0, "not trained"
@@ -70,7 +67,8 @@ def _time(job: Job, cell: Cell, measured: list[dict[str, Any]], memory: MemoryPl
         rate = sum(each["seconds"] for each in near) / sum(each["work"] for each in near)
         return rate * facts["work"], f"measured rate of {len(near)} other runs"
     if facts["model"] == embedded.MODEL and facts["device"] == "cpu":
-        return EMBEDDED_FIXED + EMBEDDED_RATE * facts["work"], "rate of make train"
+        seconds = (EMBEDDED_FIXED + EMBEDDED_RATE * facts["work"]) * EMBEDDED_CORES / cores
+        return seconds, "rate of make train" + ", by the number of cores" * (cores != EMBEDDED_CORES)
     if isinstance(memory, str) or memory.device != "GPU":
         return math.nan, "nothing measured"
     return _arithmetic(cell, memory), "arithmetic, not measured"
@@ -98,24 +96,26 @@ def _memory(cell: Cell, gpus: int) -> MemoryPlan | str:
         return str(error)
 
 
-def dry_run(plan: Plan, workers: int, show: Callable[[Any], None]) -> int:
-    """Print every run with what is its own, its time and memory, and what is there already; 2 if one cannot work."""
-    made, own = estimates(plan), differences(plan)
+def dry_run(plan: Plan, workers: int, cores: int, show: Callable[[Any], None]) -> int:
+    """Print every run with its keys, its time on so many cores, memory, what is there; 2 if one cannot work."""
+    made, own = estimates(plan, cores), differences(plan)
     table = Table(title=f"{plan.name}: {plan.campaign.title}", title_justify="left")
-    for column in ("run", "what differs", "state", "time", "from", "GiB a rank"):
+    for column in ("run", "what differs; below the first, from it", "state", "time", "from", "GiB a rank"):
         table.add_column(column, overflow="fold", justify="right" if column in ("time", "GiB a rank") else "left")
     first: dict[str, str] = {}
+    lead = next((own[cell.key] for cell in plan.cells if plan.job(cell).steps), {})
     for cell in plan.cells:
         job, estimate = plan.job(cell), made[cell.key]
         if cell.key in first:
             table.add_row(cell.name, "", f"same run as {first[cell.key]}", "", "", "")
             continue
         first[cell.key] = cell.name
-        keys = " ".join(f"{key}={value}" for key, value in own[cell.key].items()) if job.steps else "not trained"
+        unlike = {k: v for k, v in own[cell.key].items() if own[cell.key] is lead or v != lead.get(k)}
+        keys = " ".join(f"{key}={value}" for key, value in unlike.items()) if job.steps else "not trained"
         if cell.setting.seed != plan.campaign.seeds[0]:
             keys = "″"
         state = {"done": "reused", "waiting": "to do", "begun": f"goes on from step {job.reached}"}
-        known = state.get(job.state(), job.state())
+        known = "model gone: trained again" if job.again else state.get(job.state(), job.state())
         done = not job.missing
         table.add_row(
             cell.name, keys, known, "" if done else hours(estimate.seconds), "" if done else estimate.source,
@@ -141,7 +141,7 @@ def dry_run(plan: Plan, workers: int, show: Callable[[Any], None]) -> int:
         show(f"GPU hours: {total * plan.jobs[0].gpus / 3600:,.0f}")
     passes, bases = len(set(labelling.values())), ", ".join(models)
     show(f"shared: {passes} labelling passes for {len(labelling)} runs with a curriculum; base models {bases}")
-    for missing in missing_data(plan.cells):
+    for missing in missing_data(plan):
         show(f"not there yet: {missing}")
     problems = dict.fromkeys(f"{job.name}: {made[job.key].problem}" for job in plan.jobs if made[job.key].problem)
     for problem in problems:

@@ -7,6 +7,7 @@ lock that the system drops with the process keeps two campaigns from one folder:
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import shutil
@@ -27,15 +28,30 @@ State = Literal["waiting", "begun", "running", "failed", "done"]
 BAD_INPUT = 2  # exit code of train.py and evaluate.py where the user must mend something: another try is no use
 POLL = 0.02  # seconds between two looks at a command
 _LIBC = ctypes.CDLL(None)
+ROOT = Path(__file__).resolve().parents[2]
+APART = ("campaign", "plan", "report")  # folders of aipo/ that change no number of a run
+SCRIPTS = {"training": "train.py", "evaluation": "evaluate.py"}
+What = Literal["training", "evaluation"]
+
+
+def source_version(what: What, root: Path = ROOT) -> str:
+    """Of our source that such a command executes: a hundredth of a second."""
+    found = hashlib.sha256((root / SCRIPTS[what]).read_bytes())
+    for path in sorted((root / "aipo").rglob("*.py")):
+        name = path.relative_to(root)
+        if name.parts[1] not in APART:
+            found.update(b"\0" + name.as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Work:
-    """A command, and the file that is there when it has succeeded."""
+    """A command, and the file that is there when it has succeeded. It is planned for ``source``; empty: for any."""
 
-    what: Literal["training", "evaluation"]
+    what: What
     command: tuple[str, ...]
     result: str
+    source: str = ""
 
     @property
     def done(self) -> bool:
@@ -72,8 +88,15 @@ class Job:
         return left
 
     @property
+    def again(self) -> bool:
+        """Whether what was trained is to be trained once more, since its model is gone."""
+        return any(work.what == "training" and work.done for work in self.missing)
+
+    @property
     def reached(self) -> int:
-        """The step that its metrics have come to."""
+        """The step that its metrics have come to; 0 where it is trained again."""
+        if self.again:
+            return 0
         with suppress(OSError, ValueError, IndexError):
             with (self.place / "metrics.jsonl").open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
@@ -93,14 +116,27 @@ class Job:
     def lock(self) -> FileLock:
         return FileLock(self.place.with_name(f".{self.place.name}.lock"))
 
+    def claim(self) -> None:
+        """Note what is wanted of the model, before anything runs: while it is, no campaign removes it."""
+        self.place.mkdir(parents=True, exist_ok=True)
+        wanted = [Path(work.result) for work in self.work if work.what == "evaluation" and not work.done]
+        for result in wanted + [self.place / "keep"] * self.keep_model:
+            result.parent.mkdir(parents=True, exist_ok=True)
+            Path(f"{result}.wanted").touch()
+
     def _busy(self) -> bool:
-        if not Path(self.lock().lock_file).exists():
+        return _held(Path(self.lock().lock_file))
+
+
+def _held(lock: Path) -> bool:
+    """Whether a process has it. It is taken for a moment, so a command that is about to start must not be asked for."""
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock).acquire(timeout=0):
             return False
-        try:
-            with self.lock().acquire(timeout=0):
-                return False
-        except Timeout:
-            return True
+    except Timeout:
+        return True
 
 
 def run_job(
@@ -110,16 +146,20 @@ def run_job(
 
     ``stopped`` is asked all the time; once it says yes, the command is told to end, which saves a checkpoint.
     """
-    job.place.mkdir(parents=True, exist_ok=True)
+    job.claim()
     lock = job.lock()
     while True:
         try:
             held = lock.acquire(timeout=0.2)
             break
-        except Timeout:  # another campaign computes it, or a run that outlives a killed one comes to its end
+        except Timeout:  # another campaign computes it
             if stopped():
                 return "stopped"
     with held:
+        while any(_held(Path(work.result).with_name(".lock")) for work in job.work):
+            if stopped():  # what train.py and evaluate.py hold: a run that outlives a killed campaign ends its step
+                return "stopped"
+            time.sleep(0.2)
         return _run(job, {**os.environ, **job.environment, **environment}, stopped)
 
 
@@ -142,20 +182,25 @@ def _run(job: Job, environment: dict[str, str], stopped: Callable[[], bool]) -> 
     if failed:
         _note(job.place / "failed.json", failed[0])
         return "failed"
-    for heavy in () if job.keep_model else ("final", "exported", "checkpoints"):  # gigabytes; numbers stay
-        shutil.rmtree(job.place / heavy, ignore_errors=True)
+    if all(wanted.with_suffix("").exists() for wanted in job.place.rglob("*.wanted")):
+        for heavy in ("final", "exported", "checkpoints"):  # gigabytes; numbers stay
+            shutil.rmtree(job.place / heavy, ignore_errors=True)
     return "done"
 
 
 def _do(job: Job, work: Work, environment: dict[str, str], stopped: Callable[[], bool]) -> int:
     """Run one command; its exit code, negative for a signal."""
-    began, fresh = time.monotonic(), job.reached == 0
-    if work.done:  # trained before, but its model is gone: all again
-        Path(work.result).unlink()
-        fresh = True
     with (job.place / "cell.log").open("ab") as log:
         log.write(f"$ {' '.join(work.command)}\n".encode())
+        if work.source not in ("", source_version(work.what)):  # its results would lie under the key of other code
+            log.write(b"error: the code was changed since this was planned: start the campaign again\n")
+            return BAD_INPUT
         log.flush()
+        began, fresh = time.monotonic(), not (job.place / "checkpoints" / "latest").exists()
+        figures = [job.place / "metrics.jsonl", Path(work.result)] if work.done else []
+        earlier = {path: path.read_bytes() for path in figures if path.exists()}
+        if earlier:  # trained before, but its model is gone: all again
+            Path(work.result).unlink()
         process = subprocess.Popen(
             work.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
             preexec_fn=_end_with_parent,
@@ -170,6 +215,8 @@ def _do(job: Job, work: Work, environment: dict[str, str], stopped: Callable[[],
                 process.wait(POLL)
     if code == 0 and fresh and work.what == "training":
         _note(job.place / "cell.json", job.facts | {"seconds": time.monotonic() - began, "cores": cores()})
+    for path, content in earlier.items() if code else ():  # other campaigns have them
+        path.write_bytes(content)
     return code
 
 
@@ -203,9 +250,13 @@ def failure(job: Job) -> str:
     return f"{found['what']} ended with {found['code']}: {found['last']} ({job.folder}/cell.log)"
 
 
-def save_jobs(jobs: list[Job], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _note(path, [asdict(job) for job in jobs])
+def save_jobs(jobs: list[Job], folder: Path) -> Path:
+    """A file named by its content: a list that waits in a queue is never written over by another."""
+    content = [asdict(job) for job in jobs]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"jobs-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]}.json"
+    _note(path, content)
+    return path
 
 
 def load_jobs(path: Path) -> list[Job]:

@@ -17,7 +17,7 @@ from aipo.errors import UserError
 
 
 def slots(workers: int | None, gpus_each: int, gpus: Sequence[str], cores: Sequence[int]) -> list[dict[str, list[Any]]]:
-    """Cores and GPUs of each worker: equal shares, none in two.
+    """Cores and GPUs of each worker: equal shares, none in two but for cores where there are more GPUs than cores.
 
     ``workers`` None is as many as there are shares of ``gpus_each`` GPUs; without a GPU it is one.
     """
@@ -30,9 +30,10 @@ def slots(workers: int | None, gpus_each: int, gpus: Sequence[str], cores: Seque
     if count > most:
         what = f"{len(gpus)} GPUs for {gpus_each} a run" if gpus else f"{len(cores)} cores"
         raise UserError(f"--workers {count}: there are {what}, so at most {most}")
-    share = len(cores) // count
+    share = max(1, len(cores) // count)
+    in_turn = list(cores) * count
     return [
-        {"cores": list(cores[i * share : (i + 1) * share]), "gpus": list(gpus[i * gpus_each : (i + 1) * gpus_each])}
+        {"cores": in_turn[i * share : (i + 1) * share], "gpus": list(gpus[i * gpus_each : (i + 1) * gpus_each])}
         for i in range(count)
     ]
 
@@ -60,6 +61,9 @@ def run_jobs(jobs: Sequence[Job], places: Sequence[dict[str, list[Any]]], say: C
             took = time.monotonic() - began
             say(f"{job.name}: {outcome} after {took:.0f} s" + (f": {failure(job)}" if outcome == "failed" else ""))
             return outcome == "done"
+        except Exception as error:  # such as a full disk: it stops no other
+            say(f"{job.name}: failed: {error!r}")
+            return False
         finally:
             free.put(place)
 

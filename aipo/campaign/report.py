@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aipo.campaign.cells import Plan
+from aipo.campaign.cells import Plan, open_folder
 from aipo.campaign.collect import collect, save
 from aipo.campaign.jobs import failure
 from aipo.campaign.plots import draw
@@ -16,11 +16,11 @@ def write_report(plan: Plan) -> str:
 
     Returns the text of the report.
     """
+    open_folder(plan)
     runs, curves = collect(plan)
     save(plan, runs, curves)
     campaign, rows, made = plan.campaign, entries(plan.campaign, runs), comparisons(plan.campaign, runs)
     scale = note(plan, runs, machine())
-    pictures = draw(plan, rows, curves, runs, made)
     text = f"# {campaign.title or plan.name}\n\n{scale}\n\n{markdown(campaign, rows)}\n"
     text += "Mean over seeds with its 95 % bootstrap interval; best bold, second underlined.\n"
     if any(made.values()):
@@ -33,8 +33,13 @@ def write_report(plan: Plan) -> str:
         )
     failed = [f"- {job.name}: {failure(job)}" for job in plan.jobs if job.state() == "failed"]
     text += "\n## Failed\n\n" + "\n".join(failed) + "\n" if failed else ""
-    text += "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
+    named = [*campaign.columns, *(plot.metric for plot in campaign.plots if plot.kind == "curves"), campaign.metric]
+    if absent := [name for name in dict.fromkeys(named) if "/" in name and len(curves) and name not in curves]:
+        text += f"\n## Not measured\n\nNo run has {', '.join(absent)} in its metrics.jsonl: is it a typo?\n"
     write_atomically(plan.folder / "report.md", text)
     write_atomically(plan.folder / "table.tex", latex(campaign, rows, scale))
     write_atomically(plan.folder / "table.csv", table_csv(campaign, rows))
+    pictures = draw(plan, rows, curves, runs, made)  # last: a plot that fails takes no table along
+    text += "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
+    write_atomically(plan.folder / "report.md", text)
     return text

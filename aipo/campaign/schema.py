@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import difflib
+import io
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +21,9 @@ from aipo.config import CONFIG_FOLDER, Config, load_config
 from aipo.config.base import NonNegative, Positive, Section
 from aipo.config.reading import layers
 from aipo.errors import UserError
-from aipo.evaluation.benchmarks import ALIASES
+from aipo.evaluation.benchmarks import ALIASES, EMBEDDED, PAPER
 from aipo.record.checkpoints import flatten
+from evaluate import parse as parse_evaluation
 
 Read = Literal["first", "last", "best"]
 FIGURES = {
@@ -57,9 +60,13 @@ class Evaluation(Section):
     """interventions take the tokens of highest mean MI in the run itself, not the paper's words"""
 
     @property
+    def files(self) -> list[str]:
+        return [name for name in self.benchmarks if name.endswith(".jsonl")]
+
+    @property
     def names(self) -> list[str]:
         """Of the benchmarks, in results and as columns."""
-        return [Path(name).stem if name.endswith(".jsonl") else ALIASES.get(name, name) for name in self.benchmarks]
+        return [Path(name).stem if name in self.files else ALIASES.get(name, name) for name in self.benchmarks]
 
 
 class Condition(Section):
@@ -183,6 +190,10 @@ class Campaign(Section):
             raise ValueError(f"seeds must be distinct, at least one; got {list(self.seeds)}")
         if self.control is not None and self.control not in names:
             raise ValueError(f"control: {self.control} is no condition{_near(self.control, names)}")
+        for name in self.evaluate.benchmarks if self.evaluate else ():
+            known = [*PAPER, *ALIASES, EMBEDDED]
+            if name not in known and not name.endswith(".jsonl"):
+                raise ValueError(f"evaluate: benchmarks: {name} is no JSONL file and unknown{_near(name, known)}")
         known = [*FIGURES, *(self.evaluate.names if self.evaluate else ())]
         for name in self.columns:
             if name not in known and "/" not in name:
@@ -204,8 +215,6 @@ class Campaign(Section):
             if condition.intervene != "none" and self.evaluate and self.evaluate.tokens_from_run and read == "first":
                 raise ValueError(f"conditions: {name}: tokens_from_run with read: first has no run to take them from")
         for plot in self.plots:
-            if plot.kind == "heatmap" and plot.key is None:
-                raise ValueError("plots: heatmap needs key, such as curriculum.cuts")
             if plot.kind == "forest" and self.control is None and len(names) > 1 and "plots" in self.model_fields_set:
                 raise ValueError("plots: forest shows differences from control: name one")
         return self
@@ -258,11 +267,6 @@ def load_campaign(path: Path) -> Campaign:
         raise UserError("; ".join(_explain(each, path) for each in error.errors())) from None
 
 
-def reference(campaign: Campaign) -> Config:
-    """The config without any condition, from which the dry run tells differences."""
-    return _config(campaign, campaign.common)
-
-
 def settings(campaign: Campaign, path: Path) -> Iterator[Setting]:
     """All runs of a campaign, panel by panel, seed by seed in each condition. UserError for a config that is wrong."""
     for panel, part in (campaign.panels or {"": Condition()}).items():
@@ -270,16 +274,37 @@ def settings(campaign: Campaign, path: Path) -> Iterator[Setting]:
             whole = condition.over(part).over(campaign.common)
             for seed in campaign.seeds:
                 try:
-                    config = _config(campaign, whole, f"seed={seed}")
+                    config = _config(campaign, whole, seed)
+                    _check(campaign, whole, config)
                 except UserError as error:
                     where = ": ".join(part for part in (panel, name) if part)
                     raise UserError(f"{path}: {where}: {error}") from None
                 yield Setting(panel, name, seed, whole.read or campaign.read, whole.intervene, config)
 
 
-def _config(campaign: Campaign, condition: Condition, *more: str) -> Config:
-    overrides = [f"{key}={json.dumps(value)}" for key, value in condition.keys.items()]
-    return load_config(condition.config or campaign.base, [*overrides, *more], method=condition.method)
+def _check(campaign: Campaign, condition: Condition, config: Config) -> None:
+    """UserError for what cannot be evaluated, read or drawn of such a run."""
+    read, steps, every = condition.read or campaign.read, config.optim.steps, config.validation.every
+    seldom = campaign.metric.startswith("validation/") and isinstance(read, int) and read % every and read != steps
+    if isinstance(read, int) and (seldom or read > steps):
+        raise UserError(f"read: {read} is not measured: of {steps} steps every {every}th and the last are validated")
+    intervene = [] if condition.intervene == "none" else ["--intervene", condition.intervene]
+    try:
+        with redirect_stderr(io.StringIO()) as said:
+            parse_evaluation([*intervene, *(campaign.evaluate.options if campaign.evaluate else ())])
+    except SystemExit:
+        raise UserError(f"evaluate: options: {said.getvalue().strip().rpartition('error: ')[2]}") from None
+    for key in (plot.key or "" for plot in campaign.plots if plot.kind == "heatmap"):
+        flat = flatten(config.model_dump(mode="json"))
+        match flat.get(key):
+            case [int() | float(), int() | float()]:
+                continue
+        raise UserError(f"plots: heatmap: {key or 'none'} is no key with two numbers{_near(key, list(flat))}")
+
+
+def _config(campaign: Campaign, condition: Condition, seed: int) -> Config:
+    overrides = [f"{key}={json.dumps(value)}" for key, value in (condition.keys | {"seed": seed}).items()]
+    return load_config(condition.config or campaign.base, overrides, method=condition.method)
 
 
 def find_campaign(path: Path) -> Path:

@@ -7,16 +7,15 @@ pickled functions and asks them for their checkpoints; ours are commands that sa
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from aipo.campaign.jobs import Job, failure, load_jobs, run_job, save_jobs
+from aipo.campaign.jobs import ROOT, Job, failure, load_jobs, run_job, save_jobs
 from aipo.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "configs" / "cluster" / "campaign.slurm"
 
 
@@ -25,8 +24,7 @@ def submit(name: str, jobs: Sequence[Job], folder: Path, *, hours: int, at_once:
     missing = [job for job in jobs if job.missing]
     if not missing:
         return None
-    listed = folder / "jobs.json"
-    save_jobs(missing, listed)
+    listed = save_jobs(missing, folder)
     gpus = missing[0].gpus
     options = {
         "job-name": name,
@@ -47,24 +45,23 @@ def submit(name: str, jobs: Sequence[Job], folder: Path, *, hours: int, at_once:
     return done.stdout.strip().partition(";")[0]
 
 
-def task(job: Job, stopped: Callable[[], bool]) -> int:
-    """Run one job in a task of the array; told to stop by the time limit it saves and queues itself again."""
+def task(job: Job, told: Sequence[int]) -> int:
+    """Run one job in a task of the array. Told to stop it saves; it queues itself again if only its time is up."""
     print(job.name, flush=True)
-    outcome = run_job(job, stopped=stopped)
+    outcome = run_job(job, stopped=lambda: bool(told))
     if outcome == "failed":
         print(failure(job), file=sys.stderr, flush=True)
-    if outcome == "stopped":
+    if outcome == "stopped" and signal.SIGTERM not in told:
         task_id = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
         return subprocess.run(["scontrol", "requeue", task_id]).returncode
     return 0 if outcome == "done" else 1
 
 
 def main(listed: str, index: str) -> int:
-    import signal
-
-    event = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: event.set())
-    return task(load_jobs(Path(listed))[int(index)], event.is_set)
+    told: list[int] = []
+    for number in (signal.SIGUSR1, signal.SIGTERM):  # of the time limit, as the script asks for; of scancel
+        signal.signal(number, lambda got, _: told.append(got))
+    return task(load_jobs(Path(listed))[int(index)], told)
 
 
 if __name__ == "__main__":

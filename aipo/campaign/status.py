@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import time
-from dataclasses import dataclass, field
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -19,24 +20,21 @@ from aipo.record.jsonl import read_jsonl
 STYLES: dict[State, str] = {"done": "green", "running": "cyan", "failed": "red", "begun": "yellow", "waiting": "dim"}
 
 
-@dataclass
-class Watch:
-    """Where each run was when it was first seen, so that those that move tell their own rate."""
-
-    began: float = field(default_factory=time.monotonic)
-    steps: dict[str, int] = field(default_factory=dict)
-
-    def left(self, job: Job, estimate: Estimate, now: float) -> float:
-        """Seconds that a job will still take, by its own pace since it was first seen, else by the estimate."""
-        first = self.steps.setdefault(job.key, job.reached)
-        if not job.missing:
-            return 0.0
-        if job.reached > first and now > self.began:
-            return (job.steps - job.reached) * (now - self.began) / (job.reached - first)
-        return estimate.seconds
+Seen = dict[str, tuple[float, int]]  # job key -> when a run at work was first seen, s, and at which step
 
 
-def render(plan: Plan, watch: Watch, made: dict[str, Estimate]) -> Group:
+def time_left(job: Job, state: State, estimate: Estimate, seen: Seen, now: float) -> float:
+    """Seconds that a job will still take, by its own pace since it was first seen, else by the estimate."""
+    if state != "running":
+        seen.pop(job.key, None)
+        return 0.0 if state == "done" else estimate.seconds
+    began, first = seen.setdefault(job.key, (now, job.reached))
+    if job.reached > first and now > began:
+        return (job.steps - job.reached) * (now - began) / (job.reached - first)
+    return estimate.seconds
+
+
+def render(plan: Plan, seen: Seen, made: dict[str, Estimate]) -> Group:
     table = Table(title=f"{plan.name}: {plan.campaign.title}", title_justify="left")
     for column in ("run", "state", "step", plan.campaign.metric, "left"):
         table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
@@ -44,8 +42,8 @@ def render(plan: Plan, watch: Watch, made: dict[str, Estimate]) -> Group:
     for job in plan.jobs:
         state = job.state()
         counts[state] += 1
-        left = watch.left(job, made[job.key], now)
-        if state != "done":
+        left = time_left(job, state, made[job.key], seen, now)
+        if state not in ("done", "failed"):
             seconds.append(left)
         if state == "failed":
             failures.append(Text(f"{job.name}: {failure(job)}", style="red"))
@@ -53,21 +51,33 @@ def render(plan: Plan, watch: Watch, made: dict[str, Estimate]) -> Group:
         last = next((value for value in reversed(values) if value is not None), None)
         table.add_row(
             job.name, Text(state, style=STYLES[state]), f"{job.reached}/{job.steps}" if job.steps else "",
-            "" if last is None else f"{last:.3f}", "" if state == "done" else hours(left),
+            "" if last is None else f"{last:.3f}", "" if state in ("done", "failed") else hours(left),
         )  # fmt: skip
     known = sum(each for each in seconds if not math.isnan(each)) / max(counts["running"], 1)
     states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    eta = f"ETA {hours(known)} at {max(counts['running'], 1)} at once" if seconds else "all done"
+    eta = f"ETA {hours(known)} at {max(counts['running'], 1)} at once" if seconds else "nothing is left to run"
     return Group(table, *failures, Text(f"{states} · {eta}"))
 
 
-def show(plan: Plan, console: Console, *, every: float = 2.0) -> None:
-    """On a terminal a table that stays live until all is done or Ctrl-C; in a file once."""
-    watch, made = Watch(), estimates(plan)
+def show(plan: Plan, console: Console, cores: int, *, every: float = 2.0) -> None:
+    """On a terminal a table that stays live until all is done or Ctrl-C; in a file once. ``cores``: of a run."""
+    seen: Seen = {}
+    made = estimates(plan, cores_of(plan, cores))
     if not console.is_terminal:
-        console.print(render(plan, watch, made))
+        console.print(render(plan, seen, made))
         return
-    with Live(render(plan, watch, made), console=console, auto_refresh=False) as live:
-        while any(job.missing for job in plan.jobs):
+    with Live(render(plan, seen, made), console=console, auto_refresh=False) as live:
+        for looks in itertools.count(1):
+            if not any(job.missing for job in plan.jobs):
+                return
             time.sleep(every)
-            live.update(render(plan, watch, made), refresh=True)
+            if looks % 30 == 0:  # by then more may have been measured
+                made = estimates(plan, cores_of(plan, cores))
+            live.update(render(plan, seen, made), refresh=True)
+
+
+def cores_of(plan: Plan, otherwise: int) -> int:
+    """Cores of its newest run, for those that wait."""
+    noted = [path for job in plan.jobs if (path := job.place / "cell.json").is_file()]
+    newest = max(noted, key=lambda path: path.stat().st_mtime, default=None)
+    return int(json.loads(newest.read_text())["cores"]) if newest else otherwise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -10,14 +11,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aipo.campaign.jobs import Job, Work, failure, load_jobs, run_job, save_jobs
+from aipo.campaign.jobs import Job, Work, failure, load_jobs, run_job, save_jobs, source_version
 from aipo.campaign.local import run_jobs, slots
-from aipo.campaign.slurm import submit
+from aipo.campaign.slurm import SCRIPT, submit
 from aipo.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +64,32 @@ def test_a_failure_is_tried_again_but_not_a_mistake_of_the_user(code: int, start
     assert (failing.place / "starts").read_text() == "x\n" * starts
 
 
+def test_code_that_was_changed_since_the_plan_computes_nothing(tmp_path: Path) -> None:
+    """Else its results lie under the key of the code before."""
+    for name in ("train.py", "evaluate.py", "aipo/evaluation/scoring.py", "aipo/campaign/jobs.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def of_both() -> list[str]:
+        return [source_version("training", tmp_path), source_version("evaluation", tmp_path)]
+
+    found = [of_both()]
+    for name in ("aipo/campaign/jobs.py", "evaluate.py", "aipo/evaluation/scoring.py"):
+        (tmp_path / name).write_text("x = 1")
+        found.append(of_both())
+    assert [[a == b for a, b in zip(*pair)] for pair in itertools.pairwise(found)] == [
+        [True, True], [True, False], [False, False],
+    ]  # fmt: skip
+    one = job(tmp_path, "a", "touch done", retries=5)
+    now, before = (
+        replace(one, work=(replace(one.work[0], source=each),)) for each in (source_version("training"), found[0][0])
+    )
+    assert run_job(before) == "failed"
+    assert "the code was changed since this was planned: start the campaign again" in failure(before)
+    assert (one.place / "cell.log").read_text().count("$ ") == 1
+    assert run_job(now) == "done"
+
+
 def test_each_worker_has_cores_and_gpus_of_its_own(tmp_path: Path) -> None:
     show = f"{sys.executable} -c 'import os; print(os.sched_getaffinity(0))' > cores"
     show += "; echo $CUDA_VISIBLE_DEVICES > gpus; touch done"
@@ -71,6 +99,19 @@ def test_each_worker_has_cores_and_gpus_of_its_own(tmp_path: Path) -> None:
     assert run_jobs([one], places[1:], print)
     assert (one.place / "gpus").read_text() == "6,7\n"
     assert (one.place / "cores").read_text() == f"{{{places[1]['cores'][0]}}}\n"
+
+
+def test_what_no_command_did_fails_one_cell_alone(tmp_path: Path) -> None:
+    jobs = [job(tmp_path, "bad", "touch done"), job(tmp_path, "good", "touch done")]
+    (jobs[0].place / "cell.log").mkdir(parents=True)  # where no log can be written
+    said: list[str] = []
+    assert run_jobs(jobs, [PLACE], said.append) is False
+    assert jobs[1].state() == "done"
+    assert any("bad: failed: IsADirectoryError" in line for line in said)
+
+
+def test_more_gpus_than_cores_share_them() -> None:
+    assert [place["cores"] for place in slots(None, 1, ["0", "1", "2"], [4, 5])] == [[4], [5], [4]]
 
 
 def test_slots_that_are_not_there_are_refused() -> None:
@@ -118,14 +159,26 @@ def test_told_to_stop_it_passes_it_on_and_waits(tmp_path: Path) -> None:
 def test_a_killed_campaign_takes_its_runs_along(tmp_path: Path) -> None:
     """SIGKILL: the kernel tells the run to save and end."""
     saving = job(tmp_path, "a", "trap 'touch saved; exit 3' TERM; touch up; while :; do sleep 0.05; done")
-    save_jobs([saving], tmp_path / "jobs.json")
-    assert load_jobs(tmp_path / "jobs.json") == [saving]
-    parent = subprocess.Popen([sys.executable, "-m", "aipo.campaign.slurm", tmp_path / "jobs.json", "0"], cwd=ROOT)
+    listed = save_jobs([saving], tmp_path)
+    assert load_jobs(listed) == [saving]
+    parent = subprocess.Popen([sys.executable, "-m", "aipo.campaign.slurm", listed, "0"], cwd=ROOT)
     until((saving.place / "up").exists)
     assert saving.state() == "running"
     parent.kill()
     parent.wait()
     until((saving.place / "saved").exists)
+
+
+def test_a_run_that_outlives_its_campaign_is_waited_for(tmp_path: Path) -> None:
+    """kill -9 frees the campaign's lock at once; its train.py keeps the folder until its step is saved."""
+    one = job(tmp_path, "a", "test -f saved || exit 2; touch done")
+    one.place.mkdir(parents=True)
+    holds = "import sys, time; from filelock import FileLock; lock = FileLock('.lock'); lock.acquire(); "
+    holds += "open('up', 'w'); time.sleep(2); open('saved', 'w')"
+    with subprocess.Popen([sys.executable, "-c", holds], cwd=one.place):
+        until((one.place / "up").exists)
+        assert run_job(one, stopped=lambda: True) == "stopped"
+        assert run_job(one) == "done"
 
 
 def test_a_model_that_was_not_kept_is_trained_again_for_an_evaluation(tmp_path: Path) -> None:
@@ -135,18 +188,53 @@ def test_a_model_that_was_not_kept_is_trained_again_for_an_evaluation(tmp_path: 
     evaluation = Work(
         "evaluation", ("sh", "-c", f"cd {trained.place}; test -d final && touch score"), str(trained.place / "score")
     )
-    more = Job(**{**trained.__dict__, "work": (*trained.work, evaluation)})
+    more = replace(trained, work=(*trained.work, evaluation))
     assert [work.what for work in more.missing] == ["training", "evaluation"]
     assert run_job(more) == "done"
     assert (trained.place / "starts").read_text() == "x\nx\n"
     assert more.missing == []
 
 
+def evaluated(trained: Job, name: str) -> Job:
+    """With an evaluation that needs the model."""
+    command = ("sh", "-c", f"cd {trained.place}; test -d final && test -f ready-{name} && touch {name}")
+    evaluation = Work("evaluation", command, str(trained.place / name))
+    return replace(trained, work=(*trained.work, evaluation))
+
+
+def test_no_campaign_removes_a_model_that_another_keeps_or_still_needs(tmp_path: Path) -> None:
+    plain = job(tmp_path, "a", "mkdir -p final; touch done; echo x >> starts")
+    evaluated(plain, "score").claim()  # a campaign that has not come to it yet
+    assert run_job(plain) == "done"
+    assert (plain.place / "final").is_dir()
+    (plain.place / "ready-score").touch()
+    assert run_job(evaluated(plain, "score")) == "done"
+    assert not (plain.place / "final").exists()
+    keeping = replace(plain, keep_model=True)
+    assert run_job(keeping) == run_job(plain) == "done"
+    assert keeping.missing == []
+    assert (plain.place / "starts").read_text() == "x\nx\n"
+
+
+def test_a_run_that_is_trained_again_in_vain_stays_there_for_others(tmp_path: Path) -> None:
+    script = "test -f broken && { echo 1 > metrics.jsonl; exit 1; }; mkdir final; touch done"
+    trained = job(tmp_path, "a", script)
+    metrics = trained.place / "metrics.jsonl"
+    assert run_job(trained) == "done"
+    metrics.write_text('{"step": 4}\n')
+    (trained.place / "broken").touch()
+    more = evaluated(trained, "score")
+    assert (more.again, more.reached, more.state()) == (True, 0, "waiting")
+    assert run_job(replace(more, retries=1)) == "failed"
+    assert trained.state() == "done"
+    assert metrics.read_text() == '{"step": 4}\n'
+
+
 def test_an_evaluation_that_fails_stops_no_other(tmp_path: Path) -> None:
     trained = job(tmp_path, "a", "mkdir final; touch done")
     good = Work("evaluation", ("sh", "-c", f"cd {trained.place}; touch score"), str(trained.place / "score"))
     bad = Work("evaluation", ("sh", "-c", "exit 2"), str(trained.place / "never"))
-    both = Job(**{**trained.__dict__, "work": (*trained.work, bad, good)})
+    both = replace(trained, work=(*trained.work, bad, good))
     assert run_job(both) == "failed"
     assert [work.done for work in both.work] == [True, False, True]
     assert (trained.place / "final").is_dir()  # kept for the one that is missing
@@ -174,24 +262,33 @@ def test_slurm_gets_an_array_of_what_is_missing(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("LOG", str(tmp_path / "log"))
     monkeypatch.chdir(tmp_path)
+    time_is_up = SCRIPT.read_text().partition("--signal=B:")[2].partition("@")[0]
     jobs = [
         job(tmp_path, "a", "touch done", gpus=8),
         job(tmp_path, "b", "test -f mended && touch done", gpus=8),
         job(tmp_path, "c", "test -f again && touch done; touch again", gpus=8, retries=1),
-        job(tmp_path, "d", "test -f more && touch done || { touch more; kill -TERM $PPID; sleep 60; }", gpus=8),
+        job(
+            tmp_path,
+            "d",
+            f"test -f more && touch done || {{ touch more; kill -{time_is_up} $PPID; sleep 60; }}",
+            gpus=8,
+        ),
+        job(tmp_path, "e", "test -f more && touch done || { touch more; kill -TERM $PPID; sleep 60; }", gpus=8),
     ]
     assert run_job(jobs[0]) == "done"
     assert submit("mine", jobs, tmp_path / "campaign", hours=3, at_once=2) == "77"
     log = (tmp_path / "log").read_text()
-    assert "--array=0-2%2" in log
+    assert "--array=0-3%2" in log
     assert "--gpus-per-node=8" in log
     assert "--time=3:00:00" in log
     assert "training ended with 1" in log  # b
-    assert "scontrol requeue 77_2" in log  # d had reached its limit
-    assert [each.state() for each in jobs] == ["done", "failed", "done", "waiting"]
+    assert [line for line in log.splitlines() if "scontrol" in line] == ["scontrol requeue 77_2"]  # e was cancelled
+    assert [each.state() for each in jobs] == ["done", "failed", "done", "waiting", "waiting"]
     (jobs[1].place / "mended").touch()
+    (queued,) = (tmp_path / "campaign").glob("jobs-*.json")
     assert submit("mine", jobs, tmp_path / "campaign", hours=3, at_once=None) == "77"
-    assert "--array=0-1 " in (tmp_path / "log").read_text()
+    assert load_jobs(queued) == jobs[1:]  # whose tasks read it when they start, and again
+    assert "--array=0-2 " in (tmp_path / "log").read_text()
     assert submit("mine", jobs, tmp_path / "campaign", hours=3, at_once=None) is None
 
 

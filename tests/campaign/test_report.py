@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from aipo.campaign.cells import Plan, check_here, make_plan, write_configs
-from aipo.campaign.estimate import dry_run, estimates
+import sweep
+from aipo.campaign.cells import Plan, _content, check_here, differences, make_plan, write_configs
+from aipo.campaign.estimate import Estimate, dry_run, estimates
+from aipo.campaign.jobs import State
 from aipo.campaign.plots import band
 from aipo.campaign.report import write_report
-from aipo.campaign.status import show
+from aipo.campaign.status import Seen, cores_of, show, time_left
 from aipo.config import load_config
 from aipo.errors import UserError
 from aipo.evaluation.results import Result, save_results
@@ -94,7 +98,61 @@ def test_equal_cells_are_one_run(tmp_path: Path, model: Path) -> None:
     }
     assert plan.jobs[0].environment["WANDB_RUN_GROUP"] == "mine"
     assert plan.jobs[0].environment["WANDB_TAGS"] == "all,before,seed 0"
+    assert (
+        int(plan.jobs[0].environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) > 600
+    )  # torchrun's own 30 s save no checkpoint
     assert [job.name.rpartition(" ")[2] for job in plan.jobs] == ["0", "0", "1", "1", "2", "2"]
+
+
+def test_questions_of_a_benchmark_and_a_reward_function_are_part_of_what_is_computed(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine").mkdir()
+    function, benchmark = tmp_path / "mine" / "judge.py", tmp_path / "own.jsonl"
+    text = EVALUATED.replace("mine.jsonl", str(benchmark)).replace("mine: ", "own: ")
+    text = text.replace("{model.path", "{reward.function: mine.judge:score, reward.length: 0, model.path")
+
+    def keys(judge: str, question: str) -> tuple[set[str], set[str]]:
+        function.write_text(judge)
+        benchmark.write_text(question)
+        _content.cache_clear()
+        cells = planned(tmp_path, model, text).cells
+        return {cell.key for cell in cells}, {str(cell.results and cell.results.parent.name) for cell in cells}
+
+    first = keys("raise ImportError", "1")
+    assert keys("raise ImportError", "1") == first
+    trained, results = keys("raise ImportError", "2")
+    assert trained == first[0]
+    assert not results & first[1] - {"drop"}
+    trained, results = keys("def score(problem, completion): return 1", "1")
+    assert len(trained & first[0]) == 1  # the backbone: nothing of it is rewarded
+    assert results == first[1]
+
+
+def test_what_is_common_need_not_be_a_config_of_its_own(tmp_path: Path, model: Path) -> None:
+    """Here reweight needs the rule that each condition chooses."""
+    common = "{mask.reweight: true, model.path"
+    text = CAMPAIGN.replace("{model.path", common)
+    text = re.sub(r"(before|all): \{mask.rule: all", r"\1: {mask.rule: random, mask.fraction: 0.5", text)
+    with pytest.raises(UserError, match=r"mask\.reweight"):
+        load_config("tiny.yaml", ["mask.reweight=true"])
+    plan = planned(tmp_path, model, text)
+    found = differences(plan)
+    assert [set(found[cell.key]) for cell in plan.cells[3::3]] == [{"mask.fraction"}] * 2
+    assert "0 of 9 cells are there" in write_report(plan)
+
+
+def test_two_campaigns_of_one_name_do_not_share_a_folder(tmp_path: Path, model: Path) -> None:
+    one = planned(tmp_path, model)
+    write_configs(one)
+    (tmp_path / "b").mkdir()
+    other = Path(shutil.copy(one.path, tmp_path / "b"))
+    for write in (write_configs, write_report):
+        with pytest.raises(UserError, match=f"mine is of {one.path}, and {other} has the same name: rename one"):
+            write(make_plan(other, tmp_path / "runs"))
+    one.path.unlink()  # moved
+    write_configs(make_plan(other, tmp_path / "runs"))
 
 
 def test_the_config_of_a_run_is_the_resolved_one(tmp_path: Path, model: Path) -> None:
@@ -165,21 +223,27 @@ def test_a_campaign_half_done_says_what_is_missing(tmp_path: Path, model: Path) 
     assert "| all | **30.0** |" in text
     assert "training ended with 1: error: no memory" in text
     console = Console(record=True, width=200)
-    show(plan, console)
+    show(plan, console, 1)
     status = console.export_text()
     assert re.search(r"1 done.*1 failed|1 failed.*1 done", status)
     assert "0.300" in status
     assert "4/4" in status
+    for cell in plan.cells:  # what has failed is nothing that will take time
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        (cell.folder / "failed.json").write_text((broken / "failed.json").read_text())
+    show(plan, console, 1)
+    assert "nothing is left to run" in console.export_text()
 
 
 def test_the_dry_run_lists_all_and_writes_nothing(tmp_path: Path, model: Path) -> None:
     plan = planned(tmp_path, model)
     said: list[Any] = []
-    assert dry_run(plan, 2, said.append) == 0
+    assert dry_run(plan, 2, 1, said.append) == 0
     console = Console(record=True, width=200)
     console.print(said[0])
     table, text = console.export_text(), "\n".join(map(str, said[1:]))
     assert "same run as before, seed 0" in table
+    assert "mask.rule=all mask.fraction=" in table  # of the first run, then what is not as in it
     assert "mask.rule=random mask.fraction=0.1" in table
     assert "9 cells are 6 runs: 0 there already, 6 to do, 2 at once" in text
     assert "of 6 runs the time is not known" in text
@@ -189,17 +253,72 @@ def test_the_dry_run_lists_all_and_writes_nothing(tmp_path: Path, model: Path) -
     finish(plan.cells[0].folder, [0.1, 0.2, 0.3], 1.0)
     (plan.cells[0].folder / "cell.json").write_text(json.dumps(facts | {"seconds": 60.0, "cores": 2}))
     said.clear()
-    dry_run(plan, 1, said.append)
+    dry_run(plan, 1, 2, said.append)
     console.print(said[0])
     assert "measured, 1 seed" in console.export_text()  # seeds 1 and 2 of the same condition
     assert "time: 5 min" in "\n".join(map(str, said[1:]))
+    assert {each.source for each in estimates(plan, 1).values()} == {"nothing measured"}  # on as many cores
+    assert cores_of(plan, 1) == 2
+
+
+def test_a_run_whose_model_is_gone_is_announced_with_its_whole_time(tmp_path: Path, model: Path) -> None:
+    plan = planned(tmp_path, model, CAMPAIGN + "keep_models: true\n")
+    job = plan.jobs[0]
+    finish(job.place, [0.1, 0.2, 0.3], 1.0)
+    (job.place / "cell.json").write_text(json.dumps(job.facts | {"seconds": 60.0, "cores": 2}))
+    assert estimates(plan, 2)[job.key].seconds == 60
+    said: list[Any] = []
+    dry_run(plan, 1, 2, said.append)
+    console = Console(record=True, width=200)
+    console.print(said[0])
+    assert "model gone: trained again" in console.export_text()
+    write_configs(plan)
+    assert (job.place / "keep.wanted").exists()
+
+
+def test_the_dry_run_takes_as_many_at_once_as_the_run_would(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    for gpus, says in ((1, "6 to do, 3 at once"), (8, "6 to do, 1 at once")):  # eight are elsewhere
+        path = planned(tmp_path, model, f"{CAMPAIGN}gpus: {gpus}\n").path
+        monkeypatch.setattr("sys.argv", ["sweep.py", str(path), "--dry-run", "--runs", str(tmp_path / "runs")])
+        sweep.main()
+        assert says in capsys.readouterr().out
+
+
+def test_the_rate_of_make_train_is_for_two_cores(tmp_path: Path) -> None:
+    plan = make_plan(Path("laptop/table3.yaml"), tmp_path)
+    if plan.jobs[0].facts["device"] != "cpu":
+        pytest.skip("of a machine without a GPU")
+    on_one, on_two = (estimates(plan, cores)[plan.jobs[0].key] for cores in (1, 2))
+    assert on_one.seconds == 2 * on_two.seconds > 0
+    assert (on_two.source, on_one.source) == ("rate of make train", "rate of make train, by the number of cores")
+
+
+def test_time_left_is_by_the_pace_since_a_run_was_seen_at_work(tmp_path: Path, model: Path) -> None:
+    job = replace(planned(tmp_path, model).jobs[0], steps=10)
+    job.place.mkdir(parents=True)
+    seen: Seen = {}
+
+    def left(state: State, step: int, now: float) -> float:
+        (job.place / "metrics.jsonl").write_text(json.dumps({"step": step}) + "\n")
+        return time_left(job, state, Estimate(500.0, "", 1.0), seen, now)
+
+    assert left("waiting", 0, 0) == 500
+    assert left("running", 0, 3600) == 500  # begins an hour later
+    assert left("running", 2, 3620) == 80  # eight steps of 10 s
+    assert left("failed", 2, 4000) == 500
+    assert left("running", 2, 5000) == 500
+    assert left("running", 6, 5080) == 80  # four of 20 s
+    assert left("done", 10, 6000) == 0
 
 
 def test_the_papers_campaigns_fit_the_papers_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight A100, no network: every run is planned, none exceeds its memory, and each has a time."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     plan = make_plan(Path("paper/table3.yaml"), tmp_path)
-    made = estimates(plan)
+    made = estimates(plan, 8)
     assert not [estimate.problem for estimate in made.values() if estimate.problem]
     assert all(estimate.memory > 10 for estimate in made.values())
     assert all(estimate.source == "arithmetic, not measured" for estimate in made.values())
@@ -265,3 +384,42 @@ def test_benchmarks_are_columns_and_the_papers_figures_stand_beside(tmp_path: Pa
     assert "In round brackets the paper's figures" in text
     assert "Made at the paper's scale" in text
     assert (plan.folder / "bars.png").is_file()
+
+
+def test_without_its_benchmarks_a_trained_cell_has_no_accuracy(tmp_path: Path, model: Path) -> None:
+    """Held-out accuracy must not stand among means over benchmarks."""
+    plan = planned(tmp_path, model, EVALUATED.replace("read: first", "mask.rule: all"))
+    finish(plan.cells[0].folder, [0.1, 0.2, 0.3], 1.0)
+    text = write_report(plan)
+    row = pd.read_parquet(plan.folder / "runs.parquet").iloc[0]
+    assert row["otf"] == 100
+    assert row[["accuracy", "before", "mag", "tes"]].isna().all()
+    assert "| Backbone | – | – | – | – |" in text
+
+
+def test_what_evaluate_py_would_refuse_is_refused_before_anything_runs(tmp_path: Path, model: Path) -> None:
+    text = EVALUATED.replace("samples: 2", "samples: 2, options: [--temprature, '1']")
+    with pytest.raises(
+        UserError, match=r"mine.yaml: small: Backbone: evaluate: options: unrecognized arguments: --temprature 1$"
+    ):
+        planned(tmp_path, model, text)
+    with pytest.raises(UserError, match=r"options: --temperature must lie between 0 and 100, not 101"):
+        planned(tmp_path, model, text.replace("temprature, '1'", "temperature, '101'"))
+    there = planned(tmp_path, model, text.replace("temprature", "temperature"))
+    with pytest.raises(UserError, match=r"mine\.jsonl not there"):
+        check_here(there)
+
+
+def test_a_metric_that_no_run_has_is_named_and_a_plot_that_fails_leaves_the_tables(tmp_path: Path, model: Path) -> None:
+    text = CAMPAIGN.replace("reward/correct]", "reward/corect]") + "metric: validation/acuracy\n"
+    plan = planned(tmp_path, model, text)
+    assert "Not measured" not in write_report(plan)  # there is no run yet
+    runs(plan)
+    (plan.folder / "curves.png").mkdir()  # where a picture cannot be written
+    for name in ("report.md", "table.tex", "table.csv"):
+        (plan.folder / name).unlink()
+    with pytest.raises(IsADirectoryError):
+        write_report(plan)
+    assert "No run has reward/corect, validation/acuracy in its metrics" in (plan.folder / "report.md").read_text()
+    assert (plan.folder / "table.tex").is_file()
+    assert (plan.folder / "table.csv").is_file()

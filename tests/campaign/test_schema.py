@@ -70,6 +70,11 @@ def test_from_takes_what_it_does_not_say(tmp_path: Path) -> None:
         (MINIMAL.replace("mask.rule: all", "method: grppo"), "all: --method grppo is unknown: did you mean grpo?"),
         (MINIMAL.replace("mask.rule: all", "intervene: drop"), "conditions: all: intervene is of an evaluation"),
         (MINIMAL + "evaluate: {benchmarks: [embedded]}\nread: 20\n", "say first, last or best"),
+        (MINIMAL + "evaluate: {benchmarks: [embeded]}\n", "embeded is no JSONL file and unknown; did you mean emb"),
+        (MINIMAL + "plots: [{kind: heatmap, key: curriculum.cutz}]\n", "two numbers; did you mean curriculum.cuts?"),
+        (MINIMAL + "plots: [{kind: heatmap, key: mask.fraction}]\n", "mask.fraction is no key with two numbers"),
+        (MINIMAL + "read: 20\ncommon: {optim.steps: 19}\n", "read: 20 is not measured: of 19 steps"),
+        (MINIMAL + "read: 3\ncommon: {optim.steps: 19, validation.every: 2}\n", "all: read: 3 is not measured"),
         ("from: other.yaml\n", "from: other.yaml is not beside it"),
         ("from: mine.yaml\n", "goes in a circle"),
     ],
@@ -80,6 +85,13 @@ def test_a_mistake_names_key_and_file(text: str, says: str, tmp_path: Path) -> N
         list(settings(load_campaign(path), path))
     assert says in str(raised.value)
     assert "mine.yaml" in str(raised.value)
+
+
+def test_what_is_measured_can_be_read(tmp_path: Path) -> None:
+    text = MINIMAL + "plots: [{kind: heatmap, key: curriculum.cuts}]\n"
+    for more in ("read: 19\n", "read: 4\n", "read: 3\nmetric: reward/correct\n"):
+        path = write(tmp_path, f"{text}{more}common: {{optim.steps: 19, validation.every: 2}}\n")
+        assert len(list(settings(load_campaign(path), path))) == 6
 
 
 def test_an_unknown_campaign_lists_those_there_are() -> None:
