@@ -1,14 +1,10 @@
 #!/bin/bash
 # Every figure of docs/evidence.md again, from nothing, into runs/evidence; those of the docs stay in bench/results.
-#   bash bench/evidence.sh [--quick]    some ten hours on two cores; what is done is kept, and the same command goes on
-# --quick: two seeds and a few questions, to try the commands themselves.
+#   bash bench/evidence.sh    # some ten hours on two cores; what is done is kept, and the same command goes on
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
-out=runs/evidence seeds=16 of_bed="--samples 4 --continuations 32" batches="--times 64 --batches 8"
-if [ "${1:-}" = --quick ]; then
-    out=runs/evidence-quick seeds=2 of_bed="--samples 4 --questions 2" batches="--times 16 --batches 2"
-fi
+out=runs/evidence of_bed="--samples 4 --continuations 32"
 
 keys() {  # of a bed under another name than its world's
     echo "model.path=data/beds/$1/model data.train=data/beds/$1/train.jsonl data.validation=data/beds/$1/held_out.jsonl"
@@ -19,7 +15,7 @@ make_bed() {  # NAME WORLD [knobs]
 }
 
 train() {  # bench/beds.py, which keeps what is done
-    python bench/beds.py "$@" --seeds "$seeds" --out "$out"
+    python bench/beds.py "$@" --out "$out"
 }
 
 make_bed chain chain
@@ -46,7 +42,7 @@ mi="$mi,mi coordinate random question_answer,mi pointwise random answer,mi posit
 wrong=$(echo "$mi" | sed 's/,/ (wrong gold),/g; s/$/ (wrong gold)/')
 plain="critical,filler,surprisal,entropy,certainty,energy,gap,information,signal,attention,position (early),random"
 for bed in chain fork; do
-    python -m aipo.credit.gradients --config "beds/$bed.yaml" $batches --signals "$plain,$mi,$wrong" \
+    python -m aipo.credit.gradients --config "beds/$bed.yaml" --times 64 --signals "$plain,$mi,$wrong" \
         --out "$out/gradients-$bed"
 done
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from hypothesis import strategies as st
 from aipo import distributed
 from aipo.distributed import buckets
 from aipo.errors import UserError
+from aipo.model.precision import this_device
+from evaluate import spread
 from tests import processes
 
 
@@ -59,8 +62,9 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(
     shown = tmp_path / "nvidia-smi"
     shown.write_text("#!/bin/sh\necho 'NVIDIA A100-SXM4-80GB, 470.57.02'\n")
     shown.chmod(0o755)
-    with pytest.raises(UserError, match=r"A100.*driver 470\.57\.02.*update the driver"):
-        distributed.start()
+    for look in (distributed.start, this_device, partial(spread, 2)):
+        with pytest.raises(UserError, match=r"A100.*driver 470\.57\.02.*update the driver"):
+            look()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # meant
     distributed.start()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")

@@ -67,7 +67,6 @@ def test_scores_on_a_gpu_equal_those_on_the_cpu():
     hidden[:, :3] *= 40
     gold[::2, 5:9] *= 40  # so that the gold states need different columns
     gold[::3] = gold[0]
-    scorer = TokenScorer(MIConfig())
-    on_cpu = scorer.score(hidden, gold, lengths)
-    on_gpu = scorer.score(hidden.cuda(), gold.cuda(), lengths.cuda())
+    on_cpu = TokenScorer(MIConfig()).score(hidden, gold, lengths)
+    on_gpu = TokenScorer(MIConfig()).score(hidden.cuda(), gold.cuda(), lengths.cuda())
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-4, atol=1e-5 * float(on_cpu.max()))

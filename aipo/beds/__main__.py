@@ -48,15 +48,13 @@ def turned(arguments: argparse.Namespace) -> Knobs:
     """The world's knobs with those that were given; UserError for one out of range."""
     given = {f.name: getattr(arguments, f.name) for f in fields(Knobs) if getattr(arguments, f.name) is not None}
     knobs = replace(WORLDS[arguments.world].knobs, **given)
-    for name in ("steps", "words"):
-        if getattr(knobs, name) < 1:
-            raise UserError(f"--{name}: {getattr(knobs, name)} is below 1")
+    asked = vars(arguments) | asdict(knobs)
+    for name in ("steps", "words", "pretrain_steps", "batch"):
+        if asked[name] < 1:
+            raise UserError(f"--{name.replace('_', '-')}: {asked[name]} is below 1")
     for name in ("fixed", "noise"):
         if not 0 <= getattr(knobs, name) <= 1:
             raise UserError(f"--{name}: {getattr(knobs, name)} is no share: take 0 to 1")
-    for name in ("pretrain_steps", "batch"):
-        if (number := getattr(arguments, name)) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: {number} is below 1")
     if knobs.fillers < 0:
         raise UserError(f"--fillers: {knobs.fillers} is below 0")
     if arguments.width < 8 or arguments.width % 8:  # four heads of an even size

@@ -84,6 +84,8 @@ def test_rows_are_problems(tmp_path: Path) -> None:
         ("--noise=2", "--noise: 2.0 is no share"),
         ("--words=0", "--words: 0 is below 1"),
         ("--width=12", "--width: 12 is no"),
+        ("--pretrain-steps=0", "--pretrain-steps: 0 is below 1"),
+        ("--batch=0", "--batch: 0 is below 1"),
     ],
 )
 def test_bad_knobs(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from aipo.config import load_config
 from aipo.config.sections import MIConfig
 from aipo.credit.command import check, draw, parse
+from aipo.credit.frozen import prepare
 from aipo.credit.signals import readings
 from aipo.credit.table import Credit
 from aipo.credit.values import Valued
@@ -47,3 +50,15 @@ def test_no_token_above_its_noise() -> None:
         check(still.take(np.array([], int), np.array([], int)), 16)
     with pytest.raises(UserError, match=r"none of 5 tokens .* 0\.10, the median error 0\.20.*--continuations \(16\)"):
         check(still, 16)
+
+
+def test_values_of_other_weights_are_not_gone_on_with(tmp_path: Path) -> None:
+    def made_with(weights: str) -> Any:
+        return SimpleNamespace(identity={"seed": 0, "weights of model.path": weights})
+
+    for _ in range(2):
+        prepare(tmp_path / "out", made_with("a"), samples=2)
+    with pytest.raises(UserError, match=r"other settings made \(weights of model\.path\): give another --out"):
+        prepare(tmp_path / "out", made_with("b"), samples=2)
+    with pytest.raises(UserError, match=r"other settings made \(samples\)"):
+        prepare(tmp_path / "out", made_with("a"), samples=3)

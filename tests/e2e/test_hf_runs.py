@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow
@@ -131,7 +132,10 @@ def test_what_is_watched_changes_no_other_number(model: Path, tmp_path: Path, mo
     more = ["rollout.engine=hf", "model.dtype=float32", "sharding.zero_stage=0", "loss.kl_beta=0", f"runs={tmp_path}"]
     more += ["validation.every=2", "optim.steps=3", "reward.rule=certainty", "mask.kappa_schedule=plateau"]
     more += ["data.validation=null", "validation.holdout=4", "curriculum.stall_patience=1"]
-    found = []
+    found, done = [], list[str]()
+    for what in ("generate", "sleep", "sync"):
+        original = getattr(HfEngine, what)
+        monkeypatch.setattr(HfEngine, what, lambda *a, _w=what, _o=original, **k: done.append(_w) or _o(*a, **k))
     for name, watch in (("without", []), ("with", [f"validation.watch=[{bench}]", "validation.watch_every=1"])):
         config = config_with(model, data, *more, *watch, f"name={name}")
         assert run(config, device=torch.device("cpu"))
@@ -145,6 +149,7 @@ def test_what_is_watched_changes_no_other_number(model: Path, tmp_path: Path, mo
             key: one[key] for key in one if not key.startswith(("time/", "speed/"))
         }
     assert any(line["policy/grad_norm"] > 0 for line in watching[1:])  # or nothing could have differed
+    assert ("generate", "sync") not in pairwise(done)  # weights that come beside a GPU's KV cache may not fit
 
 
 def test_a_report_that_fails_takes_nothing_from_the_run(
