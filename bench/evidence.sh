@@ -40,7 +40,7 @@ done
 mi="mi coordinate quadrature answer,mi coordinate random answer,mi coordinate random cca answer"
 mi="$mi,mi coordinate random question_answer,mi pointwise random answer,mi position random answer"
 wrong=$(echo "$mi" | sed 's/,/ (wrong gold),/g; s/$/ (wrong gold)/')
-plain="critical,filler,surprisal,entropy,certainty,energy,gap,information,signal,attention,position (early),random"
+plain="critical,filler,surprisal,entropy,certainty,energy,gap,information,attention,position (early),random"
 for bed in chain fork; do
     python -m aipo.credit.gradients --config "beds/$bed.yaml" --times 64 --signals "$plain,$mi,$wrong" \
         --out "$out/gradients-$bed"

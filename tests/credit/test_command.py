@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from aipo.config import load_config
 from aipo.config.sections import MIConfig
 from aipo.credit.command import check, draw, parse
 from aipo.credit.frozen import prepare
-from aipo.credit.signals import readings
+from aipo.credit.signals import named, readings
 from aipo.credit.table import Credit
 from aipo.credit.values import Valued
 from aipo.errors import UserError
@@ -62,3 +63,14 @@ def test_values_of_other_weights_are_not_gone_on_with(tmp_path: Path) -> None:
         prepare(tmp_path / "out", made_with("b"), samples=2)
     with pytest.raises(UserError, match=r"other settings made \(samples\)"):
         prepare(tmp_path / "out", made_with("a"), samples=3)
+
+
+def test_the_signals_that_the_evidence_asks_for_are_there() -> None:
+    script = (Path(__file__).parents[2] / "bench" / "evidence.sh").read_text()
+    lines = [line for line in script.splitlines() if line.startswith(("mi=", "wrong=", "plain="))]
+    shown = 'printf %s "$plain,$mi,$wrong"'
+    asked = subprocess.run(
+        ["bash", "-c", "\n".join([*lines, shown])], capture_output=True, text=True, check=True
+    ).stdout
+    problem = Problem("q", "1 + 1 =", "2", critical=(1,))
+    assert len(named(load_config("beds/fork.yaml"), [problem], asked.split(","))) == 11 + 2 * 6
