@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from aipo.config import Config
 from aipo.mi import CACHE_ELEMENTS, CHUNK_ELEMENTS, tokens_that_fit
 from aipo.rollout.check import NOISE_ELEMENTS
+from aipo.rollout.hf import rows_together
 from aipo.scorer import BLOCK_ELEMENTS
 
 MIB, GIB = 2**20, 2**30
@@ -27,7 +28,6 @@ CPU_ENGINE_LIBRARIES = 250 * MIB  # resident: vLLM on top of it
 GPU_CONTEXT = 2 * GIB  # not measured yet: CUDA context, NCCL, fragmentation, what vLLM keeps while it sleeps
 GPU_ENGINE_EXTRA = 3 * GIB  # not measured yet: activations, sampler and CUDA graphs of vLLM, out of its own share
 
-HF_BATCH = 64  # sequences that the hf engine generates together
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements
 LIVE = 1_000_000_000 + 50_000_000  # its stage3_max_live_parameters and prefetch bucket, in elements
 SUB_GROUP = 1_000_000_000  # elements that its ZeRO-3 optimizer updates at a time
@@ -261,7 +261,8 @@ def engine(config: Config, model: Model, layout: Layout) -> tuple[Bytes, Bytes]:
     weights = size * model.parameters
     token = kv_token_bytes(config, model)
     if rollout.engine == "hf":
-        return {"engine weights": weights}, {"KV cache": min(HF_BATCH, layout.rollouts) * layout.longest * token}
+        rows = min(rows_together(layout.longest), layout.rollouts)
+        return {"engine weights": weights}, {"KV cache": rows * layout.longest * token}
     if layout.device == "GPU":
         room = int(rollout.gpu_memory_utilization * layout.capacity - weights - GPU_ENGINE_EXTRA)
         return {"engine weights": weights + GPU_ENGINE_EXTRA}, {"KV cache": max(room, 0) // token * token}

@@ -25,6 +25,12 @@ from aipo.rollout.injection import Injection
 from aipo.rollout.interventions import intervene
 
 
+def rows_together(longest: int) -> int:
+    """Sequences, of at most ``longest`` tokens with their prompts, that the engine generates at a time: 64, and more
+    while the cache is short, since a step of a small model costs nearly the same for few rows and for many."""
+    return min(256, max(64, 2**15 // longest))
+
+
 class HfEngine:
     """Batched sampling with a KV cache; what a request draws depends on its seed and its distributions alone.
 
@@ -33,7 +39,7 @@ class HfEngine:
         max_model_len: longest prompt plus completion, in tokens.
         end_token_ids: tokens that end a completion.
         seed: of the random weights when ``load_weights`` is ``False``.
-        batch_size: requests generated together.
+        batch_size: requests generated together; None: :func:`rows_together`.
         interventions: whether ``Sampling.intervention`` may be used, as in the vLLM engine.
         fixed_cache: whether the KV cache has a fixed size (:mod:`aipo.rollout.decoding`); None does so on a GPU.
     """
@@ -47,7 +53,7 @@ class HfEngine:
         seed: int = 0,
         dtype: str = "bfloat16",
         load_weights: bool = True,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         interventions: bool = False,
         fixed_cache: bool | None = None,
     ) -> None:
@@ -63,7 +69,8 @@ class HfEngine:
                 torch.manual_seed(seed)
                 model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         self._model = model.to(self._device).eval()
-        self._max_model_len, self._batch_size, self._interventions = max_model_len, batch_size, interventions
+        self._max_model_len, self._interventions = max_model_len, interventions
+        self._batch_size = batch_size or rows_together(max_model_len)
         self._end_token_ids = frozenset(end_token_ids)
         wanted = self._device.type == "cuda" if fixed_cache is None else fixed_cache
         self._fixed_cache = wanted and fits(model.config)

@@ -14,7 +14,7 @@ from aipo.rollout import Completion, Request, Sampling, make_engine
 from aipo.rollout.base import keep_rng
 from aipo.rollout.check import check_weight_sync, perturbed
 from aipo.rollout.decoding import Fixed
-from aipo.rollout.hf import HfEngine, draw
+from aipo.rollout.hf import HfEngine, draw, rows_together
 from aipo.rollout.injection import Injection, Projections
 from tests.tiny import make_tiny
 
@@ -57,6 +57,21 @@ def test_a_request_does_not_depend_on_its_company(folder):
         for a, b in zip(together, others):
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
     assert together[0].token_ids != together[2].token_ids  # one prompt, two seeds
+
+
+@pytest.mark.parametrize(("longest", "batches"), [(64, [200]), (300, [109, 91]), (512, [64, 64, 64, 8])])
+def test_more_sequences_are_generated_together_while_they_are_short(folder, monkeypatch, longest, batches):
+    whole, seen = HfEngine._generate_batch, []
+
+    def spy(self, batch, *rest):
+        seen.append(len(batch))
+        whole(self, batch, *rest)
+
+    monkeypatch.setattr(HfEngine, "_generate_batch", spy)
+    requests = [Request([5, 6, 7], seed) for seed in range(200)]
+    engine_for(folder, max_model_len=longest).generate(requests, dataclasses.replace(SAMPLING, max_tokens=1))
+    assert seen == batches
+    assert [rows_together(length) for length in (1, 12_288)] == [256, 64]
 
 
 def test_a_fixed_cache_draws_what_a_growing_one_does(folder, monkeypatch):
