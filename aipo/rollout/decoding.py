@@ -12,14 +12,47 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from aipo.rollout.injection import Injection
 
 ROOM = 256  # tokens that a fixed cache takes at first beyond the prompts; then it doubles
 PAYS_FROM = 64  # tokens still to come from which a graph is captured
+GROUPED = "sdpa_grouped"
+"""``attn_implementation`` of a model: sdpa, that for one new token reads shared keys once"""
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: (B, heads, new, h), (B, groups, S, h) twice -> (B, new, heads, h).
+
+    With a mask sdpa repeats keys and values for every head. The heads of a group can ask like so many tokens instead,
+    as long as the mask is the same for all: where one token is new.
+    """
+    (rows, heads, new, size), groups = query.shape, key.shape[1]
+    if new > 1 or heads == groups or attention_mask is None or attention_mask.shape[1] > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    asked = query.reshape(rows, groups, heads // groups, size)
+    out = F.scaled_dot_product_attention(asked, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(rows, 1, heads, value.shape[-1]), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(GROUPED, attend)
+ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, sdpa_mask)
 
 
 def forward(

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from aipo.rollout.base import Completion, OnDone, Request, Sampling, check_complete, check_requests, keep_rng
-from aipo.rollout.decoding import Fixed, Growing, fits, forward
+from aipo.rollout.decoding import GROUPED, Fixed, Growing, fits, forward
 from aipo.rollout.injection import Injection
 from aipo.rollout.interventions import intervene
 
@@ -69,6 +69,8 @@ class HfEngine:
                 torch.manual_seed(seed)
                 model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         self._model = model.to(self._device).eval()
+        if model.config._attn_implementation == "sdpa":
+            self._model.set_attn_implementation(GROUPED)
         self._max_model_len, self._interventions = max_model_len, interventions
         self._batch_size = batch_size or rows_together(max_model_len)
         self._end_token_ids = frozenset(end_token_ids)

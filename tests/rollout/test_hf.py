@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from aipo.errors import UserError
 from aipo.rollout import Completion, Request, Sampling, make_engine
 from aipo.rollout.base import keep_rng
 from aipo.rollout.check import check_weight_sync, perturbed
-from aipo.rollout.decoding import Fixed
+from aipo.rollout.decoding import GROUPED, Fixed, attend
 from aipo.rollout.hf import HfEngine, draw, rows_together
 from aipo.rollout.injection import Injection, Projections
 from tests.tiny import make_tiny
@@ -94,8 +97,34 @@ def test_a_fixed_cache_draws_what_a_growing_one_does(folder, monkeypatch):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
 
 
+@pytest.mark.parametrize(("heads", "groups"), [(8, 2), (9, 3), (4, 4), (6, 1)])
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_heads_that_share_keys_ask_them_once(heads, groups, kind):
+    torch.manual_seed(0)
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // groups
+    query, key, value = (torch.randn(3, n, s, 16) for n, s in ((heads, 1), (groups, 11), (groups, 11)))
+    mask = torch.rand(3, 1, 1, 11) < 0.7
+    mask[..., 0] = True
+    mask = mask if kind is torch.bool else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    keys = []
+
+    def spy(query, key, *rest, **kwargs):
+        keys.append(key)
+        return F.scaled_dot_product_attention(query, key, *rest, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aipo.rollout.decoding.F", SimpleNamespace(scaled_dot_product_attention=spy))
+        out, _ = attend(module, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(out, expected)
+    assert heads == groups or [id(each) for each in keys] == [id(key)]
+
+
 def test_logprobs_are_those_of_a_full_forward(folder, model):
-    completions = engine_for(folder).generate(REQUESTS, Sampling(max_tokens=12, temperature=0.7))
+    engine = engine_for(folder)
+    assert engine._model.config._attn_implementation == GROUPED
+    completions = engine.generate(REQUESTS, Sampling(max_tokens=12, temperature=0.7))
     for prompt, completion in zip(PROMPTS, completions):
         expected = full_logprobs(model, prompt, completion.token_ids, 0.7)
         assert completion.logprobs == pytest.approx(expected, abs=1e-4)
