@@ -1,8 +1,8 @@
 """What a campaign will take, before it is started: memory from the planner, time from runs that were measured.
 
 A run is as long as earlier runs of the same condition here; else as those of the same model on the same device, by
-completion tokens at most; else as the embedded default took, or by arithmetic for a GPU. It is said which. On a CPU
-only runs on as many cores count.
+completion tokens at most; else as the embedded default or a bed took, or by arithmetic for a GPU. It is said which. On
+a CPU only runs on as many cores count.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from aipo.plan.planner import plan as plan_memory
 from aipo.problems import embedded
 
 EMBEDDED_FIXED, EMBEDDED_RATE, EMBEDDED_CORES = 90.0, 3.9e-3, 2  # s a run, s a token at most: `make train` with AMX
+BED_FIXED, BED_RATE = 9.0, 1.2e-4  # the same of a bed, on one core: more are no use to so small a model
 FLOPS, UTILISATION, BANDWIDTH, REACHED = 312e12, 0.4, 2.0e12, 0.6  # of an A100 80 GB; shares supposed, not measured
 LENGTH = 0.5  # completions of half the longest
 
@@ -69,6 +70,8 @@ def _time(job: Job, cell: Cell, measured: list[Any], memory: MemoryPlan | str, c
     if facts["model"] == embedded.MODEL and facts["device"] == "cpu":
         seconds = (EMBEDDED_FIXED + EMBEDDED_RATE * facts["work"]) * EMBEDDED_CORES / cores
         return seconds, "rate of make train" + ", by the number of cores" * (cores != EMBEDDED_CORES)
+    if facts["model"].startswith("data/beds/") and facts["device"] == "cpu":
+        return BED_FIXED + BED_RATE * facts["work"], "rate of a bed"
     if isinstance(memory, str) or memory.device != "GPU":
         return math.nan, "nothing measured"
     return _arithmetic(cell, memory), "arithmetic, not measured"
@@ -132,9 +135,13 @@ def dry_run(plan: Plan, workers: int, cores: int, show: Callable[[Any], None]) -
         f"{len(plan.cells)} cells are {len(plan.jobs)} runs: {len(plan.jobs) - len(left)} there already, "
         f"{len(left)} to do, {workers} at once"
     )
-    show(f"time: {hours(total / workers)} ({hours(total)} one after the other), an estimate")
+    if unknown < len(left) or not left:
+        show(f"time: {hours(total / workers)} ({hours(total)} one after the other), an estimate")
     if unknown:
-        show(f"of {unknown} runs the time is not known: nothing like them was measured here, so it is not in it")
+        show(
+            f"of {unknown} runs the time is not known: nothing like them was measured here"
+            + ", so it is not in it" * (unknown < len(left))
+        )
     if asked:
         show(f"evaluations: {asked}, whose time is not in it")
     if plan.jobs and plan.jobs[0].gpus > 1:

@@ -247,6 +247,7 @@ def test_the_dry_run_lists_all_and_writes_nothing(tmp_path: Path, model: Path) -
     assert "mask.rule=random mask.fraction=0.1" in table
     assert "9 cells are 6 runs: 0 there already, 6 to do, 2 at once" in text
     assert "of 6 runs the time is not known" in text
+    assert "time:" not in text  # of none
     assert "shared: 3 labelling passes for 6 runs" in text
     assert not (tmp_path / "runs").exists()
     facts = plan.jobs[0].facts
@@ -294,6 +295,15 @@ def test_the_rate_of_make_train_is_for_two_cores(tmp_path: Path) -> None:
     on_one, on_two = (estimates(plan, cores)[plan.jobs[0].key] for cores in (1, 2))
     assert on_one.seconds == 2 * on_two.seconds > 0
     assert (on_two.source, on_one.source) == ("rate of make train", "rate of make train, by the number of cores")
+
+
+def test_a_bed_that_was_never_trained_here_has_a_time(tmp_path: Path) -> None:
+    plan = make_plan(Path("laptop/beds.yaml"), tmp_path)
+    if plan.jobs[0].facts["device"] != "cpu":
+        pytest.skip("of a machine without a GPU")
+    made = estimates(plan, 1)
+    assert {each.source for each in made.values()} == {"rate of a bed"}
+    assert all(10 < each.seconds < 60 for each in made.values())
 
 
 def test_time_left_is_by_the_pace_since_a_run_was_seen_at_work(tmp_path: Path, model: Path) -> None:
