@@ -7,7 +7,7 @@ features phi(x) = sqrt(2/D) cos(Wx + b) turn the n-by-n kernel matrices into n-b
 
 The paper does not say what the n samples of ONE hidden state are. Three readings are here:
 
-* ``coordinate``: the d coordinates of h_t and of the gold state h* are d paired scalars, as in the code of the
+* ``coordinate``: the d coordinates of h_t and of the gold state h* are d paired scalars, as in the
   mutual-information-peaks work that AIPO builds on. A token's score depends on that token and h* alone.
 * ``pointwise``: the samples are all (h_t, h*) pairs of the batch; a token scores its own share of their covariance.
 * ``position``: the samples at step t are the rollouts still running at t; they share one score.

@@ -35,7 +35,7 @@ from aipo.rollout.base import Completion
 from aipo.rollouts import Rollouts
 
 SCALES = {
-    "embedded": ("smollm2_135m.yaml", 21, 110),
+    "embedded": ("smollm2_135m.yaml", 22, 140),
     "paper, one of 8 ranks": ("qwen3_8b.yaml", 4000, 200),
     "paper, at its longest": ("qwen3_8b.yaml", 12_000, 200),
 }
