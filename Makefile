@@ -6,10 +6,12 @@ SHELL := /bin/bash
 
 # a shim can exist without the version behind it, so each candidate is run
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
+# DEVICE=cuda on the command line: for a login node that shares its folder with machines that have GPUs
 DEVICE := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo cuda || echo cpu)
 REQUIREMENTS := $(if $(filter cuda,$(DEVICE)),requirements.txt,requirements-cpu.txt)
 # named by what was installed: other requirements or another device make a new environment, anything else makes none
 STAMP := .venv/installed-$(DEVICE)-$(shell cat $(REQUIREMENTS) requirements-common.txt | cksum | tr -d ' ')
+OTHER := $(filter-out .venv/installed-$(DEVICE)-%,$(wildcard .venv/installed-*))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # some images forbid bytecode, and then every start compiles all that it imports
 export PYTHONDONTWRITEBYTECODE :=
@@ -20,6 +22,10 @@ help:  ## list the targets
 setup: $(STAMP)  ## make .venv with the pinned requirements (CUDA where there is an NVIDIA GPU, else CPU)
 
 $(STAMP):
+ifneq ($(OTHER),)
+	@echo 'error: .venv is of a machine of another kind ($(OTHER)): use it as it is with make DEVICE=$(word 2,$(subst -, ,$(OTHER))) ...,' \
+	    'or remove it with make clean, once nothing runs in it' >&2; exit 2
+endif
 	@"$(or $(PYTHON),python3)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo 'error: Python 3.11 or newer not found: install it, or run make PYTHON=/path/to/python3.11' >&2; exit 2; }
 	"$(PYTHON)" -m venv --clear .venv
@@ -45,7 +51,7 @@ train: setup  ## train the embedded model end to end, or go on with it; ARGS="na
 data: setup  ## fetch the data sets from the Hugging Face hub and check them; ARGS="--from FOLDER" reads copies instead
 	python data/prepare.py all $(ARGS)
 
-# NAME: table1 to table4, figure2 to figure4, kappa_decay; SCALE: laptop, or paper; on beds table1_beds, beds
+# NAME: table1 to table4, figure2 to figure4, kappa_decay; SCALE: laptop, or paper; on beds table1_beds, table1_fork, beds
 NAME ?= table1
 SCALE ?= laptop
 reproduce: setup  ## a table or figure of the paper: NAME=table1 SCALE=laptop (hours); ARGS=--dry-run says what it takes

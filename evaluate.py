@@ -77,11 +77,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     tokens.add_argument("--force-threshold", type=float, help="default: 0.2 of nucleus mass or probability, rank 10")
     argv = [re.sub(r"^--avg(\d+)$", r"--avg=\1", a) for a in (sys.argv[1:] if arguments is None else arguments)]
     options = parser.parse_args(argv)
-    for name in ("samples", "limit", "max_tokens", "gpus"):
+    for name, low in {"samples": 1, "limit": 1, "max_tokens": 1, "gpus": 1, "top_k": -1}.items():
         value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{'avg' if name == 'samples' else name.replace('_', '-')} must be at least 1, not {value}")
+        if value is not None and value < low:
+            shown = "avg" if name == "samples" else name.replace("_", "-")
+            parser.error(f"--{shown} must be at least {low}, not {value}")
     ranges = {"temperature": (0, 100), "top_p": (0, 1), "min_p": (0, 1), "gpu_memory": (0, 1), "otf": (0, 100)}
+    ranges["seed"] = (0, 2**32 - 1)  # numpy's, which vLLM seeds too
     for name, (low, high) in ranges.items():
         value = getattr(options, name)
         if value is not None and not low <= value <= high:

@@ -7,7 +7,9 @@ is run here, and goes on where it was stopped or killed; at its end tables and p
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -17,6 +19,8 @@ from aipo.errors import UserError, exit_code
 
 if TYPE_CHECKING:
     from aipo.campaign.cells import Plan
+
+GPU = re.compile(r" *(\d|GPU-|MIG-)")  # how CUDA_VISIBLE_DEVICES names one
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -70,7 +74,7 @@ def main() -> int:
 
             print(write_report(plan))
             return 0
-        check_here(plan)
+        check_here(plan, offline=options.slurm)  # campaign.slurm lets its nodes fetch nothing
         if options.slurm:
             from aipo.campaign.slurm import submit
 
@@ -90,7 +94,8 @@ def places_here(plan: Plan, workers: int | None) -> list[dict[str, list[Any]]]:
     from aipo.campaign.local import slots
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    named = visible.split(",") if visible else map(str, range(torch.cuda.device_count()))
+    gpus = list(itertools.takewhile(GPU.match, named))  # CUDA too stops at the first that is none, such as -1
     return slots(workers, plan.campaign.gpus, gpus, sorted(os.sched_getaffinity(0)))
 
 

@@ -9,7 +9,7 @@ import warnings
 
 from aipo.config import Config, dump_config, help_keys, help_sources, load_config
 from aipo.errors import UserError
-from aipo.startup import imports
+from aipo.startup import imports, legible
 from aipo.threads import settle
 
 
@@ -62,6 +62,7 @@ def dry_run(config: Config, arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
+    legible()
     arguments = parse()
     rank = int(os.environ.get("RANK", "0"))
     if arguments.dry_run and rank > 0:  # rank 0 says it

@@ -128,6 +128,7 @@ class Curriculum:
         self.epochs = [0, 0, 0] * len(self.weights)
         self.draws = self.step = self.stalls = self.since_best = 0
         self.best: float | None = None
+        self.earlier = list(self.epochs)  # as the step before ``step`` left them; logged before any checkpoint
 
     def set_labels(self, peaks: Mapping[str, float]) -> None:
         """Sort all questions into buckets by ``peaks``, N_peak by question. Raises ValueError if one has no label."""
@@ -176,7 +177,8 @@ class Curriculum:
             raise RuntimeError("the curriculum needs set_labels() before it can sample")
         if n > len(self.question_ids):
             return self.sample(step, len(self.question_ids)) + self.sample(step, n - len(self.question_ids))
-        self.step = step
+        if step != self.step:
+            self.step, self.earlier = step, list(self.epochs)
         rng = np.random.default_rng([self.seed, 0, self.draws])
         self.draws += 1
         sizes = np.bincount(self.cells, minlength=3 * len(self.weights))
@@ -223,15 +225,17 @@ class Curriculum:
             self.stalls, self.since_best = self.stalls + 1, 0
         return False
 
-    def metrics(self) -> dict[str, float]:
-        """Where the curriculum stands at the step last sampled for."""
-        values: dict[str, float] = {"curriculum/clock": self.clock(self.step), "curriculum/stalls": self.stalls}
+    def metrics(self, step: int) -> dict[str, float]:
+        """Where the curriculum stands at the step last sampled for, or at the one before: with ``rollout.async_depth:
+        1`` the next batch is drawn by the time that a step is logged."""
+        values: dict[str, float] = {"curriculum/clock": self.clock(step), "curriculum/stalls": self.stalls}
+        epochs = self.epochs if step == self.step else self.earlier
         sizes = np.bincount(self.buckets, minlength=3)
         for bucket, name in enumerate(NAMES):
             if self.enabled:
-                values[f"curriculum/share_{name}"] = self.mixture(self.step)[bucket]
+                values[f"curriculum/share_{name}"] = self.mixture(step)[bucket]
             values[f"curriculum/questions_{name}"] = int(sizes[bucket])
-            values[f"curriculum/epoch_{name}"] = max(self.epochs[bucket::3])  # of any source
+            values[f"curriculum/epoch_{name}"] = max(epochs[bucket::3])  # of any source
         return values
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec
 
+from aipo.startup import legible
+
 P = ParamSpec("P")
 
 
@@ -23,6 +25,7 @@ def exit_code(main: Callable[P, int]) -> Callable[P, int]:
 
     @functools.wraps(main)
     def command(*args: P.args, **kwargs: P.kwargs) -> int:
+        legible()
         try:
             return main(*args, **kwargs)
         except UserError as error:

@@ -30,7 +30,7 @@ from aipo.passes import Passes
 from aipo.problems.datasets import Problem
 from aipo.rollout.base import Completion, Request, Sampling
 from aipo.rollout.collect import Collector
-from aipo.rollouts import Rollouts
+from aipo.rollouts import Rollouts, nth_part
 from aipo.sharding import Reference
 from aipo.tokens.early_exit import postfix_ids
 from aipo.tokens.table import measure
@@ -53,7 +53,6 @@ class Generation:
         self.collector, self.config, self.passes, self.latents = collector, config, passes, latents
         self.sampling = Sampling.of(config.rollout)
         self.ahead: tuple[int, Future[Judged]] | None = None  # step, its batch
-        self.dropped: Rollouts | None = None  # what the step's first draw of dynamic sampling left out, to be looked at
         own_stream = config.rollout.engine == "hf"  # vLLM keeps to the stream that it generated on first
         setting = partial(_same_device, torch.get_num_threads(), own_stream=own_stream)
         self.thread = ThreadPoolExecutor(1, "generation", initializer=setting)
@@ -205,6 +204,7 @@ class Generation:
         dynamic, target = self.config.dynamic, self.config.rollout.questions_per_step
         rank, world = distributed.rank(), distributed.world_size()
         parts: list[Rollouts] = []
+        places: list[int] = []  # of its questions among all that are kept
         seen: list[dict[str, float]] = []
         have = 0
         for attempt in range(1, dynamic.max_tries + 1):
@@ -213,12 +213,14 @@ class Generation:
             mine = [rank + world * i for i in varying_groups(batch, by=dynamic.by, tolerance=dynamic.tolerance)]
             gathered = distributed.gather_objects(mine, beside=bool(self.config.rollout.async_depth))
             everywhere = sorted(place for places in gathered for place in places)
-            kept = set(everywhere[: target - have])
+            kept = {place: have + i for i, place in enumerate(everywhere[: target - have])}
             have += len(kept)
             taken = [place // world for place in mine if place in kept]
-            if attempt == 1:
-                self.dropped = batch.take(batch.rows_of(sorted(set(range(len(batch.problems))).difference(taken))))
+            places += [kept[place] for place in mine if place in kept]
             parts.append(batch.keep(batch.rows_of(taken)))
+            if attempt == 1:
+                left = sorted(set(range(len(batch.problems))).difference(taken))
+                parts[0].dropped = batch.take(batch.rows_of(left))
             if have == target:
                 break
         if have < target and dynamic.on_exhausted == "error":
@@ -228,6 +230,7 @@ class Generation:
                 "dynamic.max_tries or dynamic.factor, or set dynamic.on_exhausted: continue"
             )
         rollouts = Rollouts.joined(parts)
+        rollouts.update = nth_part(places, have, self.config.optim.updates_per_batch)
         keys = {key for metrics in seen for key in metrics}
         means = {key: sum(metrics.get(key, 0.0) for metrics in seen) / len(seen) for key in keys}
         return rollouts, means | {"dynamic_tries": float(attempt), "dynamic_kept": float(have)}

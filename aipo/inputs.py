@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import sysconfig
+import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,7 +23,7 @@ from aipo.errors import UserError
 from aipo.evaluation.scoring import Watched
 from aipo.model.loading import read_folder, skeleton, weights_digest
 from aipo.problems.datasets import EMBEDDED, Loaded, Problem, fingerprint, load_mix, load_problems
-from aipo.problems.embedded import resolve_model
+from aipo.problems.embedded import cache_folder, resolve_model
 from aipo.problems.holdout import hold_out
 from aipo.problems.prompts import Prompter, wrong_golds
 from aipo.problems.readers import HUB
@@ -46,6 +47,8 @@ MAY_CHANGE = (
     "rollout.server_url",
     "rollout.server_timeout_s",
 )
+# and what a run that ended by it is told to change: it mattered to no step that was made
+MAY_MEND = ("dynamic.max_tries", "dynamic.on_exhausted")
 
 
 @dataclass
@@ -69,6 +72,8 @@ def check_inputs(config: Config, world: int) -> Inputs:
     folder = read_folder(path, key="model.path", name=config.model.path)
     check_model(config, folder.architecture)
     find_latents(config, path)
+    if config.curriculum.enabled:
+        check_cache()
     data = config.data
     prompter = Prompter(
         folder.tokenizer,
@@ -141,7 +146,7 @@ def check_inputs(config: Config, world: int) -> Inputs:
         train_fingerprint=fingerprint(kept["train"]),
         validation_fingerprint=fingerprint(held_out),
         **{"weights of model.path": weights_digest(path, folder.architecture)},
-        **({"latents": file_digest(config.branch.latent_path)} if config.branch.latent_path else {}),
+        **({"latents": file_digest(file)} if (file := latent_path(config)) else {}),
     )
     return Inputs(path, kept["train"], held_out, watched, prompter, notes, identity)
 
@@ -281,7 +286,25 @@ def file_digest(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_cache() -> None:
+    """Raise UserError if labels of the curriculum could not be kept."""
+    folder = cache_folder() / "labels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{folder}, where runs keep the labels of their questions, cannot be written ({error.strerror}): set "
+            "AIPO_CACHE to a folder that can, or curriculum.enabled=false"
+        ) from None
+
+
+def latent_path(config: Config) -> str | None:
+    """``branch.latent_path`` where something is drawn with it."""
+    return config.branch.latent_path if config.branch.enabled and config.branch.latent != "none" else None
+
+
 def find_latents(config: Config, path: str) -> Latents | None:
-    if not config.branch.enabled or config.branch.latent == "none" or config.branch.latent_path is None:
-        return None
-    return load_latents(config.branch.latent_path, AutoConfig.from_pretrained(path))
+    file = latent_path(config)
+    return None if file is None else load_latents(file, AutoConfig.from_pretrained(path))

@@ -71,13 +71,13 @@ class Passes:
             ends: (B,) tokens of each rollout that are laid out; None is all. What lies behind the last selected token
                 reaches neither loss nor gradient. A rollout that ends at 0 keeps its row, since averages count it.
         """
-        questions, updates, n = len(rollouts.problems), self.config.optim.updates_per_batch, rollouts.group_size
         ends = rollouts.lengths if ends is None else ends  # (B,)
         prompts, completions = rollouts.each_prompt, rollouts.each_completion
         parts = []
+        updates = self.config.optim.updates_per_batch
+        read_by = torch.tensor(rollouts.updates(updates)).repeat_interleave(rollouts.group_size)  # (B,)
         for part_number in range(updates):
-            start, end = (n * (bound * questions // updates) for bound in (part_number, part_number + 1))
-            used = torch.arange(start, end)[rollouts.used[start:end]]
+            used = (rollouts.used & (read_by == part_number)).nonzero()[:, 0]
             rows, empty = used[ends[used] > 0], used[ends[used] == 0]
             part = self.batches([prompts[i] for i in rows], [completions[i][: ends[i]] for i in rows])
             for micro in part:

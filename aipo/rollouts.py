@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
@@ -38,14 +38,17 @@ class Rollouts:
     ids: Tensor = field(metadata=BY_ROLLOUT)  # (B,) unique over ranks, the same whatever their number
     rewards: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,); NaN: there is no verdict
     correct: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,) bool
+    judged: Tensor | None = field(default=None, metadata=BY_ROLLOUT)  # (B,) bool; None: where the reward is finite
     texts: list[str] = field(default_factory=list, metadata=BY_ROLLOUT)  # B
     pending: list[Pending] = field(default_factory=list, metadata=BY_ROLLOUT)  # B until they are judged
     advantages: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,)
     used: Tensor = field(default_factory=_unset, metadata=BY_ROLLOUT)  # (B,) bool: takes part in the update
     token_advantages: Tensor | None = field(default=None, metadata=BY_ROLLOUT)  # (B, T) where they differ by token
     lineage: list[Lineage] = field(default_factory=list, metadata=BY_ROLLOUT)  # B where some branched
+    update: list[int] = field(default_factory=list, metadata=BY_QUESTION)  # Q where ranks have unequally many questions
     prefix: float | None = None  # share of each completion whose continuations were rewarded
     extra_tokens: int = 0  # generated for this batch beyond its completions: by questions dropped, by continuations
+    dropped: Rollouts | None = None  # what the first draw of dynamic sampling left out, to be looked at
 
     def take(self, rows: Sequence[int]) -> Rollouts:
         """Some rollouts with their questions, in the order given: equally many of each, those of one adjacent."""
@@ -77,6 +80,10 @@ class Rollouts:
                 whole[each.name] = torch.cat(values) if isinstance(values[0], Tensor) else list(chain(*values))
         return replace(parts[0], **whole)
 
+    def updates(self, count: int) -> list[int]:
+        """Which of ``count`` optimizer steps reads each question, Q numbers."""
+        return self.update or nth_part(range(len(self.problems)), len(self.problems), count)
+
     def question_of(self, row: int) -> Problem:
         return self.problems[row // self.group_size]
 
@@ -96,7 +103,9 @@ class Rollouts:
             "problems": [problem.id for problem in self.problems],
             "completions": [(c.token_ids, c.logprobs, c.finish_reason) for c in self.completions],
         }
-        kept = ("prompts", "group_size", "ids", "rewards", "correct", "texts", "lineage", "prefix", "extra_tokens")
+        kept = ["prompts", "group_size", "ids", "rewards", "correct", "judged"]
+        kept += ["texts", "lineage", "update", "prefix", "extra_tokens"]
+        plain["dropped"] = self.dropped and self.dropped.state_dict()
         return plain | {name: getattr(self, name) for name in kept}
 
     @staticmethod
@@ -105,6 +114,7 @@ class Rollouts:
         built = {
             "problems": [problems[name] for name in state["problems"]],
             "completions": [Completion(*each) for each in state["completions"]],
+            "dropped": Rollouts.from_state(state["dropped"], problems) if state.get("dropped") else None,
         }
         return Rollouts(**(state | built))
 
@@ -137,8 +147,9 @@ class Rollouts:
 
     @property
     def judged_correct(self) -> Tensor:
-        """1 right, 0 wrong, NaN without a verdict. (B,) float32"""
-        return self.correct.float().where(self.rewards.isfinite(), torch.nan)
+        """1 right, 0 wrong, NaN without a verdict, whatever reward took its place. (B,) float32"""
+        judged = self.rewards.isfinite() if self.judged is None else self.judged  # (B,)
+        return self.correct.float().where(judged, torch.nan)
 
     @property
     def truncated(self) -> Tensor:
@@ -150,6 +161,11 @@ class Rollouts:
         """Sampling log-probabilities that the engine reported, padded. (B, T)"""
         flat = torch.tensor([p for c in self.completions for p in c.logprobs], dtype=torch.float32)
         return pad(flat, self.lengths)
+
+
+def nth_part(places: Iterable[int], total: int, parts: int) -> list[int]:
+    """In which of so many equal parts of ``total`` things each place is."""
+    return [((place + 1) * parts - 1) // total for place in places]
 
 
 def deal(loads: Sequence[int], ranks: int) -> list[list[int]]:
@@ -173,7 +189,7 @@ def balanced(rollouts: Rollouts, *, share_prompts: bool) -> Rollouts:
     """
     if distributed.world_size() == 1:
         return rollouts
-    everywhere = Rollouts.joined(distributed.gather_objects(rollouts))
+    everywhere = Rollouts.joined(distributed.gather_objects(replace(rollouts, dropped=None)))
     shares = deal(everywhere.loads(share_prompts=share_prompts), distributed.world_size())
     share = everywhere.take(everywhere.rows_of(shares[distributed.rank()]))
-    return replace(share, extra_tokens=rollouts.extra_tokens)
+    return replace(share, extra_tokens=rollouts.extra_tokens, dropped=rollouts.dropped)

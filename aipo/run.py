@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shlex
@@ -22,7 +23,7 @@ from aipo import distributed
 from aipo.config import Config, dump_config
 from aipo.curriculum import Curriculum
 from aipo.errors import TrainingError
-from aipo.inputs import Inputs, check_inputs, find_latents
+from aipo.inputs import MAY_MEND, Inputs, check_inputs, find_latents
 from aipo.labelling import DEPENDS_ON, histogram, label, label_folder, label_questions
 from aipo.model.export import model_stamp
 from aipo.model.loading import save_model
@@ -31,7 +32,7 @@ from aipo.passes import Passes
 from aipo.policy import make_policy
 from aipo.problems.embedded import cache_folder
 from aipo.record.batches import REPLAY, forget_batches
-from aipo.record.checkpoints import CheckpointStore, compare_identity, resolve
+from aipo.record.checkpoints import CheckpointStore, compare_identity, manifest, resolve
 from aipo.record.jsonl import read_jsonl
 from aipo.record.progress import Progress, final_table, summarize
 from aipo.record.slowness import Slowness
@@ -50,8 +51,6 @@ LABEL_BLOCK = 64  # questions a rank labels between two savings
 
 def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
     """Train as ``config`` says. Returns False if the run was stopped by a signal before its end."""
-    import json
-
     rank, world = distributed.rank(), distributed.world_size()
 
     def look_back() -> tuple[Path | None, dict[str, Any], Precision]:
@@ -66,7 +65,7 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
 
     def prepare() -> None:
         if checkpoint is not None:
-            compare_identity(saved, inputs.identity)
+            may_go_on(saved, inputs.identity)
         locks.append(prepare_run_folder(config.folder, resume, config_text=dump_config(config)))
 
     distributed.on_first(prepare)
@@ -76,7 +75,12 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
     passes = {"validation": config.validation.every}
     passes |= {f"watch/{name}": each.every for name, each in inputs.watched.items()}
     with Progress(
-        config.optim.steps, active=rank == 0, console=console, every=passes, why_long=slowness.reasons
+        config.optim.steps,
+        active=rank == 0,
+        console=console,
+        every=passes,
+        budget=config.optim.generated_tokens,
+        why_long=slowness.reasons,
     ) as progress:
         for note in (*inputs.notes, *precision.lines):
             progress.say(note)
@@ -91,13 +95,19 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
         close(trainer)
     if finished and trainer.before and trainer.accuracy:
         peaks = distributed.gather_objects(peak_memory_bytes())
-        save_final_model(trainer.sharded, inputs, config.folder / "final")
+        final, noted = config.folder / "final", config.folder / "summary.json"
+        ended = checkpoint is not None and manifest(checkpoint)["step"] == trainer.step
+        shown = distributed.on_first(lambda: ended and final.is_dir() and noted.is_file())  # it had ended before
+        if not shown:
+            save_final_model(trainer.sharded, inputs, final)
         if rank == 0:
             summary = summarize(
                 read_jsonl(config.folder / "metrics.jsonl"),
                 before=trainer.before,
                 after=trainer.accuracy,
-                peak_memory_bytes={key: max(peak[key] for peak in peaks) for key in peaks[0]},
+                peak_memory_bytes=json.loads(noted.read_text())["peak_memory_bytes"]
+                if shown
+                else {key: max(peak[key] for peak in peaks) for key in peaks[0]},
                 run_folder=config.folder,
             )
             final_table(summary, console=console)
@@ -118,6 +128,11 @@ def close(trainer: Trainer) -> None:
     """End its threads and worker processes."""
     trainer.generation.close()
     trainer.collector.rewarder.close()
+
+
+def may_go_on(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raise UserError naming what a checkpoint and the run that resumes it differ in, but for what it may mend."""
+    compare_identity(*({key: value for key, value in each.items() if key not in MAY_MEND} for each in (saved, current)))
 
 
 def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None) -> bool:
@@ -205,7 +220,7 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
         tracker=Tracker(
             config.folder,
             active=rank == 0,
-            resume_step=-1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]),
+            resume_step=-1 if checkpoint is None else manifest(checkpoint)["step"],
             config=config.model_dump(mode="json"),
             wandb_mode=config.tracking.wandb,
             project=config.tracking.project,
@@ -275,5 +290,7 @@ def resume_command() -> str:
         del arguments[at : at + 2]
     arguments = [a for a in arguments if not a.startswith("--resume=")]
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if os.environ.get("WORLD_SIZE", local) != local:
+        return "the same command, and --resume auto"
     launcher = f"torchrun --nproc_per_node {local}" if "TORCHELASTIC_RUN_ID" in os.environ else "accelerate launch"
-    return f"{launcher} train.py " + shlex.join([*arguments, "--resume", "auto"])
+    return f"{launcher} " + shlex.join([sys.argv[0], *arguments, "--resume", "auto"])

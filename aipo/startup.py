@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import io
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,3 +17,10 @@ def imports() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def legible() -> None:
+    """A terminal that has no letter for something shows a question mark, and the command goes on."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

@@ -129,7 +129,7 @@ class Trainer:
                 self.collector.engine.sync(self.sharded.full_parameters())
 
             self.step += 1
-            metrics = reduce_metrics(rollouts, metrics | sums, clock.seconds) | self.curriculum.metrics()
+            metrics = reduce_metrics(rollouts, metrics | sums, clock.seconds) | self.curriculum.metrics(step)
             metrics |= {"mask/kappa": kappa, "mask/prefix": prefix, "policy/lr": learning_rate(step, config)}
             best = False
             self.generated += round(metrics["rollout/tokens"])
@@ -140,12 +140,12 @@ class Trainer:
             self.refresh_labels(rollouts, selection)
             self.tracker.log(self.step, metrics)
             self.recorder.write(self.tracker, self.step, selection)
-            self.progress.update(self.step, metrics)
+            self.progress.update(self.step, metrics, self.generated)
             stop = not distributed.all_true(not self.stop_requested())
+            if self.gap_guard.ends(self.step, metrics["mismatch/gap"], self.progress.say):  # counted before any save
+                raise TrainingError(self.gap_guard.why(self.save()))
             if self.step % config.checkpoint.every == 0 or self.finished or best or stop:
                 self.save()
-            if self.gap_guard.ends(self.step, metrics["mismatch/gap"], self.progress.say):
-                raise TrainingError(self.gap_guard.why(self.save()))
         return self.finished
 
     @property
@@ -166,7 +166,7 @@ class Trainer:
             every = [micro for part in parts for micro in part]
             signals, measured = measure(needed(config), passes, every, rollouts)  # (B, T) each
             ranking, rollouts.token_advantages = shape(rollouts, signals, config)  # (B, T) or None
-            self.recorder.start(rollouts, signals, self.generation.dropped)
+            self.recorder.start(rollouts, signals, rollouts.dropped)
             selection = Selection(selector, rollouts, gold, kappa=kappa, prefix=prefix, step=self.step, ranking=ranking)
             selection.probe(every, passes.states)
             old = passes.selected_log_probs(every, rollouts, selection) if len(parts) > 1 else None  # (B, T)
@@ -325,6 +325,7 @@ class Trainer:
         return {
             "step": self.step,
             "bad_steps": self.bad_steps,
+            "gap_beyond": self.gap_guard.beyond,
             "generated": self.generated,
             "before": vars(self.before) if self.before else None,
             "accuracy": vars(self.accuracy) if self.accuracy else None,
@@ -339,6 +340,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.bad_steps, self.generated = state["step"], state["bad_steps"], state["generated"]
         self.before, self.accuracy = (Accuracy(**state[key]) if state[key] else None for key in ("before", "accuracy"))
+        self.gap_guard.beyond = state.get("gap_beyond", 0)  # a checkpoint of before has none
         self.newest_peaks = state["newest_peaks"]
         self.generation.load_state_dict(state["generation"], self.problems)
         self.curriculum.load_state_dict(state["curriculum"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("names", nargs="+", metavar="NAME", help="sets to prepare, or all")
     parser.add_argument("--from", dest="local", type=Path, metavar="PATH", help="local file or folder, not the hub")
     parser.add_argument("--revision", help="commit, tag or branch on the hub (default: the one that was checked)")
-    parser.add_argument("--out", type=Path, default=Path("data"), help="folder to write to (default: data)")
+    here = Path(os.path.relpath(Path(__file__).resolve().parent))
+    parser.add_argument("--out", type=Path, default=here, help="folder to write to (default: that of this script)")
     parser.add_argument(
         "--any-count", action="store_true", help="let an evaluation set have another size than it should"
     )

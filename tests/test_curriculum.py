@@ -233,7 +233,7 @@ def test_resume_is_exact():
         assert resumed.sample(step, 5) == curriculum.sample(step, 5)
         curriculum.observe_validation(step / 100)
         resumed.observe_validation(step / 100)
-        assert resumed.metrics() == curriculum.metrics()
+        assert resumed.metrics(step) == curriculum.metrics(step)
         assert resumed.kappa(step) == curriculum.kappa(step)
     assert resumed.state_dict() == curriculum.state_dict()
     with pytest.raises(ValueError, match="belong to no question"):
@@ -243,10 +243,28 @@ def test_resume_is_exact():
 def test_metrics():
     curriculum = make()
     curriculum.sample(50, 8)
-    metrics = curriculum.metrics()
+    metrics = curriculum.metrics(50)
     assert metrics["curriculum/clock"] == 50
     assert metrics["curriculum/share_hard"] == pytest.approx(0.225)
     assert metrics["curriculum/questions_easy"] == 60
+
+
+def test_metrics_are_of_a_step_though_the_next_is_drawn():
+    """And though the run was resumed with a batch that waited for its step."""
+    sizes, total_steps = (9, 5, 4), 10
+    plain, ahead = make(sizes, total_steps=total_steps), make(sizes, total_steps=total_steps)
+    ahead.sample(0, 4)
+    for step in range(total_steps):
+        for _ in range(2):  # dynamic sampling draws again
+            plain.sample(step, 4)
+        ahead.sample(step, 4)
+        if step + 1 < total_steps:
+            ahead.sample(step + 1, 4)
+        assert ahead.metrics(step) == plain.metrics(step)
+        state = json.loads(json.dumps(ahead.state_dict()))
+        ahead = build(ahead.question_ids, bucket_by="count", total_steps=total_steps)
+        ahead.load_state_dict(state)
+    assert plain.metrics(total_steps - 1)["curriculum/epoch_hard"] > 1
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from aipo.layout import MicroBatch
 from aipo.passes import Passes
 from aipo.problems.datasets import Problem
 from aipo.problems.prompts import Prompter
+from aipo.record.reporting import by_source
 from aipo.reward import Rewarder
 from aipo.rollout.base import Completion, Request, Sampling
 from aipo.rollout.collect import Collector
@@ -100,7 +101,8 @@ class ScriptedPasses(Passes):
     def forward(self, micro: MicroBatch, *, full: bool) -> dict[str, Tensor]:
         """The policy is least sure of the fourth token of each rollout."""
         assert full
-        return {"entropy": torch.cat([(torch.arange(n) == 3).float() for n in micro.lengths] + [torch.empty(0)])}
+        unsure = torch.cat([(torch.arange(n) == 3).float() for n in micro.lengths] + [torch.empty(0)])  # (N,)
+        return {"entropy": unsure, "certainty": 1 - unsure}
 
     def log_probs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
         """A gold answer is the likelier the longer what stands before it."""
@@ -147,13 +149,17 @@ def test_groups_that_do_not_vary_are_replaced(prompter: Prompter) -> None:
     assert (metrics["dynamic_tries"], metrics["dynamic_kept"]) == (2, 4)  # two draws of eight
     engine: Any = made.collector.engine
     assert rollouts.extra_tokens == engine.tokens - int(rollouts.lengths.sum())  # what was dropped is not forgotten
+    kept = Rollouts.from_state(rollouts.state_dict(), {each.id: each for each in problems(range(16))})
+    for each in (rollouts, kept):  # of the first draw
+        assert each.dropped is not None
+        assert [problem.id for problem in each.dropped.problems] == ["q1", "q2", "q4", "q5", "q7"]
     assert len(rollouts.prompts) == 4
     assert len(rollouts.completions) == len(rollouts.texts) == len(rollouts.ids) == 16
     assert len(set(rollouts.ids.tolist())) == 16
 
 
-def test_two_ranks_keep_what_one_keeps(prompter: Prompter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 has 0, 2, 4, ...; of 0, 3, 6, 9 it ends up with 0 and 6."""
+def on_two_ranks(prompter: Prompter, monkeypatch: pytest.MonkeyPatch, right: Right, settings: Config) -> list[Rollouts]:
+    """The batch of each of two ranks, of which the first has questions 0, 2, 4, ..."""
     local, meet, board = threading.local(), threading.Barrier(2), [None, None]
 
     def gather(value: Any) -> list[Any]:
@@ -170,16 +176,44 @@ def test_two_ranks_keep_what_one_keeps(prompter: Prompter, monkeypatch: pytest.M
 
     def work(rank: int) -> None:
         local.rank = rank
-        made = generation(prompter, varies_from(0), config())
-        found[rank], _ = made.rollouts(0, Questions(rank, 2), clock, prefix=1.0)
+        found[rank], _ = generation(prompter, right, settings).rollouts(0, Questions(rank, 2), clock, prefix=1.0)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    ids = [[problem.id for problem in part.problems] for part in found if part is not None]
-    assert ids == [["q0", "q6"], ["q3", "q9"]]
+    return [part for part in found if part is not None]
+
+
+def test_two_ranks_keep_what_one_keeps(prompter: Prompter, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = on_two_ranks(prompter, monkeypatch, varies_from(0), config())
+    assert [[problem.id for problem in part.problems] for part in found] == [["q0", "q6"], ["q3", "q9"]]
+
+
+def test_two_ranks_with_unequally_many_questions_read_them_in_the_updates_of_one(
+    prompter: Prompter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 0, 2, 4 and 7 the first update reads 0 and 2, though the ranks keep three and one."""
+    settings = config("optim.updates_per_batch=2")
+
+    def varies(number: int, sample: int) -> bool:
+        return sample == 0 and number in (0, 2, 4, 7)
+
+    def read(rollouts: Rollouts) -> list[list[str]]:
+        rollouts.used = torch.ones(len(rollouts.completions), dtype=torch.bool)
+        updates = ScriptedPasses(settings, prompter).update_batches(rollouts)
+        rows = [[int(row) for micro in update for row in micro.rows if row >= 0] for update in updates]
+        return [sorted({rollouts.question_of(row).id for row in each}) for each in rows]
+
+    alone, _ = generation(prompter, varies, settings).rollouts(0, Questions(), clock, prefix=1.0)
+    assert read(alone) == [["q0", "q2"], ["q4", "q7"]]
+    first, second = on_two_ranks(prompter, monkeypatch, varies, settings)
+    monkeypatch.undo()
+    assert read(first) == [["q0", "q2"], ["q4"]]
+    assert second.update == [1]
+    whole = Rollouts.from_state(first.state_dict(), {each.id: each for each in problems(range(99))})
+    assert whole.update == [0, 0, 1]  # a batch that waits for its step keeps it
 
 
 def test_nothing_varies(prompter: Prompter) -> None:
@@ -235,6 +269,22 @@ def test_continuations_are_counted(prompter: Prompter) -> None:
     assert asked[0].max_tokens == made.sampling.max_tokens - cut
     assert len({request.seed for request in engine.seen}) == len(engine.seen)
     assert rollouts.extra_tokens > 0
+
+
+def test_a_reward_of_certainty_is_no_verdict(prompter: Prompter) -> None:
+    """An answer whose check gave none is not wrong, though the policy rewards it; here and in a batch that waited."""
+    made = generation(prompter, varies_from(0), config("dynamic.enabled=false", "reward.rule=certainty"))
+    judged = torch.tensor([1.0, torch.nan, 0.0, torch.nan])
+    made.collector.rewarder.collect = lambda pending: (judged, judged == 1, {})  # type: ignore[method-assign]
+    asked = [Problem("q7", "Say number 7.", "7", origin="numbers")]
+    rollouts, _ = made.rollouts(0, lambda step, count: asked, clock, prefix=1.0)
+    waited = Rollouts.from_state(rollouts.state_dict(), {"q7": asked[0]})
+    kept = rollouts.keep(rollouts.rows_of([0]))
+    for batch in (rollouts, waited, kept, Rollouts.joined([rollouts.take([]), waited])):
+        batch.used = torch.ones(4, dtype=torch.bool)
+        made.policy_rewards(batch, None)
+        assert batch.rewards.isfinite().all()
+        assert by_source(batch) == {"rollouts of numbers": 4, "judged of numbers": 2, "correct of numbers": 1}
 
 
 def test_branches_fill_a_question_up(prompter: Prompter) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from aipo.layout import MicroBatch, filler, micro_batches, pad, shared_prompt_batches, token_grid, unpad
 from aipo.problems.datasets import Problem
+from aipo.record.batches import read_batch, rebuild, write_batch
 from aipo.rollout import Completion
 from aipo.rollouts import Rollouts, deal
 
@@ -253,12 +256,14 @@ def test_every_field_is_taken_with_its_row() -> None:
     """By all the fields that there are: a field without a word on whose it is would stay whole."""
     whole = batch()
     whole.token_advantages = torch.arange(12.0).reshape(6, 2)
+    whole.judged = torch.arange(6) > 1
     whole.pending = list("uvwxyz")  # type: ignore[arg-type]
     whole.lineage = [((row, row + 1),) for row in range(6)]
+    whole.update = list(range(len(whole.problems)))
     part = whole.take([5, 1])
     for each in fields(Rollouts):
         value = getattr(part, each.name)
-        if each.name in ("group_size", "extra_tokens", "prefix"):
+        if each.name in ("group_size", "extra_tokens", "prefix", "dropped"):
             continue
         assert len(value) == 2, each.name
         assert str(value[0]) == str(getattr(whole, each.name)[5 if each.metadata["by"] == "rollout" else 2]), each.name
@@ -340,3 +345,26 @@ def test_a_micro_batch_writes_where_it_reads() -> None:
     assert torch.equal(micro.grid(micro.ragged_of(padded)[mask], mask)[0], expected[micro.rows[0], :3])
     assert micro.rows_of(padded).shape == (4, 3)
     filler().write(found, torch.empty(0))
+
+
+def test_one_process_reads_a_recorded_batch_in_the_updates_of_its_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 read question 0 in the first update and 1 in the second, rank 1 question 2 in the first."""
+    whole = batch()
+    monkeypatch.setattr("aipo.distributed.world_size", lambda: 2)
+    for rank, questions, updates in ((0, [1, 0], [1, 0]), (1, [2], [0])):
+        monkeypatch.setattr("aipo.distributed.rank", lambda rank=rank: rank)
+        share = whole.take(whole.rows_of(questions))
+        share.update = updates
+        mask = torch.ones_like(share.logp_engine, dtype=torch.bool)  # (B, T)
+        write_batch(tmp_path / "replay", 1, share, SimpleNamespace(kappa=0.2, prefix=1.0, mask=mask))  # type: ignore[arg-type]
+    shares = read_batch(tmp_path, 1)
+    known = {problem.id: problem for problem in whole.problems}
+    rebuilt, mask, *_ = rebuild(shares, known, updates=2)
+    assert [problem.id for problem in rebuilt.problems] == ["0", "2", "1"]
+    assert rebuilt.updates(2) == [0, 0, 1]
+    assert torch.equal(mask.sum(dim=1), rebuilt.lengths)
+    for each in shares:  # as runs of before wrote it: each rank's own questions in equal parts
+        del each["update"]
+    assert rebuild(shares, known, updates=2)[0].updates(2) == [0, 1, 1]

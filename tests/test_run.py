@@ -13,7 +13,7 @@ import train
 from aipo.config import load_config
 from aipo.errors import UserError
 from aipo.inputs import check_inputs, check_model, describe_data, triton_lacks, without_effect
-from aipo.run import resume_command
+from aipo.run import may_go_on, resume_command
 from tests.tiny import make_tiny
 
 
@@ -202,6 +202,45 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 def test_resume_command_keeps_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", "a.yaml", "--resume", "none", "seed=3"])
     assert resume_command() == "accelerate launch train.py --config a.yaml seed=3 --resume auto"
+
+
+def test_resume_command_of_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launcher of many cannot start the others."""
+    monkeypatch.setenv("WORLD_SIZE", "32")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert resume_command() == "the same command, and --resume auto"
+
+
+def test_a_cache_that_cannot_hold_labels(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AIPO_CACHE", str(tmp_path / "file"))
+    config = config_with(model, write(tmp_path / "d.jsonl", GOOD), "rollout.engine=hf")
+    with pytest.raises(UserError, match=r"labels of their questions, cannot be written.*AIPO_CACHE"):
+        check_inputs(config, world=1)
+    check_inputs(config.model_copy(update={"curriculum": config.curriculum.model_copy(update={"enabled": False})}), 1)
+
+
+def test_latents_that_nothing_is_drawn_with_may_be_gone(model: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "d.jsonl", GOOD)
+    config = config_with(model, data, "rollout.engine=hf", "branch.latent_path=gone.pt")
+    assert "latents" not in check_inputs(config, world=1).identity
+
+
+def test_what_an_error_says_to_change_may_change(model: Path, tmp_path: Path) -> None:
+    """Dynamic sampling that found too few questions: raise max_tries, or on_exhausted: continue, and resume."""
+    data = write(tmp_path / "d.jsonl", GOOD)
+    saved, mended, other = (
+        check_inputs(config_with(model, data, "rollout.engine=hf", *more), world=1).identity
+        for more in ([], ["dynamic.max_tries=20", "dynamic.on_exhausted=continue"], ["dynamic.factor=5"])
+    )
+    may_go_on(saved, mended)
+    with pytest.raises(UserError, match=r"dynamic\.factor is"):
+        may_go_on(saved, other)
+
+
+def test_a_home_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/some/home")
+    assert load_config("tiny.yaml", ["runs=~/runs", "name=x"]).folder == Path("/some/home/runs/x")
 
 
 @pytest.mark.usefixtures("without_vllm")

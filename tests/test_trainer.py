@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from aipo.config import Config, load_config
 from aipo.curriculum import Curriculum
+from aipo.errors import TrainingError
 from aipo.layout import pad
 from aipo.loss import policy_loss
 from aipo.mask import MaskRule
+from aipo.metrics import Accuracy
 from aipo.mi import coordinate_scores
 from aipo.passes import Passes
 from aipo.policy import make_policy
@@ -106,6 +109,62 @@ def test_the_initial_validation_is_the_first_best(model: Path) -> None:
     assert not trainer.curriculum.observe_validation(0.5)
     assert not trainer.curriculum.observe_validation(0.4)
     assert trainer.curriculum.stalls == 1
+
+
+def stepping(config: Config, model: Path) -> tuple[Trainer, list[dict[str, float]], list[dict[str, Any]]]:
+    """A trainer that gets one batch over and over and draws each step's questions one step ahead; what it logs, and
+    the states that it saves."""
+    trainer, rollouts = made(config, model)
+    rollouts.rewards = torch.tensor([1.0, 0] * 4)
+    rollouts.correct = rollouts.rewards == 1
+    trainer.before = Accuracy(0.5, 0.4, 0.6, problems=4, samples=8)
+    trainer.curriculum = Curriculum(list("abc"), config.curriculum, config.mask, total_steps=10, seed=0)
+    logged: list[dict[str, float]] = []
+    states: list[dict[str, Any]] = []
+
+    def drawn(step: int, *_: object, **__: object) -> tuple[Rollouts, dict[str, float]]:
+        for each in range(step + (step > 0), step + 2):
+            trainer.curriculum.sample(each, 2)
+        return rollouts, {}
+
+    trainer.validate = lambda: {"validation/accuracy": 0.5}  # type: ignore[method-assign]
+    trainer.generation.rollouts = drawn  # type: ignore[method-assign]
+    trainer.collector.engine = SimpleNamespace(sync=list)
+    trainer.tracker = SimpleNamespace(log=lambda _, line: logged.append(line), log_rollouts=print, state_dict=dict)  # type: ignore[assignment]
+    trainer.progress = SimpleNamespace(update=lambda *_: None, say=lambda _: None)  # type: ignore[assignment]
+    trainer.save = lambda: states.append(trainer.state_dict()) or Path("saved")  # type: ignore[func-returns-value, method-assign]
+    return trainer, logged, states
+
+
+def test_a_gap_ends_a_job_that_is_stopped_after_every_step(model: Path) -> None:
+    """The engine said -1 of every token: each step is beyond the guard, and the second in a row ends the run."""
+    config = config_of(model, "guards.max_bad_steps=2", "tracking.replay=false", "tracking.rollouts_per_step=0")
+    first, logged, states = stepping(config, model)
+    first.stop_requested = lambda: True
+    assert not first.train()
+    assert logged[0]["mismatch/gap"] > config.guards.max_gap
+    assert len(states) == 1
+    for old in (False, True):
+        second, logged, _ = stepping(config, model)
+        second.tracker.load_state_dict = lambda state: None  # type: ignore[method-assign]
+        second.stop_requested = lambda: True
+        state = {key: value for key, value in states[0].items() if key != "gap_beyond" or not old}
+        second.load_state_dict(state)
+        if old:  # a checkpoint of before starts to count anew
+            assert not second.train()
+        else:
+            with pytest.raises(TrainingError, match="in 2 steps in a row"):
+                second.train()
+        assert second.step == 2
+
+
+def test_a_line_has_the_curriculum_of_its_own_step(model: Path) -> None:
+    keys = ["optim.steps=3", "validation.every=99", "tracking.replay=false", "tracking.rollouts_per_step=0"]
+    config = config_of(model, *keys, "guards.max_gap=99")
+    trainer, logged, _ = stepping(config, model)
+    assert trainer.train()
+    assert [line["curriculum/clock"] for line in logged] == [0, 1, 2]
+    assert [line["curriculum/epoch_easy"] for line in logged] == [0, 1, 1]  # 2 of 3 questions a step
 
 
 def test_gold_states_of_the_initial_weights_and_of_other_questions(model: Path) -> None:

@@ -159,6 +159,7 @@ def _job(campaign: Campaign, name: str, cells: Sequence[Cell]) -> Job:
         retries=campaign.retries,
         steps=config.optim.steps if trained else 0,
         keep_model=campaign.keep_models,
+        tokens=config.optim.generated_tokens,
         facts={"twins": first.twins, "device": device(), **size(config, campaign.gpus)},
     )
 
@@ -225,16 +226,17 @@ def _weights(name: str) -> str:
     return weights_digest(str(folder), PretrainedConfig()) if folder.is_dir() else name
 
 
-def missing_data(plan: Plan) -> list[str]:
-    """Files that runs and evaluations read and that are not there."""
+def missing_data(plan: Plan, *, offline: bool = True) -> list[str]:
+    """Files that runs and evaluations read and that are not there; ``offline`` also what evaluate.py would fetch."""
     paths = {source.path for cell in plan.cells for source in data_sets(cell.setting.config).values()}
-    paths |= set(plan.campaign.evaluate.files if plan.campaign.evaluate else ())
+    if asked := plan.campaign.evaluate:
+        paths |= {*asked.files, *(asked.fetched if offline else ())}
     return sorted(path for path in paths if not path.startswith(ELSEWHERE) and not Path(path).expanduser().exists())
 
 
-def check_here(plan: Plan) -> None:
-    """What must hold before anything is started. UserError."""
-    if missing := missing_data(plan):
+def check_here(plan: Plan, *, offline: bool = False) -> None:
+    """What must hold before anything is started, ``offline`` where nothing can be fetched later. UserError."""
+    if missing := missing_data(plan, offline=offline):
         how = "make data, for a bed python -m aipo.beds, or put the file there"
         raise UserError(f"{plan.name}: {', '.join(missing)} not there: {how}")
 

@@ -48,7 +48,7 @@ def estimates(plan: Plan, cores: int) -> dict[str, Estimate]:
             cache[job.facts["twins"]] = _memory(cell, job.gpus)
         memory = cache[job.facts["twins"]]
         seconds, source = _time(job, cell, measured, memory, cores)
-        left = 1 - job.reached / job.steps if job.steps else 1.0
+        left = 1 - job.reached / job.last if job.steps else 1.0
         if not any(work.what == "training" for work in job.missing):
             left = 0.0
         peak = math.nan if isinstance(memory, str) else max(map(memory.peak, memory.phases)) / GIB

@@ -39,7 +39,7 @@ def source_version(what: What, root: Path = ROOT) -> str:
     found = hashlib.sha256((root / SCRIPTS[what]).read_bytes())
     for path in sorted((root / "aipo").rglob("*.py")):
         name = path.relative_to(root)
-        if name.parts[1] not in APART:
+        if name.parts[1] not in APART and "/." not in name.as_posix() and path.is_file():  # no editor's lock or copy
             found.update(b"\0" + name.as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:16]
 
@@ -60,7 +60,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Job:
-    """What one folder of cells needs, in order. ``facts`` go into ``cell.json``, from which times are estimated."""
+    """What one folder of cells needs, in order. ``facts`` go into ``cell.json``, from which times are estimated.
+
+    A training ends after ``steps``, or before that once it has generated ``tokens``.
+    """
 
     key: str
     name: str
@@ -71,6 +74,7 @@ class Job:
     retries: int
     steps: int
     keep_model: bool
+    tokens: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -103,6 +107,15 @@ class Job:
                 lines = [line for line in file.read().split(b"\n")[:-1] if line]
             return int(json.loads(lines[-1])["step"])
         return 0
+
+    @property
+    def last(self) -> int:
+        """The step that it will end with, as far as its steps until now say."""
+        from aipo.record.jsonl import read_jsonl  # imported here: both bring torch
+        from aipo.record.progress import last_step
+
+        log = read_jsonl(self.place / "metrics.jsonl") if self.tokens and self.reached else []
+        return last_step(self.steps, self.tokens, self.reached, sum(line.get("rollout/tokens") or 0 for line in log))
 
     def state(self) -> State:
         if not self.missing:
@@ -184,8 +197,17 @@ def _run(job: Job, environment: dict[str, str], stopped: Callable[[], bool]) -> 
         return "failed"
     if all(wanted.with_suffix("").exists() for wanted in job.place.rglob("*.wanted")):
         for heavy in ("final", "exported", "checkpoints"):  # gigabytes; numbers stay
-            shutil.rmtree(job.place / heavy, ignore_errors=True)
+            _remove(job.place / heavy)
     return "done"
+
+
+def _remove(folder: Path) -> None:
+    """It first loses its name, so that half of one never looks like a whole."""
+    doomed = folder.with_name(f".tmp-delete-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)  # that a kill has left
+    with suppress(OSError):
+        os.replace(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _do(job: Job, work: Work, environment: dict[str, str], stopped: Callable[[], bool]) -> int:

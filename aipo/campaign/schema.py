@@ -19,9 +19,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from aipo.config import CONFIG_FOLDER, Config, load_config
 from aipo.config.base import NonNegative, Positive, Section
-from aipo.config.reading import layers
+from aipo.config.reading import flatten_sections, layers
 from aipo.errors import UserError
 from aipo.evaluation.benchmarks import ALIASES, EMBEDDED, PAPER
+from aipo.problems.sources import path_of
 from aipo.record.checkpoints import flatten
 from evaluate import parse as parse_evaluation
 
@@ -62,6 +63,12 @@ class Evaluation(Section):
     @property
     def files(self) -> list[str]:
         return [name for name in self.benchmarks if name.endswith(".jsonl")]
+
+    @property
+    def fetched(self) -> list[str]:
+        """Files of the named benchmarks: evaluate.py fetches what is not there."""
+        named = [ALIASES.get(name, name) for name in self.benchmarks if name not in (*self.files, EMBEDDED)]
+        return [str(path_of(name)) for name in named]
 
     @property
     def names(self) -> list[str]:
@@ -333,7 +340,7 @@ def _condition(value: Any) -> Any:
     rest = {key: each for key, each in value.items() if key not in own}
     if taken := sorted({"name", "runs", "seed"} & rest.keys()):
         raise ValueError(f"{taken[0]} is the campaign's to set, for each run" + (": see seeds" * (taken[0] == "seed")))
-    return own | {"keys": flatten(rest)}
+    return own | {"keys": dict(flatten_sections(rest))}
 
 
 def _text(value: Any) -> str:

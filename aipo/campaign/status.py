@@ -30,7 +30,7 @@ def time_left(job: Job, state: State, estimate: Estimate, seen: Seen, now: float
         return 0.0 if state == "done" else estimate.seconds
     began, first = seen.setdefault(job.key, (now, job.reached))
     if job.reached > first and now > began:
-        return (job.steps - job.reached) * (now - began) / (job.reached - first)
+        return (job.last - job.reached) * (now - began) / (job.reached - first)
     return estimate.seconds
 
 
@@ -50,7 +50,7 @@ def render(plan: Plan, seen: Seen, made: dict[str, Estimate]) -> Group:
         values = [line.get(plan.campaign.metric) for line in read_jsonl(job.place / "metrics.jsonl")]
         last = next((value for value in reversed(values) if value is not None), None)
         table.add_row(
-            job.name, Text(state, style=STYLES[state]), f"{job.reached}/{job.steps}" if job.steps else "",
+            job.name, Text(state, style=STYLES[state]), f"{job.reached}/{job.last}" if job.steps else "",
             "" if last is None else f"{last:.3f}", "" if state in ("done", "failed") else hours(left),
         )  # fmt: skip
     known = sum(each for each in seconds if not math.isnan(each)) / max(counts["running"], 1)

@@ -117,7 +117,7 @@ def load_config(name: str, overrides: Sequence[str] = (), *, method: str | None 
         own = [layer for layer in bases if Path(layer[0]).resolve().parent == CONFIG_FOLDER / "methods"] + [itself]
         values["name"] = f"{path.stem}-{file.stem}"
     for layer, tree in [*layers(path), *own, *map(_parse_override, overrides)]:
-        for key, value in _flatten(tree):
+        for key, value in flatten_sections(tree):
             _check_key(key, layer)
             values[key], origin[key] = value, layer
     values.setdefault("name", path.stem)
@@ -153,7 +153,7 @@ def layers(
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a file. UserError where it holds something else, or a key twice."""
     try:
-        tree = yaml.load(path.read_text(), _Loader) or {}
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -197,11 +197,12 @@ _SECTIONS = {
 _KNOWN = {name: None for name, _ in keys()}  # in their order
 
 
-def _flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_sections(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys with their values. Below a key a mapping is its value, such as a source of data."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and key in _SECTIONS:
-            yield from _flatten(value, f"{key}.")
+            yield from flatten_sections(value, f"{key}.")
         elif value is None and key in _SECTIONS:
             continue  # an empty section of a YAML file
         else:

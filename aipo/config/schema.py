@@ -151,16 +151,24 @@ class Config(Section):
                 "reward.rule: continuations counts right continuations of the prefix that mask.rule: prefix trains on: "
                 "set mask.rule: prefix, or reward.rule: verifier"
             )
-        if self.reward.rule != "verifier" and (self.reward.signed or self.reward.overlong > 0):
+        shaped = self.reward.signed or self.reward.overlong > 0 or self.reward.correctness < 1
+        if self.reward.rule != "verifier" and shaped:
             raise ValueError(
-                "reward.signed and reward.overlong shape what the verifier says: set reward.rule: verifier, or leave "
-                "them out"
+                "reward.signed, reward.overlong, reward.format and reward.length shape what the verifier says: set "
+                "reward.rule: verifier, or leave them out"
             )
         if self.mask.score == "residual" and self.lora.rank == 0:
             raise ValueError("mask.score: residual is what the adapters change: set lora.rank (such as 16)")
-        trees = self.advantage.information != "next_token" and self.model.attention != "sdpa"
+        exits = self.advantage.information != "next_token"
+        trees = exits and self.model.attention != "sdpa"
         if self.mask.score == "information" and trees:
             raise ValueError("mask.score: information lays early exits out as trees, which needs model.attention: sdpa")
+        by_exits = exits and self.mask.score == "information" and self.mask.rule == "top_fraction"
+        if by_exits and self.advantage.stride > 1:
+            raise ValueError(
+                "mask.rule: top_fraction takes its share of the tokens that have a score, and advantage.stride scores "
+                "only some: set advantage.stride: 1"
+            )
         if self.advantage.tokens == "residual" and self.lora.rank == 0:
             raise ValueError(
                 "advantage.tokens: residual weighs what the adapters change: set lora.rank (such as 16), or take "
@@ -296,7 +304,7 @@ class Config(Section):
 
     @property
     def folder(self) -> Path:
-        return Path(self.runs) / self.name
+        return Path(self.runs).expanduser() / self.name
 
     def check_world_size(self, world: int) -> None:
         per_update = self.rollout.questions_per_step // self.optim.updates_per_batch

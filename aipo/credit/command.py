@@ -92,7 +92,7 @@ def run(config: Config, options: argparse.Namespace, folder: Path, device: torch
     text = summary(config, options, drawn, credit, frame, problems) + table(signals, credit)
     if any(name.endswith(WRONG) for name in signals):
         text += f"\nBeside another question's gold, the wrong gold: AUROC.\n\n{twins(signals, credit)}"
-    (folder / "credit.md").write_text(text)
+    (folder / "credit.md").write_text(text, encoding="utf-8")
     plot(signals, credit, folder / "credit.png")
     print(f"{text}\nwritten to {folder}: tokens.parquet, credit.md, credit.png")
     return 0

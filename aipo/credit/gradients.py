@@ -239,7 +239,7 @@ def run(config: Config, options: argparse.Namespace, folder: Path, device: torch
         f"{len(measured)} batches{empty} and 95 % interval, bootstrapped over them. Lowest: as many tokens from the "
         "other end.\n\n"
     ) + tables(measured, budgets)
-    (folder / "gradients.md").write_text(text)
+    (folder / "gradients.md").write_text(text, encoding="utf-8")
     print(text)
     return 0
 

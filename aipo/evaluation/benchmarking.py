@@ -100,7 +100,10 @@ def run(options: argparse.Namespace) -> None:
             if failed:
                 progress.say(f"checks that timed out / were killed: {', '.join(failed)}")
             progress.say(f"results: {save_results(folders[name], content, result, gained)}")
-            against = [options.baseline.parent] if baseline and is_evaluation(options.baseline.parent) else []
+            against = []
+            if baseline:
+                beside = options.baseline if options.baseline.is_dir() else options.baseline.parent
+                against = [beside] if is_evaluation(beside) else []
             progress.say(f"report: {evaluation_report([*against, folders[name]])}")
         if len(results) > 1:
             show(*intervention_rows(results), "accuracy with and without high-MI tokens", console)

@@ -54,8 +54,15 @@ def export(checkpoint: Path, folder: Path, config: Config) -> None:
     """Write the weights of a checkpoint to ``folder`` in Hugging Face format, in ``model.dtype``; nothing if there."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder.parent.mkdir(exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
+    try:
+        folder.parent.mkdir(exist_ok=True)
+        locked = FileLock(folder.with_name(f"{folder.name}.lock")).acquire()
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent}, where {checkpoint.name} goes as a Hugging Face folder, cannot be written "
+            f"({error.strerror}): make it writable, or copy the run to where you may write"
+        ) from error
+    with locked:
         if folder.is_dir():
             return
         base = resolve_model(config.model.path)
@@ -97,14 +104,16 @@ def model_stamp(path: str) -> list[tuple[str, int, int]]:
 
 
 def _run_of(path: Path) -> Path | None:
-    """The run folder that ``path`` is, or whose final model or checkpoint it is."""
+    """The run folder that ``path`` is, or whose final model or checkpoint it is; one may have lost its checkpoints."""
     candidates = [path]
     if path.name == "final":
         candidates.append(path.parent)
     if path.parent.name == "checkpoints":
         candidates.append(path.parent.parent)
-    runs = [each for each in candidates if (each / "checkpoints").is_dir() and (each / "config.yaml").is_file()]
-    return runs[0] if runs else None
+    for each in candidates:
+        if (each / "config.yaml").is_file() and any((each / name).is_dir() for name in ("checkpoints", "final")):
+            return each
+    return None
 
 
 def _pointed_at(path: Path) -> Path:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock
+
 from aipo.errors import UserError
 from aipo.problems.contamination import find_overlaps, words
 from aipo.problems.datasets import Problem, Split, load_problems, reshuffled
@@ -189,13 +191,19 @@ def path_of(name: str, folder: Path = Path("data")) -> Path:
 
 
 def ensure(name: str, folder: Path = Path("data")) -> Path:
-    """The prepared file of a set, made from the hub where it is missing; of several processes, one should call it.
+    """The prepared file of a set, made from the hub where it is missing: of several processes at once by one.
 
     Raises UserError, with the command for a local copy, if the hub cannot be reached or has something unexpected.
     """
     path = path_of(name, folder)
     if not path.is_file():
-        print(prepare(name, out=folder), flush=True)
+        try:
+            lock = FileLock(path.with_name(f".lock-{path.name}")).acquire()
+        except OSError as error:
+            raise _unwritable(name, path, error) from error
+        with lock:
+            if not path.is_file():
+                print(prepare(name, out=folder), flush=True)
     return path
 
 
@@ -378,7 +386,14 @@ def _write(report: Report, source: dict[str, str]) -> None:
         }
         write_atomically(path.with_suffix(".meta.json"), json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): choose another folder with --out") from error
+        raise _unwritable(report.name, path, error) from error
+
+
+def _unwritable(name: str, path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be written ({error.strerror}): write it elsewhere with python data/prepare.py {name} --out "
+        f"FOLDER; evaluate.py reads it there with --benchmarks {path_of(name, Path('FOLDER'))}"
+    )
 
 
 def _line(problem: Problem) -> str:

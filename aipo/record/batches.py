@@ -45,6 +45,7 @@ def write_batch(folder: Path, step: int, rollouts: Rollouts, selection: Selectio
         "rewards": rollouts.rewards,
         "correct": rollouts.correct,
         "lineage": rollouts.lineage,
+        "update": rollouts.update,
         "extra_tokens": rollouts.extra_tokens,
         "mask": unpad(selection.mask, rollouts.lengths),  # (N,)
     }
@@ -99,22 +100,12 @@ def rebuild(
 
     Returns:
         Judged rollouts without advantages, their mask (B, T), kappa and prefix. UserError for a question that is not
-        among ``problems``, or where one process would cut the updates elsewhere.
+        among ``problems``.
     """
     parts = [_rollouts(share, problems) for share in shares]
     joined = Rollouts.joined(parts)
-    order: list[int] = []
-    for number in range(updates):
-        start = 0
-        for part in parts:
-            count = len(part.problems)
-            order += range(start + number * count // updates, start + (number + 1) * count // updates)
-            start += count
-        if len(order) != (number + 1) * len(joined.problems) // updates:
-            raise UserError(
-                "the ranks had unequally many questions and split them over several updates (dynamic.enabled with "
-                "optim.updates_per_batch above 1): one process cannot split them alike"
-            )
+    joined.update = [number for part in parts for number in part.updates(updates)]
+    order = sorted(range(len(joined.problems)), key=joined.update.__getitem__)
     mask = pad(torch.cat([share["mask"] for share in shares]), joined.lengths)  # (B, T)
     rows = joined.rows_of(order)
     batch = joined.take(rows)
@@ -137,5 +128,6 @@ def _rollouts(share: dict[str, Any], problems: Mapping[str, Problem]) -> Rollout
         correct=share["correct"],
         texts=[""] * len(lengths),
         lineage=share["lineage"],
+        update=share.get("update", []),  # a record of before has none
         extra_tokens=share["extra_tokens"],
     )

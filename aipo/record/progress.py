@@ -45,6 +45,16 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{total % 60:02d}s" if minutes else f"{total}s"
 
 
+def last_step(steps: int, budget: int | None, step: int, generated: float) -> int:
+    """The step that a run will end with: ``steps``, or an earlier one with which its ``budget`` of tokens is used up.
+
+    That one is known only from what ``step`` steps have ``generated``: the others are taken to generate as much.
+    """
+    if budget is None or not generated:
+        return steps
+    return min(steps, max(step, math.ceil(step * budget / generated)))
+
+
 class Progress:
     """Progress of the training and of the longer passes in it; silent unless ``active`` (rank 0).
 
@@ -52,7 +62,8 @@ class Progress:
 
     On a terminal: bars that stay in place. Elsewhere: a line for each step, and for a pass a line every tenth of it.
     After the second step it says how long all will take, and for over an hour what ``why_long`` gives as reasons.
-    ``every`` names the passes that come back every so many steps and after the last, with that number.
+    ``every`` names the passes that come back every so many steps and after the last, with that number. ``budget``: of
+    generated tokens, with which the training ends before ``total_steps``.
     """
 
     def __init__(
@@ -63,9 +74,11 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
         every: Mapping[str, int] | None = None,
+        budget: int | None = None,
         why_long: Callable[[], Sequence[str]] = tuple,
     ) -> None:
-        self._total = total_steps or 0
+        self._steps = self._total = total_steps or 0
+        self._budget = budget
         self._active = active
         self._console = console or Console()
         self._clock = clock
@@ -81,10 +94,14 @@ class Progress:
             self._live.start()
             self._bar = self._live.add_task("training", total=total_steps, detail="", visible=total_steps is not None)
 
-    def update(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """``step`` steps are done; ``metrics`` as they are logged. The last value of each field stays in sight."""
+    def update(self, step: int, metrics: Mapping[str, float | None], generated: float = 0) -> None:
+        """``step`` steps are done, with ``generated`` tokens; ``metrics`` as they are logged.
+
+        The last value of each field stays in sight.
+        """
         if not self._active:
             return
+        self._total = last_step(self._steps, self._budget, step, generated)
         self._times.append((step, self._clock()))
         for label, key, form in FIELDS:
             if (value := metrics.get(key)) is not None:
@@ -93,7 +110,7 @@ class Progress:
         if (eta := self._eta(step)) is not None:
             fields.insert(0, f"ETA {duration(eta)}")
         if self._live is not None:
-            self._live.update(self._bar, completed=step, detail=" · ".join(fields))
+            self._live.update(self._bar, completed=step, total=self._total, detail=" · ".join(fields))
         else:
             self._line(" · ".join([f"step {step}/{self._total}", *fields]))
         if len(self._times) == 2 and eta:

@@ -62,7 +62,7 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
         **{k: v / world for k, v in total.items() if k.startswith("reward/")},
         **({"reward/trained": per("trained_reward", "judged")} if "trained_reward" in total else {}),
         **({"reward/kl": per("reward_kl", "rollouts")} if "reward_kl" in total else {}),
-        **{f"advantage/{key}": per(key, "rollouts") for key in ("gini", "effective_tokens") if key in total},
+        **{f"advantage/{key}": per(key, "residual_rollouts") for key in ("gini", "effective_tokens") if key in total},
         **({"information/cumulative": per("information", "information_rollouts")} if "information" in total else {}),
         **({"rollout/early_exits": per("exit_tokens", "tokens")} if total.get("exit_tokens") else {}),
         **{f"source/{name}/share": per(f"rollouts of {name}", "rollouts") for name in sources},

@@ -50,7 +50,7 @@ class TokenRecorder:
         self.budget = int(tracking.tokens_mb * 2**20 / config.optim.steps / BYTES_PER_TOKEN)  # tokens a step
         rule, cap, floor = rollout.importance_correction, rollout.importance_cap, rollout.importance_floor
         self.correction: dict[str, Any] = {"rule": rule, "cap": cap, "floor": floor}
-        self.drops_by_reward = config.advantage.drop_constant_groups == "reward"
+        self.drops, self.by_engine = config.advantage.drop_constant_groups, config.loss.old_policy == "engine"
         self.prompter, self.curriculum = prompter, curriculum
         self.rows: list[int] = []  # of the batch, as recorded
         self.figures: dict[str, Tensor] = {}  # (R, T) each, NaN where there is none
@@ -97,6 +97,8 @@ class TokenRecorder:
         if inputs.logp_engine is not None:
             engine = inputs.logp_engine[here]  # (r, t)
             found["mismatch"] = old - engine
+            if self.by_engine:  # which the ratio of the loss then compares with
+                found["ratio"] = (logp - engine).clamp(max=80).exp()
             found["weight"] = importance_weights(old, engine, selected, **self.correction)[0]
         if inputs.logp_ref is not None:
             found["kl"] = k3(logp, inputs.logp_ref[here])
@@ -141,8 +143,9 @@ class TokenRecorder:
         if not rollouts.rewards[row].isfinite():
             return "the check of its answer gave no verdict"
         group = slice(row // n * n, row // n * n + n)
-        if bool(constant_groups((rollouts.rewards if self.drops_by_reward else rollouts.judged_correct)[group][None])):
-            return "all of its group got the same reward" if self.drops_by_reward else SAME
+        looked_at = rollouts.rewards if self.drops == "reward" else rollouts.judged_correct  # (B,)
+        if self.drops != "none" and bool(constant_groups(looked_at[group][None])):
+            return "all of its group got the same reward" if self.drops == "reward" else SAME
         return "cut off at the length limit"
 
 

@@ -63,6 +63,7 @@ BEFORE_THE_FIRST_STEP = STARTED | {
     "curves",
     "rollouts",
     "replay",
+    "bad_steps",
     "checkpoints",
     "wandb",
     "wandb_id.txt",
@@ -101,7 +102,7 @@ def prepare_run_folder(folder: Path, resume: str, *, config_text: str, command: 
     write_atomically(folder / "config.yaml", config_text)
     write_atomically(folder / "versions.json", json.dumps(versions(), indent=1) + "\n")
     write_atomically(folder / "git.json", json.dumps(git_state(Path(__file__).parent)) + "\n")
-    with (folder / "command.txt").open("a") as file:  # a line for every start of the run
+    with (folder / "command.txt").open("a", encoding="utf-8") as file:  # a line for every start of the run
         file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')}  {shlex.join(command)}\n")
     return lock
 
@@ -275,7 +276,8 @@ class _Wandb:
             artifact = wandb.Artifact(f"report-{self.run_id}", type="report")
             artifact.add_file(str(path))
             for file in sorted((self._folder / "rollouts").glob("*.parquet")):
-                artifact.add_file(str(file), name=f"rollouts/{file.name}")
+                # these stay as they are, so wandb need not copy them; a later `wandb sync` may run in another folder
+                artifact.add_file(str(file.absolute()), name=f"rollouts/{file.name}", policy="immutable")
             run.log_artifact(artifact)
 
         self._put(job)
@@ -304,6 +306,8 @@ class _Wandb:
             log.warning("wandb failed and is off for the rest of this run; metrics.jsonl has everything", exc_info=True)
 
     def _init(self) -> Any:
+        # wandb copies what it uploads, and offline keeps the copies: with the run, not in the home directory
+        os.environ.setdefault("WANDB_DATA_DIR", str(self._folder.absolute() / "wandb"))
         import wandb
 
         mode: str | None = self._mode

@@ -124,7 +124,7 @@ def otf(run: Run, _: Sample) -> Advice | None:
         return None
     panel = "share of tokens trained on (OTF), of all generated"
     share = f"{percent(both[0])} → {percent(both[1])} of the tokens"
-    if rule in ("top_fraction", "random"):
+    if rule in ("top_fraction", "random", "bernoulli"):
         target = run.config["mask.fraction"]
         words = f"{share}, target {percent(target, 0)} (alarm: off by a quarter)"
         return Advice("OTF far from its target", words, abs(both[1] - target) > target / 4, panel)

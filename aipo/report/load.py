@@ -106,10 +106,10 @@ def load_run(folder: Path) -> Run:
     return Run(
         folder=folder,
         metrics=metrics,
-        config=flatten(yaml.safe_load(config.read_text()) or {}) if config.is_file() else {},
+        config=flatten(yaml.safe_load(config.read_text(encoding="utf-8")) or {}) if config.is_file() else {},
         held_out={line["step"]: line["questions"] for line in read_jsonl(folder / "held_out.jsonl")},
         summary=parsed("summary.json") or {},
         versions=parsed("versions.json") or {},
         git=parsed("git.json"),
-        commands=commands.read_text().splitlines() if commands.is_file() else [],
+        commands=commands.read_text(encoding="utf-8").splitlines() if commands.is_file() else [],
     )

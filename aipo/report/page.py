@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from aipo.errors import UserError
 from aipo.record.checkpoints import write_atomically
 from aipo.record.jsonl import plain
 
@@ -20,7 +21,10 @@ STYLES = ("vendor/uPlot.min.css", "style.css")
 
 
 def write_page(path: Path, template: str, data: Mapping[str, Any], **values: Any) -> Path:
-    """One HTML file at ``path`` from a template beside this file; ``data`` is what its script gets."""
+    """One HTML file at ``path`` from a template beside this file; ``data`` is what its script gets.
+
+    UserError where it cannot be written.
+    """
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -31,7 +35,11 @@ def write_page(path: Path, template: str, data: Mapping[str, Any], **values: Any
         style=Markup("\n".join(read(name) for name in STYLES)),
         **values,
     )
-    write_atomically(path, page)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, page)
+    except OSError as error:
+        raise UserError(f"--out: {path} cannot be written ({error.strerror}): choose another place") from error
     return path
 
 

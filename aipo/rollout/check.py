@@ -150,6 +150,6 @@ class GapGuard:
         """What the run says that stops."""
         return (
             f"engine and policy differed by more than guards.max_gap ({self.most} nats a token) in {self.beyond} steps "
-            f"in a row. The policy is saved in {saved}. Try optim.share_prompts=false, optim.packing=false, a lower "
-            "optim.lr, rollout.async_depth=0 or the other engine, from an earlier checkpoint with --resume PATH"
+            f"in a row. The policy is saved in {saved}. Try, in a run of another name, optim.share_prompts=false, "
+            "optim.packing=false, a lower optim.lr, rollout.async_depth=0 or the other engine"
         )

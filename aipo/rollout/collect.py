@@ -118,7 +118,9 @@ class Collector:
         rank."""
         if not rollouts.completions:  # a rank without a share of the questions
             rollouts.rewards, rollouts.correct = torch.zeros(0), torch.zeros(0, dtype=torch.bool)
+            rollouts.judged = rollouts.correct
             return {}
         rollouts.rewards, rollouts.correct, metrics = self.rewarder.collect(rollouts.pending)
+        rollouts.judged = rollouts.rewards.isfinite()  # (B,) kept: another reward may take the verdict's place
         rollouts.pending = []
         return metrics

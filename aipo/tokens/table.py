@@ -175,13 +175,16 @@ def _information_sums(signals: Signals) -> dict[str, float]:
 
 
 def _unevenness(rollouts: Rollouts, signals: Signals) -> dict[str, float]:
-    """Sums over this rank's rollouts of how uneven token weights are: Gini coefficient, share of tokens that count."""
+    """Sums over this rank's rollouts that were measured of how uneven token weights are: Gini coefficient, share of
+    tokens that count; and their number."""
     if "residual" not in signals or not len(rollouts.completions):
         return {}
-    weights = signals["residual"].nan_to_num(0.0)
+    measured = signals["residual"].isfinite().any(1)  # (B,)
+    weights = signals["residual"].nan_to_num(0.0)  # (B, T)
     return {
-        "gini": float(gini(weights, rollouts.lengths).sum()),
-        "effective_tokens": float(effective_token_ratio(weights, rollouts.lengths).sum()),
+        "gini": float(gini(weights, rollouts.lengths)[measured].sum()),
+        "effective_tokens": float(effective_token_ratio(weights, rollouts.lengths)[measured].sum()),
+        "residual_rollouts": float(measured.sum()),
     }
 
 

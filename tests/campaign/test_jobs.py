@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -80,6 +81,11 @@ def test_code_that_was_changed_since_the_plan_computes_nothing(tmp_path: Path) -
     assert [[a == b for a, b in zip(*pair)] for pair in itertools.pairwise(found)] == [
         [True, True], [True, False], [False, False],
     ]  # fmt: skip
+    (tmp_path / "aipo" / ".#scoring.py").symlink_to("me@here.1:2")  # Emacs, as long as the file is edited
+    (tmp_path / "aipo" / ".#scoring.py~").touch()
+    (tmp_path / "aipo" / ".copies").mkdir()
+    (tmp_path / "aipo" / ".copies" / "scoring.py").touch()
+    assert of_both() == found[-1]
     one = job(tmp_path, "a", "touch done", retries=5)
     now, before = (
         replace(one, work=(replace(one.work[0], source=each),)) for each in (source_version("training"), found[0][0])
@@ -214,6 +220,31 @@ def test_no_campaign_removes_a_model_that_another_keeps_or_still_needs(tmp_path:
     assert run_job(keeping) == run_job(plain) == "done"
     assert keeping.missing == []
     assert (plain.place / "starts").read_text() == "x\nx\n"
+
+
+def test_a_kill_while_a_model_is_removed_leaves_no_half_of_it(tmp_path: Path) -> None:
+    trained = job(tmp_path, "a", "mkdir final; touch final/one final/two; touch done")
+
+    def killed_after_one_file() -> None:
+        real, gone = os.unlink, itertools.count()
+
+        def unlink(path: Any, **more: Any) -> None:
+            if Path(path).name in ("one", "two") and next(gone):
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(path, **more)
+
+        os.unlink = unlink  # of this process alone
+        run_job(trained)
+
+    child = multiprocessing.get_context("fork").Process(target=killed_after_one_file)
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    more = evaluated(trained, "score")
+    assert [work.what for work in more.missing] == ["training", "evaluation"]
+    (trained.place / "ready-score").touch()
+    assert run_job(more) == "done"
+    assert sorted(path.name for path in trained.place.iterdir() if path.is_dir()) == []
 
 
 def test_a_run_that_is_trained_again_in_vain_stays_there_for_others(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from aipo.campaign.schema import FIGURES, Campaign, load_campaign, settings
 from aipo.config import CONFIG_FOLDER
+from aipo.config.data import Source
 from aipo.errors import UserError
 
 MINIMAL = "base: tiny.yaml\nconditions:\n  all: {mask.rule: all}\n  random: {mask: {rule: random, fraction: 0.3}}\n"
@@ -26,6 +27,17 @@ def test_conditions_by_seeds(tmp_path: Path) -> None:
         ("all", 0, 0), ("all", 1, 1), ("random", 0, 0), ("random", 1, 1),
     ]  # fmt: skip
     assert made[2].config.mask.fraction == 0.3
+
+
+def test_a_source_of_data_is_a_value_as_in_a_config_file(tmp_path: Path) -> None:
+    text = "base: tiny.yaml\nseeds: 1\ncommon: {data.validation: {path: a.jsonl}}\nconditions:\n"
+    text += "  dotted: {data.validation: {path: x.jsonl, rows: 10}}\n"
+    text += "  nested: {data: {validation: {path: x.jsonl, rows: 10}, suffix: Why?}}\n  common: {}\n"
+    path = write(tmp_path, text)
+    dotted, nested, common = (each.config.data for each in settings(load_campaign(path), path))
+    assert dotted.validation == nested.validation == Source(path="x.jsonl", rows=10)
+    assert nested.suffix == "Why?"
+    assert common.validation == Source(path="a.jsonl")
 
 
 def test_a_grid_crosses_and_the_nearest_wins(tmp_path: Path) -> None:

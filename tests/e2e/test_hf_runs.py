@@ -14,6 +14,7 @@ import torch
 from aipo.config import load_config
 from aipo.errors import TrainingError, UserError
 from aipo.inputs import check_inputs
+from aipo.model.export import model_stamp
 from aipo.record.checkpoints import damage, resolve
 from aipo.record.jsonl import read_jsonl
 from aipo.rollout import HfEngine
@@ -100,7 +101,8 @@ def test_a_run_on_a_mix_of_sources(model: Path, tmp_path: Path, monkeypatch: pyt
         "tracking.rollouts_per_step=16",
         "reward.workers=1",
     ]
-    config = load_config(str(tmp_path / "mixed.yaml"), [*more, "curriculum.buckets=within", "mask.rule=all"])
+    more += ["curriculum.buckets=within", "mask.rule=all"]
+    config = load_config(str(tmp_path / "mixed.yaml"), more)
     inputs = check_inputs(config, world=1)
     assert len(inputs.problems) + len(inputs.held_out) == 40
     asked = inputs.prompter.tokenizer.decode(inputs.prompter.encode("easy1 + 1", "easy"))
@@ -123,6 +125,16 @@ def test_a_run_on_a_mix_of_sources(model: Path, tmp_path: Path, monkeypatch: pyt
     assert all(line["source/hard/correct"] == 1 for line in lines[1:])  # 1 or more
     with pytest.raises(UserError, match=r"reward\.function: nowhere:f cannot be imported \(ModuleNotFoundError"):
         check_inputs(load_config(str(tmp_path / "mixed.yaml"), [*more, "reward.function=nowhere:f"]), world=1)
+    # the same command again shows the table, and changes nothing that an evaluation or a campaign goes by
+    final, summary = config.folder / "final", (config.folder / "summary.json").read_text()
+    stamp = model_stamp(str(final))
+    assert run(config, resume="auto", device=torch.device("cpu"))
+    assert (config.folder / "summary.json").read_text() == summary
+    assert model_stamp(str(final)) == stamp
+    (tmp_path / "good").symlink_to(config.folder / "checkpoints" / "step-000004")  # a name that says no step
+    again = load_config(str(tmp_path / "mixed.yaml"), [*more, "name=again"])
+    assert run(again, resume=str(tmp_path / "good"), device=torch.device("cpu"))
+    assert (again.folder / "final").is_dir()
 
 
 def test_what_is_watched_changes_no_other_number(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

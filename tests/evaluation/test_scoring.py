@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -15,6 +17,7 @@ from aipo.evaluation.scoring import CompletionFiles, complete, pending, requests
 from aipo.problems.datasets import Problem, fingerprint
 from aipo.problems.prompts import Prompter
 from aipo.rollout.base import Completion, Request, Sampling
+from aipo.rollout.hf import HfEngine
 from aipo.verify import Verifier
 from tests.tiny import make_tiny
 
@@ -23,8 +26,13 @@ SUMS = Benchmark("sums", PROBLEMS, fingerprint(PROBLEMS))
 
 
 @pytest.fixture(scope="module")
-def prompters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Prompter]:
-    tokenizer = AutoTokenizer.from_pretrained(make_tiny(tmp_path_factory.mktemp("model")))
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def prompters(model: Path) -> dict[str, Prompter]:
+    tokenizer = AutoTokenizer.from_pretrained(model)
     made = Prompter(tokenizer, system=None, examples=(), suffix=None, thinking=False, max_prompt_tokens=512)
     return {"math": made, "choice": made}
 
@@ -175,6 +183,49 @@ def test_what_was_judged_before_a_crash_is_kept(tmp_path: Path, prompters: dict[
         )
     assert len(files.read("sums")) == 3
     assert pending(items, files) == [3, 4]
+
+
+class Blocks(HfEngine):
+    """Notes the sizes of its calls, and that nothing of a call is held when the next one comes."""
+
+    def __init__(self, model: Path) -> None:
+        super().__init__(str(model), max_model_len=128, end_token_ids=[2], dtype="float32")
+        self.sizes: list[int] = []
+        self.held: list[weakref.ref[Completion]] = []
+
+    def generate(self, *args: Any, **kwargs: Any) -> list[Completion]:
+        assert not any(held() for held in self.held)
+        done = super().generate(*args, **kwargs)
+        self.held = [weakref.ref(completion) for completion in done]
+        self.sizes.append(len(done))
+        return done
+
+
+def test_blocks_draw_what_one_call_draws(
+    tmp_path: Path, model: Path, prompters: dict[str, Prompter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = SUMS.items(samples=2, seed=0)
+    rows, ticks = [], []
+    with Verifier(workers=1) as verifier:
+        for block, sizes in ((10, [10]), (4, [4, 4, 2])):
+            monkeypatch.setattr("aipo.evaluation.scoring.BLOCK", block)
+            engine = Blocks(model)
+            (folder := tmp_path / str(block)).mkdir()
+            complete(
+                items,
+                requests_for(items, prompters, room=112),
+                engine=engine,
+                prompters=prompters,
+                verifier=verifier,
+                sampling=Sampling(16),
+                files=CompletionFiles(folder),
+                on_done=lambda: ticks.append(1),
+            )
+            assert engine.sizes == sizes
+            rows.append(CompletionFiles(folder).read("sums"))
+    assert rows[0] == rows[1]
+    assert len({row["completion"] for row in rows[0]}) == 10
+    assert len(ticks) == 20
 
 
 def test_gpqa_text_is_not_written(tmp_path: Path, prompters: dict[str, Prompter]) -> None:

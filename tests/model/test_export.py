@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,27 @@ def test_a_final_model_comes_before_checkpoints(run: Path, model: Path) -> None:
     assert find_model(str(run)).path == str(run / "final")
     assert find_model(str(run)).name == "first"
     assert find_model(str(run / "checkpoints" / "latest")).path == str(run / "exported" / "step-000003")
+
+
+def test_a_run_whose_checkpoints_were_removed_is_still_one(run: Path, model: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    (run / "final").symlink_to(model)
+    for spec in (run, run / "final"):
+        found = find_model(str(spec))
+        assert (found.name, found.path, found.run) == ("first", str(run / "final"), run)
+        assert found.config is not None
+    with pytest.raises(UserError, match=r"step-000003 is not a complete checkpoint"):
+        find_model(str(run / "checkpoints" / "step-000003"))
+    (run / "final").unlink()
+    (run / "final").mkdir()  # of a save that was cut off
+    with pytest.raises(UserError, match="neither a final model nor a checkpoint"):
+        find_model(str(run))
+
+
+def test_a_run_that_cannot_be_written_is_named(run: Path) -> None:
+    (run / "exported").write_text("a file in the way")
+    with pytest.raises(UserError, match=r"first/exported, .*step-000003.* cannot be written \(File exists\): make"):
+        find_model(str(run))
 
 
 def test_folders_and_hub_ids(model: Path) -> None:

@@ -4,7 +4,13 @@ import csv
 import hashlib
 import importlib.util
 import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -305,6 +311,32 @@ def test_from_the_hub_at_the_pinned_commit(tmp_path: Path, hub: Callable[[str, s
         prepare("aime25", out=tmp_path / "data")
 
 
+def test_of_several_at_once_one_fetches(
+    tmp_path: Path, hub: Callable[[str, str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    contest(hub("aime25", SOURCES["aime25"].revision) / "test.jsonl")
+    together = threading.Barrier(8)
+
+    def fetch(_: int) -> Path:
+        together.wait()
+        return ensure("aime25", tmp_path / "data")
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(fetch, range(8))) == {tmp_path / "data" / "aime25.jsonl"}
+    assert capsys.readouterr().out.count("aime25: 30 problems") == 1
+
+
+def test_where_nothing_can_be_written_it_says_how_evaluate_py_reads_a_set_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "data").touch()
+    with pytest.raises(UserError) as caught:
+        ensure("gpqa_diamond", tmp_path / "data")
+    assert str(caught.value).startswith(f"{tmp_path}/data/gpqa_diamond/gpqa_diamond.jsonl cannot be written (")
+    assert str(caught.value).endswith(
+        "write it elsewhere with python data/prepare.py gpqa_diamond --out FOLDER; evaluate.py reads it there with "
+        "--benchmarks FOLDER/gpqa_diamond/gpqa_diamond.jsonl"
+    )
+
+
 def test_another_revision_is_recorded_as_its_commit(tmp_path: Path, hub: Callable[[str, str], Path]) -> None:
     dapo(hub("dapo_math_17k", "f" * 40) / "data" / "dapo-math-17k.parquet", ("One?", "1"))
     report = prepare("dapo_math_17k", out=tmp_path, revision="main")
@@ -328,9 +360,12 @@ def test_a_hub_out_of_reach_says_what_to_do(tmp_path: Path, hub: Callable[[str, 
 # -------------------------------------------------------------------------------------------- command line
 
 
+SCRIPT = Path(__file__).parents[2] / "data" / "prepare.py"
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    spec = importlib.util.spec_from_file_location("prepare_script", Path(__file__).parents[2] / "data" / "prepare.py")
+    spec = importlib.util.spec_from_file_location("prepare_script", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
@@ -356,6 +391,20 @@ def copies(tmp_path: Path) -> Path:
     even = LIKE_LONG.replace("odd", "even")
     dapo(folder / "dapo_math_17k.parquet", (LIKE_LONG, "10"), (even.replace("Tell", "Show"), "90"), ("Two?", "2"))
     return folder
+
+
+def test_without_out_it_writes_beside_itself(tmp_path: Path) -> None:
+    """Wherever it is started: evaluate.py looks in data/."""
+    (tmp_path / "data").mkdir()
+    script = Path(shutil.copy(SCRIPT, tmp_path / "data"))
+    contest(tmp_path / "copy.jsonl")
+    subprocess.run(
+        [sys.executable, script.name, "aime24", "--from", tmp_path / "copy.jsonl"],
+        cwd=script.parent,
+        env=os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])},
+        check=True,
+    )
+    assert sorted(path.name for path in script.parent.iterdir()) == ["aime24.jsonl", "aime24.meta.json", "prepare.py"]
 
 
 def test_contamination_is_reported_whichever_set_comes_last(

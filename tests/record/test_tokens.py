@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen3ForCausalLM
 
+from aipo.advantage import assign
 from aipo.policy import Policy
 from aipo.problems.problem import Problem
 from aipo.record.clock import Clock
@@ -43,7 +44,7 @@ def updated(model: Path, *overrides: str) -> tuple[Any, Any, list[dict[str, Any]
 
 
 def test_figures_are_those_of_the_model(model: Path) -> None:
-    _, rollouts, rows = updated(model)
+    _, rollouts, rows = updated(model, "advantage.drop_constant_groups=correctness")
     plain = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     assert [len(row["tokens"]) for row in rows] == LENGTHS
     for i, row in enumerate(rows):
@@ -68,6 +69,33 @@ def test_figures_are_those_of_the_model(model: Path) -> None:
             assert None not in row["mi"]
     assert [row["reason"] for row in rows if not row["used"]] == ["all of its group got the same verdict"]
     assert [row["used"] for row in rows] == rollouts.used.tolist()
+
+
+def test_the_ratio_is_the_one_of_the_loss(model: Path) -> None:
+    keys = ["loss.ratio=tv_mask", "loss.old_policy=engine", "rollout.importance_correction=none"]
+    _, _, rows = updated(model, *keys)
+    found = [(logp, ratio) for row in rows for logp, ratio in zip(row["logp"], row["ratio"]) if ratio is not None]
+    assert len(found) > 4
+    for logp, ratio in found:
+        assert ratio == pytest.approx(math.exp(logp + 1), rel=1e-4)  # the engine said -1 of every token
+
+
+@pytest.mark.parametrize(
+    ("drop", "reason"),
+    [
+        ("none", "cut off at the length limit"),
+        ("correctness", "all of its group got the same verdict"),
+        ("reward", "all of its group got the same reward"),
+    ],
+)
+def test_constant_groups_are_a_reason_where_they_are_dropped(model: Path, drop: str, reason: str) -> None:
+    config = config_of(model, "loss.truncated=mask", f"advantage.drop_constant_groups={drop}")
+    trainer, rollouts = made(config, model)
+    rollouts.rewards = torch.tensor([0.0, 0, 1, 0, 1, 0, 1, 0])  # only the first group does not vary
+    rollouts.correct = rollouts.rewards == 1
+    assign(rollouts, config.advantage, truncated=config.loss.truncated)
+    trainer.recorder.start(rollouts, {})
+    assert [trainer.recorder.reason(row) for row in range(4)] == [reason] * 2 + ["cut off at the length limit"] * 2
 
 
 def test_the_bucket_is_the_one_that_a_question_was_drawn_from(model: Path) -> None:

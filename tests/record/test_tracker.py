@@ -76,6 +76,14 @@ def test_an_existing_run_is_not_written_over(tmp_path):
             prepare(nowhere)
 
 
+def test_a_run_that_died_in_its_first_step_is_no_hindrance(tmp_path):
+    prepare(tmp_path).release()
+    for name in ("replay", "bad_steps"):  # what a rank writes before the update, and where that was not finite
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "step-000001-rank-0.pt").write_bytes(b"")
+    prepare(tmp_path)
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path):
     lock = prepare(tmp_path / "run", "auto")
     with pytest.raises(UserError, match="another train"):
@@ -162,6 +170,13 @@ def test_lines_are_read_one_at_a_time(tmp_path):
 # --- the tracker
 
 
+@pytest.fixture(autouse=True)
+def no_data_dir(monkeypatch):
+    """The tracker sets it: each test starts without it, and leaves none to the next."""
+    monkeypatch.setenv("WANDB_DATA_DIR", "")
+    monkeypatch.delenv("WANDB_DATA_DIR")
+
+
 def tracker(folder: Path, **kwargs) -> Tracker:
     return Tracker(folder, **{"wandb_mode": "disabled", **kwargs})
 
@@ -209,9 +224,11 @@ def test_wandb_offline_without_a_login(tmp_path, monkeypatch, caplog):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.chdir(tmp_path)  # where runs/ is relative to
     run = tmp_path / "run"
-    t = tracker(run, wandb_mode="auto", config={"seed": 0})
+    t = tracker(Path("run"), wandb_mode="auto", config={"seed": 0})
     t.log(1, {"reward/mean": 0.5})
     scores = [[0.1], [None], [0.2, None]]  # nothing is scored outside the update
     t.log_rollouts(1, [], pa.table({"question": ["1+1"] * 3, "completion": ["2"] * 3, "mi": scores}))
@@ -233,7 +250,12 @@ def test_wandb_offline_without_a_login(tmp_path, monkeypatch, caplog):
         ["question", "completion", "mi"],
         [["1+1", "2", each] for each in scores],
     )
-    assert b"rollouts/step-000001.parquet" in file.read_bytes()
+    assert not (tmp_path / ".local").exists()  # what is to be uploaded lies with the run
+    staged = [path.read_bytes() for path in (run / "wandb" / "artifacts" / "staging").iterdir() if path.is_file()]
+    assert b"<html>" in staged
+    parquet = run / "rollouts" / "step-000001.parquet"
+    assert parquet.read_bytes() not in staged
+    assert f"{parquet}".encode() in file.read_bytes()  # it is read there, from wherever it is uploaded
     assert f"report-{run_id}".encode() in file.read_bytes()
 
 

@@ -141,6 +141,8 @@ def test_the_target_of_otf_is_that_of_the_rule(tmp_path: Path) -> None:
     missed = found_in(make_run(tmp_path / "missed", **keys | {"mask__fraction": "0.5"}))
     assert missed["OTF far from its target"].words.startswith("30.0 % → 30.0 % of the tokens, target 50 %")
     assert not found_in(make_run(tmp_path / "all", mask__rule="all"))
+    coins = found_in(make_run(tmp_path / "coins", mask__rule="bernoulli", mask__fraction="0.8"))
+    assert coins["OTF far from its target"].words.startswith("30.0 % → 30.0 % of the tokens, target 80 %")
 
 
 def test_every_curve_that_advice_points_to_is_there(run: Path) -> None:
@@ -280,6 +282,14 @@ def test_what_cannot_be_reported_is_said(
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert said.count("\n") == 1
+
+
+def test_a_page_makes_its_folder_or_says_that_it_cannot(tmp_path: Path) -> None:
+    evaluation = make_evaluation(tmp_path / "a", 0.3)
+    assert evaluation_report([evaluation], tmp_path / "reports" / "new" / "a.html").is_file()
+    for out in (evaluation / "sums.jsonl" / "a.html", evaluation):  # below a file; a folder
+        with pytest.raises(UserError, match=f"^--out: {out} cannot be written .*: choose another place$"):
+            evaluation_report([evaluation], out)
 
 
 def test_visible_names_what_cannot_be_seen() -> None:

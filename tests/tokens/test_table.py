@@ -12,7 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aipo.advantage import (
+    effective_token_ratio,
     entropy_quadrants,
+    gini,
     information_advantages,
     reallocate_by_entropy,
     subtract_token_baseline,
@@ -27,6 +29,7 @@ from aipo.model.loading import load_model
 from aipo.passes import Passes
 from aipo.policy import Policy
 from aipo.problems.datasets import Problem
+from aipo.record.reporting import reduce_metrics
 from aipo.rollout.base import Completion
 from aipo.rollouts import Rollouts
 from aipo.tokens.early_exit import postfix_ids
@@ -183,6 +186,28 @@ def test_residual_and_attention(path: Path, rollouts: Rollouts) -> None:
     inside = torch.arange(4) < LENGTHS[:, None]
     assert ((attention >= 0) & (attention <= 1))[inside].all()
     assert attention[~inside].isnan().all()
+
+
+def test_unevenness_is_of_what_was_measured(path: Path, rollouts: Rollouts) -> None:
+    """Two rollouts stand in no micro-batch, as those of constant groups that are dropped."""
+    policy = policy_of(path)
+    add_adapters(policy.model, rank=2, alpha=4.0, targets=("all-linear",), seed=0)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    here = passes(path, policy, config("lora.rank=2", "advantage.tokens=residual"))
+    every = [*micro_batches(PROMPTS, COMPLETIONS[:2], budget=12, packing=False), filler()]
+    signals, sums = measure({"residual"}, here, every, rollouts)
+    weights = signals["residual"][:2, :4].nan_to_num(0.0)
+    assert signals["residual"][2:].isnan().all()
+    assert sums["residual_rollouts"] == 2
+    assert sums["gini"] == pytest.approx(float(gini(weights, LENGTHS[:2]).sum()))
+    assert sums["effective_tokens"] == pytest.approx(float(effective_token_ratio(weights, LENGTHS[:2]).sum()))
+    rollouts.rewards = torch.zeros(4)
+    logged = reduce_metrics(rollouts, sums, {"forward": 1.0})
+    assert logged["advantage/gini"] == pytest.approx(sums["gini"] / 2)
+    assert logged["advantage/effective_tokens"] == pytest.approx(sums["effective_tokens"] / 2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""From the command line to a report. More of it runs in tests/e2e/test_evaluate.py."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from aipo.evaluation.benchmarking import run
+from evaluate import parse
+from tests.tiny import make_tiny
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--top-k", "-5"], "--top-k must be at least -1, not -5"),
+        (["--seed", "-1"], "--seed must lie between 0 and 4294967295, not -1"),
+        (["--seed", "4294967296"], "--seed must lie between 0 and 4294967295"),
+        (["--avg0"], "--avg must be at least 1, not 0"),
+    ],
+)
+def test_numbers_out_of_range(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_numbers_within_range() -> None:
+    for top_k in (-1, 0, 20):  # as rollout.top_k
+        assert parse(["--top-k", str(top_k), "--seed", "0"]).top_k == top_k
+
+
+def test_a_baseline_is_a_file_or_its_folder(tmp_path: Path) -> None:
+    questions = tmp_path / "sums.jsonl"
+    questions.write_text('{"question": "1 + 1", "answer": "2"}\n{"question": "2 + 2", "answer": "4"}\n')
+    out, before = tmp_path / "out", tmp_path / "before"
+    arguments = ["--model", str(make_tiny(tmp_path / "model")), "--benchmarks", str(questions), "--avg1"]
+    arguments += ["--engine", "hf", "--dtype", "float32", "--max-tokens", "4", "--out", str(out)]
+    run(parse(arguments))
+    assert " against " not in (out / "report.html").read_text()
+    shutil.copytree(out, before)
+    for baseline in (before, before / "results.json"):
+        (out / "report.html").unlink()
+        run(parse([*arguments, "--baseline", str(baseline)]))
+        assert "model (out) against model (before)" in (out / "report.html").read_text()
