@@ -227,7 +227,8 @@ class Generation:
             raise TrainingError(
                 f"step {step + 1}: {dynamic.max_tries} draws of {target * dynamic.factor} questions brought {have} of "
                 f"{target} whose rollouts differ: they are too easy or too hard for the policy. Raise "
-                "dynamic.max_tries or dynamic.factor, or set dynamic.on_exhausted: continue"
+                "dynamic.max_tries, or set dynamic.on_exhausted=continue, and go on with --resume auto; dynamic.factor "
+                "is for a run of another name"
             )
         rollouts = Rollouts.joined(parts)
         rollouts.update = nth_part(places, have, self.config.optim.updates_per_batch)

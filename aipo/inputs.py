@@ -27,7 +27,7 @@ from aipo.problems.embedded import cache_folder, resolve_model
 from aipo.problems.holdout import hold_out
 from aipo.problems.prompts import Prompter, wrong_golds
 from aipo.problems.readers import HUB
-from aipo.record.checkpoints import run_identity
+from aipo.record.checkpoints import compare_identity, run_identity
 from aipo.rollout import require_engine
 from aipo.verify import FunctionError, Verifier
 
@@ -47,7 +47,7 @@ MAY_CHANGE = (
     "rollout.server_url",
     "rollout.server_timeout_s",
 )
-# and what a run that ended by it is told to change: it mattered to no step that was made
+# and what a run is told to change that dynamic sampling ended: it mattered to no step that was made
 MAY_MEND = ("dynamic.max_tries", "dynamic.on_exhausted")
 
 
@@ -72,8 +72,6 @@ def check_inputs(config: Config, world: int) -> Inputs:
     folder = read_folder(path, key="model.path", name=config.model.path)
     check_model(config, folder.architecture)
     find_latents(config, path)
-    if config.curriculum.enabled:
-        check_cache()
     data = config.data
     prompter = Prompter(
         folder.tokenizer,
@@ -284,6 +282,13 @@ def without_effect(config: Config) -> list[str]:
 def file_digest(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def may_go_on(saved: dict[str, Any], current: dict[str, Any], *, wanted: str = "--resume") -> None:
+    """Raise UserError naming what a checkpoint and the run that wants it differ in, but for what may be mended."""
+    free = set(MAY_MEND) if saved.get("dynamic.on_exhausted") == "error" else set()
+    free |= {"latents"} - current.keys()  # nothing is drawn with them
+    compare_identity(*({k: v for k, v in each.items() if k not in free} for each in (saved, current)), wanted=wanted)
 
 
 def check_cache() -> None:

@@ -27,10 +27,10 @@ from aipo import distributed
 from aipo.advantage import assign
 from aipo.config import Config, load_config
 from aipo.errors import UserError
-from aipo.inputs import check_inputs
+from aipo.inputs import check_inputs, may_go_on
 from aipo.policy import make_policy
 from aipo.record.batches import read_batch, rebuild, recorded_steps
-from aipo.record.checkpoints import compare_identity, damage, step_of
+from aipo.record.checkpoints import damage, step_of
 from aipo.record.clock import Clock
 from aipo.record.jsonl import read_jsonl
 from aipo.record.reporting import reduce_metrics
@@ -133,7 +133,7 @@ def replay(run: Path, step: int, device: torch.device, settings: Settings = Sett
     checkpoint = run / "checkpoints" / f"step-{start:06d}" if start else None
     if checkpoint:
         saved = json.loads((checkpoint / "identity.json").read_text())
-        compare_identity(saved, inputs.identity, wanted=f"replay of {run}")
+        may_go_on(saved, inputs.identity, wanted=f"replay of {run}")
     never = ["guards.max_bad_steps=1000000"]  # a step gone bad is looked at, not the end
     config = load_config(
         str(run / "config.yaml"), [*settings.overrides(), *never, *(["sharding.zero_stage=0"] if plain else [])]

@@ -23,7 +23,7 @@ from aipo import distributed
 from aipo.config import Config, dump_config
 from aipo.curriculum import Curriculum
 from aipo.errors import TrainingError
-from aipo.inputs import MAY_MEND, Inputs, check_inputs, find_latents
+from aipo.inputs import Inputs, check_cache, check_inputs, find_latents, may_go_on
 from aipo.labelling import DEPENDS_ON, histogram, label, label_folder, label_questions
 from aipo.model.export import model_stamp
 from aipo.model.loading import save_model
@@ -32,7 +32,7 @@ from aipo.passes import Passes
 from aipo.policy import make_policy
 from aipo.problems.embedded import cache_folder
 from aipo.record.batches import REPLAY, forget_batches
-from aipo.record.checkpoints import CheckpointStore, compare_identity, manifest, resolve
+from aipo.record.checkpoints import CheckpointStore, manifest, resolve
 from aipo.record.jsonl import read_jsonl
 from aipo.record.progress import Progress, final_table, summarize
 from aipo.record.slowness import Slowness
@@ -66,6 +66,8 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
     def prepare() -> None:
         if checkpoint is not None:
             may_go_on(saved, inputs.identity)
+        elif config.curriculum.enabled:
+            check_cache()
         locks.append(prepare_run_folder(config.folder, resume, config_text=dump_config(config)))
 
     distributed.on_first(prepare)
@@ -130,11 +132,6 @@ def close(trainer: Trainer) -> None:
     trainer.collector.rewarder.close()
 
 
-def may_go_on(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raise UserError naming what a checkpoint and the run that resumes it differ in, but for what it may mend."""
-    compare_identity(*({key: value for key, value in each.items() if key not in MAY_MEND} for each in (saved, current)))
-
-
 def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None) -> bool:
     """Restore or label, then train until the end or a signal."""
     if config.mi.gold_refresh == "never" and trainer.selector.uses_gold:  # the weights are still the initial ones
@@ -162,6 +159,8 @@ def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None
             for line in [*histogram(list(labels.values())), *filter(None, [trainer.curriculum.lopsided])]:
                 trainer.progress.say(line)
     forget_batches(config.folder / REPLAY, range(trainer.step + 1))  # what comes after is run again
+    if distributed.rank() == 0 and not trainer.finished:
+        (config.folder / "summary.json").unlink(missing_ok=True)  # of an end that this run has yet to come to
     with signals() as stop:
         trainer.stop_requested = lambda: bool(stop)
         finished = trainer.train()

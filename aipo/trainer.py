@@ -263,7 +263,7 @@ class Trainer:
             raise TrainingError(
                 f"loss or gradient was not finite in {self.bad_steps} steps in a row, each skipped. See what stays "
                 f"of it with: python -m aipo.replay {self.tracker.folder} --step {self.step + 1} --dtype float32; "
-                "or try a lower optim.lr, model.dtype=float32, rollout.importance_correction=token_truncated"
+                "or another run with lower optim.lr, model.dtype=float32, rollout.importance_correction=token_truncated"
             )
 
     # -- around the loop -----------------------------------------------------------------------------------------

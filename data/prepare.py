@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,8 +38,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("names", nargs="+", metavar="NAME", help="sets to prepare, or all")
     parser.add_argument("--from", dest="local", type=Path, metavar="PATH", help="local file or folder, not the hub")
     parser.add_argument("--revision", help="commit, tag or branch on the hub (default: the one that was checked)")
-    here = Path(os.path.relpath(Path(__file__).resolve().parent))
-    parser.add_argument("--out", type=Path, default=here, help="folder to write to (default: that of this script)")
+    beside = Path.cwd() == Path(__file__).resolve().parent  # started in data/ itself
+    folder = Path("." if beside else "data")
+    parser.add_argument("--out", type=Path, default=folder, help="folder to write to (default: data)")
     parser.add_argument(
         "--any-count", action="store_true", help="let an evaluation set have another size than it should"
     )

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 import train
 from aipo.config import load_config
 from aipo.errors import UserError
-from aipo.inputs import check_inputs, check_model, describe_data, triton_lacks, without_effect
-from aipo.run import may_go_on, resume_command
+from aipo.inputs import check_inputs, check_model, describe_data, may_go_on, triton_lacks, without_effect
+from aipo.run import resume_command, run
 from tests.tiny import make_tiny
 
 
@@ -214,10 +215,11 @@ def test_resume_command_of_several_machines(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_cache_that_cannot_hold_labels(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("AIPO_CACHE", str(tmp_path / "file"))
-    config = config_with(model, write(tmp_path / "d.jsonl", GOOD), "rollout.engine=hf")
+    config = config_with(model, write(tmp_path / "d.jsonl", GOOD), "rollout.engine=hf", f"runs={tmp_path}", "name=x")
     with pytest.raises(UserError, match=r"labels of their questions, cannot be written.*AIPO_CACHE"):
-        check_inputs(config, world=1)
-    check_inputs(config.model_copy(update={"curriculum": config.curriculum.model_copy(update={"enabled": False})}), 1)
+        run(config, device=torch.device("cpu"))
+    assert not (tmp_path / "x").exists()
+    check_inputs(config, world=1)  # as a run that goes on, a replay or a credit, which label nothing
 
 
 def test_latents_that_nothing_is_drawn_with_may_be_gone(model: Path, tmp_path: Path) -> None:
@@ -236,6 +238,9 @@ def test_what_an_error_says_to_change_may_change(model: Path, tmp_path: Path) ->
     may_go_on(saved, mended)
     with pytest.raises(UserError, match=r"dynamic\.factor is"):
         may_go_on(saved, other)
+    with pytest.raises(UserError, match=r"dynamic\.max_tries is"):  # steps may have gone on with what there was
+        may_go_on(mended, saved)
+    may_go_on(saved | {"latents": "of a file that nothing was drawn with"}, saved)
 
 
 def test_a_home_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -390,9 +390,10 @@ def _write(report: Report, source: dict[str, str]) -> None:
 
 
 def _unwritable(name: str, path: Path, error: OSError) -> UserError:
+    key = "data.train=" if SOURCES[name].role == "train" else "evaluate.py --benchmarks "
     return UserError(
         f"{path} cannot be written ({error.strerror}): write it elsewhere with python data/prepare.py {name} --out "
-        f"FOLDER; evaluate.py reads it there with --benchmarks {path_of(name, Path('FOLDER'))}"
+        f"FOLDER, and read it there with {key}{path_of(name, Path('FOLDER'))}"
     )
 
 

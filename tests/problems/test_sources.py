@@ -326,15 +326,20 @@ def test_of_several_at_once_one_fetches(
     assert capsys.readouterr().out.count("aime25: 30 problems") == 1
 
 
-def test_where_nothing_can_be_written_it_says_how_evaluate_py_reads_a_set_elsewhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("gpqa_diamond", "evaluate.py --benchmarks FOLDER/gpqa_diamond/gpqa_diamond.jsonl"),
+        ("dapo_math_17k", "data.train=FOLDER/dapo_math_17k.jsonl"),
+    ],
+)
+def test_where_nothing_can_be_written_it_says_how_a_set_is_read_elsewhere(tmp_path: Path, name: str, read: str) -> None:
     (tmp_path / "data").touch()
     with pytest.raises(UserError) as caught:
-        ensure("gpqa_diamond", tmp_path / "data")
-    assert str(caught.value).startswith(f"{tmp_path}/data/gpqa_diamond/gpqa_diamond.jsonl cannot be written (")
-    assert str(caught.value).endswith(
-        "write it elsewhere with python data/prepare.py gpqa_diamond --out FOLDER; evaluate.py reads it there with "
-        "--benchmarks FOLDER/gpqa_diamond/gpqa_diamond.jsonl"
-    )
+        ensure(name, tmp_path / "data")
+    assert str(caught.value).startswith(f"{path_of(name, tmp_path / 'data')} cannot be written (")
+    said = f"write it elsewhere with python data/prepare.py {name} --out FOLDER, and read it there with {read}"
+    assert str(caught.value).endswith(said)
 
 
 def test_another_revision_is_recorded_as_its_commit(tmp_path: Path, hub: Callable[[str, str], Path]) -> None:
