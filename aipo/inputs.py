@@ -267,13 +267,16 @@ def describe_data(config: Config) -> list[str]:
 
 def without_effect(config: Config) -> list[str]:
     """For --dry-run: keys that were set and change nothing."""
-    loss = config.loss
+    loss, reward, notes = config.loss, config.reward, []
+    if reward.rule != "verifier" and reward.correctness < 1:
+        notes = [f"note: reward.format and reward.length without effect: reward.rule: {reward.rule} rewards by itself"]
     about_ratio = ("clip_low", "clip_high", "ratio", "gate_positive", "gate_negative", "divergence")
     keys = [key for key in about_ratio if key in loss.model_fields_set]
     if config.optim.updates_per_batch > 1 or loss.old_policy == "engine" or not keys:
-        return []
+        return notes
     named = ", ".join(f"loss.{key}" for key in keys)
     return [
+        *notes,
         f"note: {named} without effect: with optim.updates_per_batch: 1 the policy that is updated is the one that "
         "drew, so every importance ratio is 1 and nothing is clipped"
     ]

@@ -270,9 +270,10 @@ def test_held_out_training_questions(model: Path, tmp_path: Path) -> None:
         (["loss.ratio=tv_mask", "loss.divergence=0.1"], "loss.ratio, loss.divergence without effect"),
         (["loss.ratio=tv_mask", "loss.old_policy=engine", "rollout.importance_correction=none"], None),
         (["loss.kl_beta=0.1"], None),
+        (["reward.rule=certainty", "reward.correctness=0.8", "reward.length=0.2"], "reward.length without effect"),
     ],
 )
-def test_a_clip_that_cannot_bite_is_named(overrides: list[str], named: str | None) -> None:
+def test_what_cannot_bite_is_named(overrides: list[str], named: str | None) -> None:
     said = without_effect(load_config("tiny.yaml", overrides))
     assert [named is not None and named in line for line in said] == ([True] if named else [])
 

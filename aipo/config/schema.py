@@ -151,11 +151,10 @@ class Config(Section):
                 "reward.rule: continuations counts right continuations of the prefix that mask.rule: prefix trains on: "
                 "set mask.rule: prefix, or reward.rule: verifier"
             )
-        shaped = self.reward.signed or self.reward.overlong > 0 or self.reward.correctness < 1
-        if self.reward.rule != "verifier" and shaped:
+        if self.reward.rule != "verifier" and (self.reward.signed or self.reward.overlong > 0):
             raise ValueError(
-                "reward.signed, reward.overlong, reward.format and reward.length shape what the verifier says: set "
-                "reward.rule: verifier, or leave them out"
+                "reward.signed and reward.overlong shape what the verifier says: set reward.rule: verifier, or leave "
+                "them out"
             )
         if self.mask.score == "residual" and self.lora.rank == 0:
             raise ValueError("mask.score: residual is what the adapters change: set lora.rank (such as 16)")
