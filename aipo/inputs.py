@@ -278,7 +278,7 @@ def without_effect(config: Config) -> list[str]:
     return [
         *notes,
         f"note: {named} without effect: with optim.updates_per_batch: 1 the policy that is updated is the one that "
-        "drew, so every importance ratio is 1 and nothing is clipped"
+        "drew, so every importance ratio is 1 and nothing is clipped",
     ]
 
 
