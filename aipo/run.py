@@ -59,6 +59,7 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
         return found, saved, choose(config.model.dtype, device.type, begun=saved.get("model.dtype"))
 
     checkpoint, saved, precision = distributed.on_first(look_back)  # ranks agree, on whatever machines they are
+    begun = None if checkpoint is None else manifest(checkpoint)["step"]  # now, since a newer one takes its place
     config = precision.settle(config)
     inputs = check_inputs(config, world)
     locks = []  # held until the run ends
@@ -98,8 +99,8 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
     if finished and trainer.before and trainer.accuracy:
         peaks = distributed.gather_objects(peak_memory_bytes())
         final, noted = config.folder / "final", config.folder / "summary.json"
-        ended = checkpoint is not None and manifest(checkpoint)["step"] == trainer.step
-        shown = distributed.on_first(lambda: ended and final.is_dir() and noted.is_file())  # it had ended before
+        # it had ended before, and its table is shown again
+        shown = distributed.on_first(lambda: begun == trainer.step and final.is_dir() and noted.is_file())
         if not shown:
             save_final_model(trainer.sharded, inputs, final)
         if rank == 0:
