@@ -204,7 +204,7 @@ class Generation:
         dynamic, target = self.config.dynamic, self.config.rollout.questions_per_step
         rank, world = distributed.rank(), distributed.world_size()
         parts: list[Rollouts] = []
-        places: list[int] = []  # of its questions among all that are kept
+        order: list[int] = []  # places of its questions among all that are kept
         seen: list[dict[str, float]] = []
         have = 0
         for attempt in range(1, dynamic.max_tries + 1):
@@ -216,7 +216,7 @@ class Generation:
             kept = {place: have + i for i, place in enumerate(everywhere[: target - have])}
             have += len(kept)
             taken = [place // world for place in mine if place in kept]
-            places += [kept[place] for place in mine if place in kept]
+            order += [kept[place] for place in mine if place in kept]
             parts.append(batch.keep(batch.rows_of(taken)))
             if attempt == 1:
                 left = sorted(set(range(len(batch.problems))).difference(taken))
@@ -231,7 +231,7 @@ class Generation:
                 "is for a run of another name"
             )
         rollouts = Rollouts.joined(parts)
-        rollouts.update = nth_part(places, have, self.config.optim.updates_per_batch)
+        rollouts.update = nth_part(order, have, self.config.optim.updates_per_batch)
         keys = {key for metrics in seen for key in metrics}
         means = {key: sum(metrics.get(key, 0.0) for metrics in seen) / len(seen) for key in keys}
         return rollouts, means | {"dynamic_tries": float(attempt), "dynamic_kept": float(have)}

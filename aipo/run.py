@@ -59,7 +59,6 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
         return found, saved, choose(config.model.dtype, device.type, begun=saved.get("model.dtype"))
 
     checkpoint, saved, precision = distributed.on_first(look_back)  # ranks agree, on whatever machines they are
-    begun = None if checkpoint is None else manifest(checkpoint)["step"]  # now, since a newer one takes its place
     config = precision.settle(config)
     inputs = check_inputs(config, world)
     locks = []  # held until the run ends
@@ -99,8 +98,8 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
     if finished and trainer.before and trainer.accuracy:
         peaks = distributed.gather_objects(peak_memory_bytes())
         final, noted = config.folder / "final", config.folder / "summary.json"
-        # it had ended before, and its table is shown again
-        shown = distributed.on_first(lambda: begun == trainer.step and final.is_dir() and noted.is_file())
+        # the summary of an earlier end is there only if no step was made since: its table is shown again
+        shown = distributed.on_first(lambda: final.is_dir() and noted.is_file())
         if not shown:
             save_final_model(trainer.sharded, inputs, final)
         if rank == 0:
@@ -161,7 +160,7 @@ def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None
                 trainer.progress.say(line)
     forget_batches(config.folder / REPLAY, range(trainer.step + 1))  # what comes after is run again
     if distributed.rank() == 0 and not trainer.finished:
-        (config.folder / "summary.json").unlink(missing_ok=True)  # of an end that this run has yet to come to
+        (config.folder / "summary.json").unlink(missing_ok=True)  # of an end that it has yet to come to again
     with signals() as stop:
         trainer.stop_requested = lambda: bool(stop)
         finished = trainer.train()

@@ -135,6 +135,10 @@ def test_a_run_on_a_mix_of_sources(model: Path, tmp_path: Path, monkeypatch: pyt
     again = load_config(str(tmp_path / "mixed.yaml"), [*more, "name=again"])
     assert run(again, resume=str(tmp_path / "good"), device=torch.device("cpu"))
     assert (again.folder / "final").is_dir()
+    earlier = min(config.folder.glob("checkpoints/step-*"))  # from which steps are made again, and so the model
+    assert earlier.name < "step-000004"
+    assert run(config, resume=str(earlier), device=torch.device("cpu"))
+    assert model_stamp(str(final)) != stamp
 
 
 def test_what_is_watched_changes_no_other_number(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
