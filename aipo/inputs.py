@@ -126,8 +126,7 @@ def check_inputs(config: Config, world: int) -> Inputs:
     require_engine(config.rollout.engine)
     if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         raise UserError("model.attention: flash_attention_2 is not installed: pip install flash-attn, or use sdpa")
-    if torch.cuda.is_available() and find_spec("triton") and (lacks := triton_lacks()):
-        raise UserError(f"Triton compiles a GPU's kernels when they are first used, and finds {lacks}: install it")
+    check_compiler()
     held_out = kept["validation"][: config.validation.questions]
     watched = {
         each.called: Watched(
@@ -169,6 +168,12 @@ def load_data(config: Config, names: Collection[str]) -> dict[str, tuple[str, Lo
 
 def _training(names: Collection[str]) -> set[str]:
     return {name for name in names if name.partition(" ")[0] == "train"}
+
+
+def check_compiler() -> None:
+    """UserError where a GPU's kernels could not be compiled."""
+    if torch.cuda.is_available() and find_spec("triton") and (lacks := triton_lacks()):
+        raise UserError(f"Triton compiles a GPU's kernels when they are first used, and finds {lacks}: install it")
 
 
 def triton_lacks() -> str | None:

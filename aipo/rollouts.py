@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -156,7 +157,7 @@ class Rollouts:
         """Whether a completion was cut by the length limit. (B,) bool"""
         return torch.tensor([c.finish_reason == "length" for c in self.completions], dtype=torch.bool)
 
-    @property
+    @cached_property
     def logp_engine(self) -> Tensor:
         """Sampling log-probabilities that the engine reported, padded. (B, T)"""
         flat = torch.tensor([p for c in self.completions for p in c.logprobs], dtype=torch.float32)

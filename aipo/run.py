@@ -46,7 +46,7 @@ from aipo.selection import TokenSelector
 from aipo.sharding import Sharded, frozen_reference, shard
 from aipo.trainer import Trainer
 
-LABEL_BLOCK = 64  # questions a rank labels between two savings
+LABEL_BLOCK = {"cpu": 64, "cuda": 512}  # questions a rank labels between two savings; a GPU's engine sleeps after each
 
 
 def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
@@ -146,14 +146,16 @@ def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None
         trainer.store.rewind(-1)
         if config.curriculum.enabled:
             # scores that look beyond one sequence depend on which questions a rank labels together
-            depends = DEPENDS_ON if trainer.selector.scorer.local else (*DEPENDS_ON, "world_size")
+            block, local = LABEL_BLOCK[trainer.device.type], trainer.selector.scorer.local
+            depends = DEPENDS_ON if local else (*DEPENDS_ON, "world_size")
             folder = label_folder(
                 cache_folder(),
                 identity={k: v for k, v in inputs.identity.items() if k.startswith(depends)},
                 model=model_stamp(inputs.model_path),
+                **({} if local or block == LABEL_BLOCK["cpu"] else {"block": block}),
             )
             make = partial(label, collector=trainer.collector, passes=trainer.passes, selector=trainer.selector)
-            labels = label_questions(inputs.problems, make, folder, block=LABEL_BLOCK, progress=trainer.progress)
+            labels = label_questions(inputs.problems, make, folder, block=block, progress=trainer.progress)
             trainer.curriculum.set_labels(labels)
             trainer.progress.say("questions by information peaks (N_peak):")
             for line in [*histogram(list(labels.values())), *filter(None, [trainer.curriculum.lopsided])]:

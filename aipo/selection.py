@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -117,9 +118,11 @@ class Selection:
 
     def inclusion(self, micro: MicroBatch) -> Tensor | None:
         """Chance with which each token of ``micro`` is selected, (b, t); None where no loss is to be divided by it."""
-        if not self.selector.rule.reweight:
-            return None
-        return micro.rows_of(self.selector.rule.inclusion(self.lengths, self.mask.shape[1]))
+        return micro.rows_of(self._chance) if self.selector.rule.reweight else None
+
+    @cached_property
+    def _chance(self) -> Tensor:
+        return self.selector.rule.inclusion(self.lengths, self.mask.shape[1])  # (B, T)
 
     @property
     def ends(self) -> Tensor:

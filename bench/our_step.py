@@ -65,8 +65,6 @@ class Ours:
         model = build_model(
             options["model"], attention=options["attention"], checkpointing=options["checkpointing"], device=device
         )
-        if config.sharding.zero_stage:
-            model.bfloat16()  # DeepSpeed keeps the float32 masters
         policy = Policy(model, temperature=1.0, layer=config.mi.layer, head_chunk=config.model.head_chunk)
         self.golds: list[list[int]] = []
         prompter = SimpleNamespace(

@@ -64,7 +64,7 @@ class RolloutConfig(Section):
     top_k: Annotated[int, Field(ge=-1)] = -1
     """-1 is off"""
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """share of a GPU's memory that vLLM takes while it generates; handed back during the update"""
+    """share of a GPU's memory that the engine may take while it generates; handed back during the update"""
     kv_cache_gb: Annotated[float, Field(gt=0)] = 1.0
     """KV cache on a machine without a GPU"""
     importance_correction: Literal["none", "token_truncated", "token_mask", "sequence_mask"] = "token_truncated"

@@ -32,6 +32,7 @@ from aipo.evaluation.results import (
     summarize,
 )
 from aipo.evaluation.scoring import CompletionFiles, complete, pending, requests_for
+from aipo.inputs import check_compiler
 from aipo.model.export import NamedModel, find_model, model_stamp
 from aipo.model.loading import read_folder
 from aipo.model.precision import choose, this_device
@@ -142,6 +143,8 @@ def make_job(options: argparse.Namespace, say: Say) -> Job:
     if sampling.max_tokens >= context:
         raise UserError(f"--max-tokens {sampling.max_tokens}: {spec} reads {context} tokens, the prompt included")
     require_engine(options.engine)
+    if options.engine == "vllm":
+        check_compiler()
     prompt: dict[str, Any] = {
         "system": config.data.system if config else None,
         "examples": config.data.examples if config else (),
@@ -294,11 +297,9 @@ class Evaluator(ExitStack):
         if self._engine is None or self._verifier is None:
             options = self.options
             more: dict[str, Any] = {"dtype": plan.settings["dtype"], "seed": options.seed}
+            more["gpu_memory_utilization"] = options.gpu_memory
             if options.engine == "vllm":
-                more |= {
-                    "gpu_memory_utilization": options.gpu_memory,
-                    "kv_cache_gb": None if torch.cuda.is_available() else options.kv_cache_gb,
-                }
+                more["kv_cache_gb"] = None if torch.cuda.is_available() else options.kv_cache_gb
             self.progress.say(f"building the engine ({options.engine})")
             self._engine = make_engine(
                 options.engine,

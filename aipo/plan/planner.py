@@ -221,7 +221,9 @@ def _remedies(made: Plan, config: Config, purposes: dict[str, int], longest: int
         "weights before sharding": "loss.kl_beta: 0 (no reference model)" if config.loss.kl_beta > 0 else None,
         "activations": checkpointing or f"a smaller {fewer}",
         "logits and head": "a smaller model.head_chunk",
-        "KV cache": f"a smaller {smaller}" if config.rollout.engine == "vllm" else "a smaller rollout.max_tokens",
+        "KV cache": f"a smaller {smaller}"
+        if config.rollout.engine == "vllm" or made.device == "GPU"
+        else "a smaller rollout.max_tokens",
     }
     wanted = sorted((p for p in purposes if purposes[p] > made.capacity / 20), key=lambda p: -purposes[p])
     return list(dict.fromkeys(h for p in wanted if (h := help_for.get(p))))

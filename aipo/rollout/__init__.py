@@ -47,7 +47,8 @@ def engine_options(config: Config, end_ids: Collection[int], device: torch.devic
         "end_token_ids": sorted(end_ids),
         "dtype": config.model.dtype,
     }
-    if rollout.engine == "vllm" and rollout.mode == "colocate":
+    if rollout.mode == "colocate":
         options["gpu_memory_utilization"] = rollout.gpu_memory_utilization
+    if rollout.engine == "vllm" and rollout.mode == "colocate":
         options["kv_cache_gb"] = None if device.type == "cuda" else rollout.kv_cache_gb
     return options

@@ -7,6 +7,7 @@ and capturing takes as long as a few steps.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -142,7 +143,9 @@ class Fixed:
         self.mask = torch.cat([self.mask[self.rows, ..., : self.length], room], dim=-1)  # (B, 1, 1, size)
         self.ids, self.positions = self.ids[self.rows], self.positions[self.rows]
         self.rows = torch.arange(len(self.rows), device=self.rows.device)
-        self.graph = self._captured() if self.ids.is_cuda and Fixed.graphs and size - self.length >= PAYS_FROM else None
+        # while another thread captures, the training may not wait for the device
+        may = self.ids.is_cuda and Fixed.graphs and threading.current_thread() is threading.main_thread()
+        self.graph = self._captured() if may and size - self.length >= PAYS_FROM else None
         self._rewind()
 
     def _rewind(self) -> None:
@@ -160,18 +163,18 @@ class Fixed:
 
     def _captured(self) -> Any:
         """The forward as a graph that writes ``logits`` (B, V); None, with a warning, where it cannot be captured."""
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream, graph, current = torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        stream.wait_stream(current)
         try:
             with torch.cuda.stream(stream):
                 for _ in range(2):  # libraries choose kernels and take their workspace
                     self._rewind()
                     self._forward()
-            torch.cuda.current_stream().wait_stream(stream)
-            # the training may run in another thread meanwhile
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            current.wait_stream(stream)
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own threads ask the device
                 self.logits = self._forward()
         except RuntimeError as error:
+            torch.cuda.set_stream(current)  # which a capture that fails does not do
             Fixed.graphs = False
             warnings.warn(f"generation goes on without CUDA graphs, and slower: {error}", stacklevel=2)
             return None

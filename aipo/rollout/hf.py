@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,16 +20,18 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from aipo.config.sections import RolloutConfig
 from aipo.rollout.base import Completion, OnDone, Request, Sampling, check_complete, check_requests, keep_rng
 from aipo.rollout.decoding import GROUPED, Fixed, Growing, fits, forward
 from aipo.rollout.injection import Injection
 from aipo.rollout.interventions import intervene
 
 
-def rows_together(longest: int) -> int:
+def rows_together(longest: int, cached: float = math.inf) -> int:
     """Sequences, of at most ``longest`` tokens with their prompts, that the engine generates at a time: 64, and more
-    while the cache is short, since a step of a small model costs nearly the same for few rows and for many."""
-    return min(256, max(64, 2**15 // longest))
+    while the cache is short, since a step of a small model costs nearly the same for few rows and for many; but no
+    more than a cache of ``cached`` tokens holds, though at least one."""
+    return int(max(1, min(256, max(64, 2**15 // longest), cached // longest)))
 
 
 class HfEngine:
@@ -40,6 +43,7 @@ class HfEngine:
         end_token_ids: tokens that end a completion.
         seed: of the random weights when ``load_weights`` is ``False``.
         batch_size: requests generated together; None: :func:`rows_together`.
+        gpu_memory_utilization: share of the GPU for weights and KV cache; without effect on CPU.
         interventions: whether ``Sampling.intervention`` may be used, as in the vLLM engine.
         fixed_cache: whether the KV cache has a fixed size (:mod:`aipo.rollout.decoding`); None does so on a GPU.
     """
@@ -54,6 +58,7 @@ class HfEngine:
         dtype: str = "bfloat16",
         load_weights: bool = True,
         batch_size: int | None = None,
+        gpu_memory_utilization: float = RolloutConfig().gpu_memory_utilization,
         interventions: bool = False,
         fixed_cache: bool | None = None,
     ) -> None:
@@ -72,11 +77,15 @@ class HfEngine:
         if model.config._attn_implementation == "sdpa":
             self._model.set_attn_implementation(GROUPED)
         self._max_model_len, self._interventions = max_model_len, interventions
-        self._batch_size = batch_size or rows_together(max_model_len)
+        cached = math.inf
+        if self._device.type == "cuda":
+            total = gpu_memory_utilization * torch.cuda.get_device_properties(self._device).total_memory
+            cached = (total - self._model.get_memory_footprint()) // kv_token_bytes(model.config, self._model.dtype)
+        self._batch_size = batch_size or rows_together(max_model_len, cached)
         self._end_token_ids = frozenset(end_token_ids)
         wanted = self._device.type == "cuda" if fixed_cache is None else fixed_cache
         self._fixed_cache = wanted and fits(model.config)
-        self.asleep = False
+        self.asleep, self._released = False, list[tuple[torch.UntypedStorage, int]]()
 
     def generate(
         self,
@@ -197,23 +206,36 @@ class HfEngine:
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See :meth:`~aipo.rollout.base.RolloutEngine.sync`; copies in place."""
-        self._model.to(self._device)
+        for storage, size in self._released:
+            storage.resize_(size)
         own = self._model.state_dict()  # a tied head appears under both names, as one tensor
         names = set()
         for name, tensor in weights:
             own[name].copy_(tensor.detach())
             names.add(name)
         check_complete(names, (name for name, _ in self._model.named_parameters()))
-        self.asleep = False
+        self.asleep, self._released = False, []
 
     def sleep(self) -> None:
-        """Move the weights to main memory; nothing on CPU."""
-        self._model.to("cpu")
-        self.asleep = self._device.type != "cpu"
+        """Give the memory of the weights back to the GPU until the next ``sync`` brings them; nothing on CPU."""
+        if self._device.type == "cpu" or self.asleep:
+            return
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in self._model.parameters()}
+        self._released = [(storage, storage.nbytes()) for storage in storages.values()]
+        for storage, _ in self._released:
+            storage.resize_(0)
+        self.asleep = True
 
     def close(self) -> None:
         """Free the model."""
         del self._model
+
+
+def kv_token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers."""
+    text = config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * size * dtype.itemsize
 
 
 @dataclass

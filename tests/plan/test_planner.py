@@ -219,6 +219,15 @@ def test_what_an_h100_reserved() -> None:
     assert made.peak("update") / GIB == pytest.approx(40.3, rel=0.05)
 
 
+def test_the_cache_of_hugging_faces_engine_stays_within_its_share() -> None:
+    """Qwen3-1.7B, 28 layers of 8 x 128 keys and values in 2 bytes, 12,288 tokens: 1.31 GiB a sequence, weights 3.2."""
+    for share, rows in ((0.5, 28), (0.9, 52)):
+        config = qwen("1.7b", "rollout.engine=hf", f"rollout.gpu_memory_utilization={share}")
+        made = plan(config, 1, gpu_memory_gb=80)
+        assert made.phases["rollout"]["KV cache"] == rows * 12_288 * 2 * 28 * 8 * 128 * 2
+        assert made.phases["rollout"]["KV cache"] + made.phases["rollout"]["engine weights"] <= share * 80 * GIB
+
+
 def test_what_comes_before_the_first_step_fits_where_the_steps_do() -> None:
     """32B on 32 GPUs of 80 GiB: a noisy copy of the 151,936 x 5,120 head, in 2 bytes, beside weights that just fit."""
     made = plan(qwen("32b"), 32, gpu_memory_gb=80)

@@ -17,7 +17,7 @@ from aipo.rollout import Completion, Request, Sampling, make_engine
 from aipo.rollout.base import keep_rng
 from aipo.rollout.check import check_weight_sync, perturbed
 from aipo.rollout.decoding import GROUPED, Fixed, attend
-from aipo.rollout.hf import HfEngine, draw, rows_together
+from aipo.rollout.hf import HfEngine, draw, kv_token_bytes, rows_together
 from aipo.rollout.injection import Injection, Projections
 from tests.tiny import make_tiny
 
@@ -75,6 +75,34 @@ def test_more_sequences_are_generated_together_while_they_are_short(folder, monk
     engine_for(folder, max_model_len=longest).generate(requests, dataclasses.replace(SAMPLING, max_tokens=1))
     assert seen == batches
     assert [rows_together(length) for length in (1, 12_288)] == [256, 64]
+
+
+def test_no_more_are_generated_together_than_the_cache_may_take():
+    assert [rows_together(100, cached) for cached in (10**9, 2_099, 100, 0)] == [256, 20, 1, 1]
+
+
+def test_what_a_token_takes_in_the_cache(model):
+    cache = DynamicCache(config=model.config)
+    model(torch.tensor([[5, 6, 7]]), past_key_values=cache)
+    taken = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
+    assert taken == 3 * kv_token_bytes(model.config, torch.float32)
+
+
+def test_an_engine_that_sleeps_holds_no_weights_until_a_sync_brings_them(folder, model):
+    engine = engine_for(folder)
+    before = engine.generate(REQUESTS, SAMPLING)
+    for weight in engine._model.parameters():
+        weight.data = weight.data.clone()  # no longer a part of the file, as on a GPU
+    engine._device = torch.device("cuda")  # for two calls
+    engine.sleep()
+    engine.sleep()
+    engine._device = torch.device("cpu")
+    assert all(p.untyped_storage().nbytes() == 0 for p in engine._model.parameters())
+    with pytest.raises(RuntimeError, match="sleeps"):
+        engine.generate(REQUESTS, SAMPLING)
+    for _ in range(2):
+        engine.sync(model.named_parameters())
+        assert engine.generate(REQUESTS, SAMPLING) == before
 
 
 def test_a_fixed_cache_draws_what_a_growing_one_does(folder, monkeypatch):
