@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     dtypes = ("auto", "bfloat16", "float16", "float32")
     how.add_argument("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 where fast, else float32")
     how.add_argument("--gpus", type=int, help="spread the problems over so many GPUs of this machine")
-    how.add_argument("--gpu-memory", type=float, default=0.9, help="share of a GPU that vLLM takes (default: 0.9)")
+    how.add_argument("--gpu-memory", type=float, default=0.9, help="share of a GPU for the engine (default: 0.9)")
     how.add_argument("--kv-cache-gb", type=float, default=2.0, help="KV cache on a machine without GPU (default: 2)")
     how.add_argument("--out", type=Path, help="folder of the results (default: evaluations/MODEL-SETTINGS)")
     against = parser.add_argument_group("against what")

@@ -232,7 +232,7 @@ def _child(
                     _tell(phase, module, owner, name, pipe)
         import aipo.run
 
-        aipo.run.LABEL_BLOCK = {"cpu": 4}  # several blocks
+        aipo.run.LABEL_BLOCK = {"cpu": 4, "cuda": 4}  # several blocks
         inside()
         sys.argv = ["train.py", *arguments]
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

@@ -261,8 +261,9 @@ def engine(config: Config, model: Model, layout: Layout) -> tuple[Bytes, Bytes]:
     weights = size * model.parameters
     token = kv_token_bytes(config, model)
     if rollout.engine == "hf":
-        room = rollout.gpu_memory_utilization * layout.capacity - weights if layout.device == "GPU" else math.inf
-        rows = min(rows_together(layout.longest, room // token), layout.rollouts)
+        share = int(rollout.gpu_memory_utilization * layout.capacity)
+        cached = (share - weights) // token if layout.device == "GPU" else None
+        rows = min(rows_together(layout.longest, cached), layout.rollouts)
         return {"engine weights": weights}, {"KV cache": rows * layout.longest * token}
     if layout.device == "GPU":
         room = int(rollout.gpu_memory_utilization * layout.capacity - weights - GPU_ENGINE_EXTRA)

@@ -2,7 +2,7 @@
 
 On a CPU a cache that is as long as the sequences costs least. On a GPU a small model spends most of a step in starting
 kernels, so there the cache has a fixed size and the whole forward is replayed as one CUDA graph: no compiler is needed,
-and capturing takes as long as a few steps.
+and capturing takes as long as a few steps. (Not where rollouts are drawn in a thread beside the training.)
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Fixed:
         self.mask = torch.cat([self.mask[self.rows, ..., : self.length], room], dim=-1)  # (B, 1, 1, size)
         self.ids, self.positions = self.ids[self.rows], self.positions[self.rows]
         self.rows = torch.arange(len(self.rows), device=self.rows.device)
-        # while another thread captures, the training may not wait for the device
+        # a capture fails if another thread waits for the device meanwhile, as the training does
         may = self.ids.is_cuda and Fixed.graphs and threading.current_thread() is threading.main_thread()
         self.graph = self._captured() if may and size - self.length >= PAYS_FROM else None
         self._rewind()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,11 +26,12 @@ from aipo.rollout.injection import Injection
 from aipo.rollout.interventions import intervene
 
 
-def rows_together(longest: int, cached: float = math.inf) -> int:
+def rows_together(longest: int, cached: int | None = None) -> int:
     """Sequences, of at most ``longest`` tokens with their prompts, that the engine generates at a time: 64, and more
     while the cache is short, since a step of a small model costs nearly the same for few rows and for many; but no
     more than a cache of ``cached`` tokens holds, though at least one."""
-    return int(max(1, min(256, max(64, 2**15 // longest), cached // longest)))
+    most = min(256, max(64, 2**15 // longest))
+    return most if cached is None else max(1, min(most, cached // longest))
 
 
 class HfEngine:
@@ -77,10 +77,10 @@ class HfEngine:
         if model.config._attn_implementation == "sdpa":
             self._model.set_attn_implementation(GROUPED)
         self._max_model_len, self._interventions = max_model_len, interventions
-        cached = math.inf
+        cached = None
         if self._device.type == "cuda":
-            total = gpu_memory_utilization * torch.cuda.get_device_properties(self._device).total_memory
-            cached = (total - self._model.get_memory_footprint()) // kv_token_bytes(model.config, self._model.dtype)
+            share = int(gpu_memory_utilization * torch.cuda.get_device_properties(self._device).total_memory)
+            cached = (share - self._model.get_memory_footprint()) // kv_token_bytes(model.config, self._model.dtype)
         self._batch_size = batch_size or rows_together(max_model_len, cached)
         self._end_token_ids = frozenset(end_token_ids)
         wanted = self._device.type == "cuda" if fixed_cache is None else fixed_cache
@@ -186,6 +186,8 @@ class HfEngine:
         Returns:
             (B, 2, d) in float32, on CPU, where the latents are drawn.
         """
+        if self.asleep:
+            raise RuntimeError("the engine sleeps: sync weights before reading states")
         means = torch.zeros(len(sequences), 2, self._model.config.hidden_size, device=self._device)
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         for start in range(0, len(order), self._batch_size):
@@ -235,7 +237,8 @@ def kv_token_bytes(config: Any, dtype: torch.dtype) -> int:
     """Keys and values of one token in all layers."""
     text = config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * size * dtype.itemsize
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * size * dtype.itemsize
 
 
 @dataclass

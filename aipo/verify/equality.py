@@ -193,7 +193,7 @@ def _assigns(many: Many) -> bool:
 def _as_set(node: Node) -> Set:
     match node:
         case Range("interval", (low, high), brackets):
-            return Interval(_real(low), _real(high), brackets[0] == "(", brackets[1] == ")")
+            return _interval(low, high, brackets[0] == "(", brackets[1] == ")")
         case Range("without", (whole, part)):
             return _as_set(whole) - _as_set(part)
         case Range("union", parts):
@@ -206,7 +206,7 @@ def _as_set(node: Node) -> Set:
         case Range(name, ()):
             return {"R": sympy.S.Reals, "Z": sympy.S.Integers, "N": sympy.S.Naturals, "empty": sympy.S.EmptySet}[name]
         case Many("tuple" | "square", (low, high)):
-            return Interval(_real(low), _real(high), node.kind == "tuple", node.kind == "tuple")
+            return _interval(low, high, node.kind == "tuple", node.kind == "tuple")
         case Many("list" | "set", items):
             if node.kind == "set" and Range("empty") in items:  # a set with one element
                 raise Unreadable
@@ -220,6 +220,13 @@ def _as_set(node: Node) -> Set:
         case Relation(">" | ">="):
             return _solution(node)
     raise Unreadable
+
+
+def _interval(low: Node, high: Node, left_open: bool, right_open: bool) -> Set:
+    ends = _real(low), _real(high)
+    if any(end.is_extended_real is False for end in ends):  # i, or something divided by 0
+        raise Unreadable
+    return Interval(*ends, left_open, right_open)
 
 
 def _solution(inequality: Relation) -> Set:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from aipo.campaign.schema import FIGURES, Campaign, load_campaign, settings
-from aipo.config import CONFIG_FOLDER
+from aipo.config import CONFIG_FOLDER, load_config
 from aipo.config.data import Source
 from aipo.errors import UserError
 
@@ -125,6 +125,21 @@ def test_the_paper_by_name(name: str, scale: str) -> None:
     assert all(model.startswith("embedded:" if scale == "laptop" else "Qwen/Qwen3-") for model in models)
     assert campaign.gpus == (8 if scale == "paper" else 1)
     assert bool(campaign.printed) == (scale == "paper" and name.startswith("table"))
+
+
+def test_campaigns_of_our_own_can_be_read() -> None:
+    folder = CONFIG_FOLDER / "campaigns" / "laptop"
+    own = {path.stem for path in folder.glob("*.yaml")} - set(NAMED)
+    assert own >= {"beds", "recipe", "table1_beds", "table1_fork"}
+    for name in own:
+        made = list(settings(load_campaign(folder / f"{name}.yaml"), folder / f"{name}.yaml"))
+        assert len({each.seed for each in made}) >= 3
+    made = [each.config for each in settings(load_campaign(folder / "recipe.yaml"), folder / "recipe.yaml")]
+    plain = load_config("smollm2_135m.yaml", [])
+    for config in made:  # what is trained is what `make train` trains, but for the mask of the control
+        assert config.optim == plain.optim
+        assert config.rollout == plain.rollout
+        assert (config.mask == plain.mask) == (config.mask.rule == "threshold")
 
 
 def test_the_beds_campaign_sets_selections_of_one_size_beside_the_controls() -> None:

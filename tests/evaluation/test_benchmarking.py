@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from aipo.evaluation.benchmarking import run
+from aipo.errors import UserError
+from aipo.evaluation.benchmarking import make_job, run
 from evaluate import parse
 from tests.tiny import make_tiny
 
@@ -31,6 +32,18 @@ def test_numbers_out_of_range(arguments: list[str], message: str, capsys: pytest
 def test_numbers_within_range() -> None:
     for top_k in (-1, 0, 20):  # as rollout.top_k
         assert parse(["--top-k", str(top_k), "--seed", "0"]).top_k == top_k
+
+
+def test_vllm_on_a_gpu_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = tmp_path / "sums.jsonl"
+    questions.write_text('{"question": "1 + 1", "answer": "2"}\n')
+    arguments = ["--model", str(make_tiny(tmp_path / "model")), "--benchmarks", str(questions), "--max-tokens", "4"]
+    monkeypatch.setattr("aipo.evaluation.benchmarking.require_engine", lambda kind: None)
+    monkeypatch.setattr("aipo.inputs.find_spec", lambda name: name == "triton")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("aipo.inputs.triton_lacks", lambda: "no C compiler")
+    with pytest.raises(UserError, match="finds no C compiler"):
+        make_job(parse(arguments), print)
 
 
 def test_a_baseline_is_a_file_or_its_folder(tmp_path: Path) -> None:
