@@ -23,6 +23,7 @@ SCRIPT = ROOT / "bench" / "gpu.sh"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so() -> None:
     done = subprocess.run(["bash", SCRIPT], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
     assert done.returncode == 2

@@ -122,6 +122,7 @@ distributed.launch(work)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_rank_0_ends_the_others() -> None:
     """It takes the store with it where no torchrun holds that, and a connection to it would wait for half an hour."""
     with socket.socket() as probe:

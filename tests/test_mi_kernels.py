@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
 pytest.importorskip("triton", reason="Triton is not installed: GPU scores take plain PyTorch there")
 
 CHECK = """

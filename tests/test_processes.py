@@ -37,6 +37,7 @@ def alive(pid: int) -> bool:
     [("import time; time.sleep(1000)", 5.0, 1.0, 100.0), ("while True: pass", 0.0, 100.0, 0.5)],
     ids=["idle", "endless"],
 )
+@pytest.mark.slow
 def test_what_does_not_end_is_killed(
     work: str, least: float, within: float, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

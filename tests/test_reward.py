@@ -128,6 +128,7 @@ def test_streaming_in_any_order_is_the_same_as_all_at_once(rewarder: Rewarder) -
         rewarder.collect([])
 
 
+@pytest.mark.slow
 def test_a_hostile_answer_has_no_verdict_and_is_counted() -> None:
     rewarder = Rewarder({"": RewardConfig(overlong_buffer=20, workers=1, timeout_s=0.5)}, max_tokens=100)
     answers = [r"\boxed{\sum_{n=1}^{10^9} n!}", r"\boxed{5}"]
@@ -193,6 +194,7 @@ def graded(functions: None) -> Iterator[Rewarder]:
     rewarder.close()
 
 
+@pytest.mark.slow
 def test_a_function_takes_the_place_of_the_verifier(graded: Rewarder) -> None:
     problem = Problem("1", "four", "B", "choice", options=("x", "y"), solution="s", origin="weighed")
     rewards, correct, metrics = score(graded, [problem] * 3, ["ab", "abcd", "Answer: B"], [9, 9, 9])
@@ -227,6 +229,7 @@ def test_each_origin_has_its_own_reward(graded: Rewarder) -> None:
 
 
 @pytest.mark.usefixtures("functions")
+@pytest.mark.slow
 def test_a_function_that_hangs_or_crashes_gives_no_verdict() -> None:
     config = RewardConfig(function="graders:loops", overlong_buffer=20, workers=1, timeout_s=0.5)
     rewarder = Rewarder({"": config}, max_tokens=100)
@@ -255,6 +258,7 @@ def load(each: int = 2) -> Iterator[None]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sched_getaffinity")
 @pytest.mark.usefixtures("functions")
+@pytest.mark.slow
 def test_a_busy_machine_changes_no_reward() -> None:
     """The limit is CPU time: what takes half of it is judged although it takes longer than it by the clock."""
     limit = 0.2

@@ -106,6 +106,7 @@ def test_samples_follow_the_prior_and_their_own_seed():
     assert cvae.sample(x[:0], []).shape == (0, LATENT)
 
 
+@pytest.mark.slow
 def test_learns_a_conditional_task():
     """y lies on one of two branches, which x does not say: the mean of p(y | x) is between them, z must choose."""
     generator = torch.Generator().manual_seed(0)
@@ -188,6 +189,7 @@ def test_injection_draws_one_latent_a_branch(folder, architecture):
     torch.testing.assert_close(injection.z[0], (mean + (log_variance / 2).exp() * noise)[0].detach())
 
 
+@pytest.mark.slow
 def test_script_trains_on_the_model_itself(folder, tmp_path, capsys):
     config, out = tmp_path / "latent.yaml", tmp_path / "latent.pt"
     config.write_text(

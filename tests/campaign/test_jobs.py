@@ -175,6 +175,7 @@ def test_a_killed_campaign_takes_its_runs_along(tmp_path: Path) -> None:
     until((saving.place / "saved").exists)
 
 
+@pytest.mark.slow
 def test_a_run_that_outlives_its_campaign_is_waited_for(tmp_path: Path) -> None:
     """kill -9 frees the campaign's lock at once; its train.py keeps the folder until its step is saved."""
     one = job(tmp_path, "a", "test -f saved || exit 2; touch done")
@@ -286,6 +287,7 @@ echo "77;cluster"
 """
 
 
+@pytest.mark.slow
 def test_slurm_gets_an_array_of_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in (("sbatch", SBATCH), ("scontrol", "#!/bin/bash\necho scontrol $@ >> $LOG\n")):
         (tmp_path / name).write_text(text)

@@ -476,6 +476,7 @@ def test_benchmarks_that_are_still_to_be_fetched_are_not_for_nodes_without_a_net
     check_here(plan, offline=True)
 
 
+@pytest.mark.slow
 def test_a_metric_that_no_run_has_is_named_and_a_plot_that_fails_leaves_the_tables(tmp_path: Path, model: Path) -> None:
     text = CAMPAIGN.replace("reward/correct]", "reward/corect]") + "metric: validation/acuracy\n"
     plan = planned(tmp_path, model, text)

@@ -58,6 +58,7 @@ def test_power_is_that_of_the_noncentral_t(effect: float, seeds: int, level: flo
     assert power(effect, seeds, level) == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_power_is_what_simulation_shows() -> None:
     samples = np.random.default_rng(0).normal(1.2, 1, size=(2_000, 4))
     shown = float(np.mean([paired_p(row) < 0.05 for row in samples]))

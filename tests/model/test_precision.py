@@ -85,6 +85,7 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("auto", "cuda").lines == ["model.dtype: float32 (auto: V100 does not multiply bfloat16)"]
 
 
+@pytest.mark.slow
 def test_onednn_held_to_avx2_has_no_bfloat16() -> None:
     code = "from aipo.model.precision import choose; print(choose('auto', 'cpu').dtype)"
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}

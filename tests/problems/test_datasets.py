@@ -105,6 +105,7 @@ def test_duplicates_and_conflicts_are_counted(tmp_path: Path) -> None:
 
 
 @given(rows=st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("12")), min_size=1, max_size=12))
+@pytest.mark.slow
 def test_every_row_is_kept_or_counted(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]]) -> None:
     agreed = {q for q, _ in rows if len({a for r, a in rows if r == q}) == 1}
     spec = write(tmp_path_factory.mktemp("rows") / "p", *({"question": q, "answer": a} for q, a in rows))

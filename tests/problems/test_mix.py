@@ -129,6 +129,7 @@ def test_a_value_that_cannot_be_read_is_of_a_row(tmp_path: Path) -> None:
 
 @given(st.lists(st.tuples(st.integers(0), st.integers(1, 255)), min_size=1, max_size=3), st.integers(0), st.booleans())
 @settings(max_examples=100, deadline=None)
+@pytest.mark.slow
 def test_damaged_parquet_is_one_line_or_read(flips: list[tuple[int, int]], end: int, cut: bool) -> None:
     with TemporaryDirectory() as temporary:
         path = Path(temporary) / "damaged.parquet"
@@ -147,6 +148,7 @@ def test_a_path_that_can_be_none(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         load_problems(name, split="train")
 
 
+@pytest.mark.slow
 def test_every_kind_of_fault_is_one_line(tmp_path: Path) -> None:
     tried, wrong = wrong_data.everything(tmp_path, random.Random(0), count=0)
     assert not wrong

@@ -398,6 +398,7 @@ def copies(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_without_out_it_writes_beside_itself(tmp_path: Path) -> None:
     """Wherever it is started: evaluate.py looks in data/."""
     (tmp_path / "data").mkdir()

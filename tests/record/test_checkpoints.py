@@ -210,6 +210,7 @@ def test_all_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     assert events[named + 1 :] == [parent, "fsync .tmp-latest", "rename to latest", parent]
 
 
+@pytest.mark.slow
 def test_a_kill_before_each_change_on_disk(tmp_path, monkeypatch):
     """SIGKILL before the nth rename, fsync or removal, for every n, of a save that also prunes."""
     for n in range(1, 100):
@@ -252,6 +253,7 @@ def test_a_kill_before_each_change_on_disk(tmp_path, monkeypatch):
     assert n > 15  # the kill has met every stage
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments(tmp_path):
     rng = random.Random(0)
     done = -1
@@ -301,6 +303,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     st.integers(0, 7),
 )
 @settings(max_examples=200, deadline=None)
+@pytest.mark.slow
 def test_whatever_is_damaged_is_named_and_the_one_before_taken(name, how, place, bit):
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)

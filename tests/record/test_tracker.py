@@ -219,6 +219,7 @@ def test_one_wandb_run_across_resumes(tmp_path):
     assert tracker(tmp_path / "b").state_dict() == first.state_dict()
 
 
+@pytest.mark.slow
 def test_wandb_offline_without_a_login(tmp_path, monkeypatch, caplog):
     """The real wandb, with no key and no way to the network."""
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
@@ -329,6 +330,7 @@ def test_missing_metrics_give_no_panel(tmp_path, monkeypatch):
     assert drawn[0][1]["reward/mean"] == ([0, 2], [0.1, 0.3])
 
 
+@pytest.mark.slow
 def test_every_panel_can_be_drawn(tmp_path):
     keys = {key for panel in PANELS for key in panel.lines + panel.band}
     lines = [{"step": step, **dict.fromkeys(keys, step + 0.5)} for step in range(3)]
@@ -337,6 +339,7 @@ def test_every_panel_can_be_drawn(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 
+@pytest.mark.slow
 def test_drawing_leaves_no_garbage_behind(tmp_path):
     tracker = Tracker(tmp_path, wandb_mode="disabled", plot_every=2)
     lines = [{"reward/mean": 0.5, "mi/mean": 0.1}] * 4

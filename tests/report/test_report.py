@@ -201,6 +201,7 @@ def test_one_file_that_asks_for_nothing_and_is_small(run: Path) -> None:
     assert len(data_of(page)["tokens"][0]["groups"]) == 24  # 12 steps, a group in the update and one that is not
 
 
+@pytest.mark.slow
 def test_nothing_that_a_model_writes_becomes_part_of_the_page(run: Path, tmp_path: Path) -> None:
     hostile = report([make_run(tmp_path / "hostile", texts=HOSTILE)]).read_text()
     tags = [Elements(page).tags for page in (report([run]).read_text(), hostile)]

@@ -16,6 +16,7 @@ from tests.plan.test_planner import PeakBytes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.slow
 def test_noise_takes_one_copy_and_leaves_the_weights_as_they_are(dtype: torch.dtype) -> None:
     weight = nn.Parameter(torch.randn(3, NOISE_ELEMENTS, dtype=dtype).mul(0.02).transpose(0, 1))
     before = weight.detach().clone()

@@ -307,6 +307,7 @@ def test_dropped_tokens_never_appear(engine, model, temperature):
 
 @pytest.mark.parametrize(("rule", "threshold"), [("nucleus", 0.2), ("rank", 4), ("probability", 0.06)])
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
+@pytest.mark.slow
 def test_forced_tokens_appear_when_and_only_when_the_rule_says_so(engine, model, rule, threshold, temperature):
     ids = frequent(engine.generate(REQUESTS, Sampling(24)), 20)
     intervention = Intervention("force", ids, rule, threshold)

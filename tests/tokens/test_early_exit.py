@@ -104,6 +104,7 @@ rollouts = st.lists(st.tuples(st.lists(few, min_size=1, max_size=5), st.lists(fe
 
 @settings(max_examples=150, deadline=None)
 @given(rollouts, st.lists(few, min_size=1, max_size=3), st.integers(1, 9), st.integers(1, 60))
+@pytest.mark.slow
 def test_each_exit_sees_its_own_sequence(
     rows: list[tuple[list[int], list[int]]], postfix: list[int], stride: int, budget: int
 ) -> None:

@@ -210,6 +210,7 @@ def judged(gold: str, answer: str) -> bool:
 
 
 @pytest.mark.parametrize("sign", ["≅", "≠"])
+@pytest.mark.slow
 def test_what_a_policy_would_exploit(sign: str) -> None:
     labelled = pairs((SUITES / "exploits.txt").read_text(), sign)
     assert len(labelled) > 300
@@ -217,6 +218,7 @@ def test_what_a_policy_would_exploit(sign: str) -> None:
 
 
 @pytest.mark.parametrize("suite", ["pairs", "more_pairs", "blind_pairs"])
+@pytest.mark.slow
 def test_labelled_pairs(suite: str) -> None:
     """Three independent suites: at least 95 % of all, and 90 % of those to be refused, is what one may ask for."""
     right, total = Counter[bool](), Counter[bool]()
@@ -327,6 +329,7 @@ answers = st.recursive(
 @settings(max_examples=150, deadline=None)
 @given(answers, answers)
 @example(r"[0, \frac{\sqrt{3}}{0})", "0")
+@pytest.mark.slow
 def test_equality_is_reflexive_and_follows_from_equal_normal_forms(one: str, other: str) -> None:
     assert equal(one, one)
     assert equal(one, r"\left( " + one + r"\right)") or "," in one or "=" in one

@@ -21,6 +21,8 @@ from aipo.verify import FunctionError, Verdict, Verifier, is_correct
 from aipo.verify.answers import MAX_CHARS
 from tests.processes import Guard, run
 
+pytestmark = pytest.mark.slow  # workers start, and are killed
+
 ROOT = Path(__file__).parents[2]
 
 
