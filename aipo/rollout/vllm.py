@@ -221,6 +221,7 @@ class VllmEngine:
         return SamplingParams(
             **sampling_params(request, sampling, self._end_token_ids),
             output_kind=RequestOutputKind.FINAL_ONLY,
+            flat_logprobs=True,  # else a dictionary for every token, until its sequence ends
             extra_args=None if sampling.intervention is None else {INTERVENTION: sampling.intervention},
         )
 
@@ -285,10 +286,12 @@ def checkpoint_stream(
 
 
 def _completion(request_output: Any) -> Completion:
-    """From a vLLM ``RequestOutput``; its log-probabilities are one ``{token id: Logprob}`` per token."""
+    """From a vLLM ``RequestOutput`` with flat log-probabilities: those of one position begin with the drawn token's."""
     (output,) = request_output.outputs
     token_ids = list(output.token_ids)
     if output.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM ended a request with {output.finish_reason!r}")
-    logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, token_ids, strict=True)]
-    return Completion(token_ids, logprobs, output.finish_reason)
+    flat = output.logprobs
+    if [flat.token_ids[i] for i in flat.start_indices] != token_ids:
+        raise RuntimeError("vLLM's log-probabilities are not of the tokens that it drew")
+    return Completion(token_ids, [flat.logprobs[i] for i in flat.start_indices], output.finish_reason)
