@@ -92,7 +92,8 @@ def test_other_weights_show(plain: Path, tmp_path: Path) -> None:
     found = replay(run, 3, CPU)
     assert not found.same
     assert found.mask_iou < 1
-    assert found.replayed["policy/grad_norm"] != pytest.approx(found.logged["policy/grad_norm"], rel=1e-2)
+    # what is the same is so bit for bit; how far apart others come is a matter of luck
+    assert found.replayed["policy/grad_norm"] != pytest.approx(found.logged["policy/grad_norm"], rel=1e-5)
 
 
 def test_a_step_gone_bad_is_seen(plain: Path, tmp_path: Path) -> None:
