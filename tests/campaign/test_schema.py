@@ -127,6 +127,7 @@ def test_the_paper_by_name(name: str, scale: str) -> None:
     assert bool(campaign.printed) == (scale == "paper" and name.startswith("table"))
 
 
+@pytest.mark.slow
 def test_campaigns_of_our_own_can_be_read() -> None:
     folder = CONFIG_FOLDER / "campaigns" / "laptop"
     own = {path.stem for path in folder.glob("*.yaml")} - set(NAMED)
