@@ -152,7 +152,7 @@ def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None
                 cache_folder(),
                 identity={k: v for k, v in inputs.identity.items() if k.startswith(depends)},
                 model=model_stamp(inputs.model_path),
-                **({} if local or block == LABEL_BLOCK["cpu"] else {"block": block}),
+                **({} if local else {"block": block}),
             )
             make = partial(label, collector=trainer.collector, passes=trainer.passes, selector=trainer.selector)
             labels = label_questions(inputs.problems, make, folder, block=block, progress=trainer.progress)

@@ -296,8 +296,11 @@ class Evaluator(ExitStack):
     def _parts(self, plan: Job, max_model_len: int) -> tuple[RolloutEngine, Verifier]:
         if self._engine is None or self._verifier is None:
             options = self.options
-            more: dict[str, Any] = {"dtype": plan.settings["dtype"], "seed": options.seed}
-            more["gpu_memory_utilization"] = options.gpu_memory
+            more: dict[str, Any] = {
+                "dtype": plan.settings["dtype"],
+                "seed": options.seed,
+                "gpu_memory_utilization": options.gpu_memory,
+            }
             if options.engine == "vllm":
                 more["kv_cache_gb"] = None if torch.cuda.is_available() else options.kv_cache_gb
             self.progress.say(f"building the engine ({options.engine})")

@@ -141,3 +141,10 @@ def weights_digest(path: str, architecture: PretrainedConfig) -> str:
                     file.seek(begun + max(at, start))
                     digest.update(file.read(min(sample, end - start)))
     return digest.hexdigest()
+
+
+def attention_widths(config: Any) -> tuple[int, int]:
+    """Width of all queries of a layer, and of all its keys: heads times head size."""
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head

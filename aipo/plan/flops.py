@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from aipo.model.loading import attention_widths
+
 
 def step_flops(model: dict[str, int], lengths: Sequence[int], tokens: int, positions: int) -> float:
     """FLOPs of forward and backward: 6 (P tokens + V d positions) + 6 L q sum of squared lengths.
@@ -25,11 +27,10 @@ def sizes(model: nn.Module) -> dict[str, int]:
     config: Any = model.config
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight  # type: ignore[operator]
     ends = {id(embedding): embedding.numel(), id(head): head.numel()}
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return {
         "body": sum(p.numel() for p in model.parameters()) - sum(ends.values()),
         "vocabulary": config.vocab_size,
         "width": config.hidden_size,
         "layers": config.num_hidden_layers,
-        "queries": config.num_attention_heads * head_size,
+        "queries": attention_widths(config)[0],
     }

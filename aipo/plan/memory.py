@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from aipo.config import Config
 from aipo.mi import CACHE_ELEMENTS, CHUNK_ELEMENTS, tokens_that_fit
+from aipo.rollout import hf
 from aipo.rollout.check import NOISE_ELEMENTS
-from aipo.rollout.hf import rows_together
 from aipo.scorer import BLOCK_ELEMENTS
 
 MIB, GIB = 2**20, 2**30
@@ -263,7 +263,7 @@ def engine(config: Config, model: Model, layout: Layout) -> tuple[Bytes, Bytes]:
     if rollout.engine == "hf":
         share = int(rollout.gpu_memory_utilization * layout.capacity)
         cached = (share - weights) // token if layout.device == "GPU" else None
-        rows = min(rows_together(layout.longest, cached), layout.rollouts)
+        rows = min(hf.rows_together(layout.longest, cached), layout.rollouts)
         return {"engine weights": weights}, {"KV cache": rows * layout.longest * token}
     if layout.device == "GPU":
         room = int(rollout.gpu_memory_utilization * layout.capacity - weights - GPU_ENGINE_EXTRA)
@@ -275,4 +275,4 @@ def engine(config: Config, model: Model, layout: Layout) -> tuple[Bytes, Bytes]:
 
 def kv_token_bytes(config: Config, model: Model) -> int:
     """Keys and values of one token in all layers."""
-    return 2 * model.layers * model.keys * compute_bytes(config)
+    return hf.kv_token_bytes(model.layers, model.keys, compute_bytes(config))

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from aipo.config import Config
 from aipo.errors import UserError
-from aipo.model.loading import skeleton
+from aipo.model.loading import attention_widths, skeleton
 from aipo.model.precision import Precision, choose
 from aipo.plan.memory import GIB, Bytes, Layout, Model, compute_bytes, kv_token_bytes, phases
 from aipo.problems import embedded
@@ -71,16 +71,15 @@ def read_model(path: str) -> Model:
 
     config, source = _architecture(path, AutoConfig)
     model = skeleton(config, key="model.path", name=path)
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    queries, keys = attention_widths(config)
     return Model(
         source=source,
         parameters=sum(p.numel() for p in model.parameters()),
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         mlp=config.intermediate_size,
-        queries=heads * head,
-        keys=(getattr(config, "num_key_value_heads", None) or heads) * head,
+        queries=queries,
+        keys=keys,
         qk_norm=any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()),
         vocabulary=config.vocab_size,
         context=config.max_position_embeddings,

@@ -49,6 +49,6 @@ def engine_options(config: Config, end_ids: Collection[int], device: torch.devic
     }
     if rollout.mode == "colocate":
         options["gpu_memory_utilization"] = rollout.gpu_memory_utilization
-    if rollout.engine == "vllm" and rollout.mode == "colocate":
-        options["kv_cache_gb"] = None if device.type == "cuda" else rollout.kv_cache_gb
+        if rollout.engine == "vllm":
+            options["kv_cache_gb"] = None if device.type == "cuda" else rollout.kv_cache_gb
     return options

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from aipo.config.sections import RolloutConfig
+from aipo.model.loading import attention_widths
 from aipo.rollout.base import Completion, OnDone, Request, Sampling, check_complete, check_requests, keep_rng
 from aipo.rollout.decoding import GROUPED, Fixed, Growing, fits, forward
 from aipo.rollout.injection import Injection
@@ -80,7 +81,9 @@ class HfEngine:
         cached = None
         if self._device.type == "cuda":
             share = int(gpu_memory_utilization * torch.cuda.get_device_properties(self._device).total_memory)
-            cached = (share - self._model.get_memory_footprint()) // kv_token_bytes(model.config, self._model.dtype)
+            text = model.config.get_text_config()
+            token = kv_token_bytes(text.num_hidden_layers, attention_widths(text)[1], self._model.dtype.itemsize)
+            cached = (share - self._model.get_memory_footprint()) // token
         self._batch_size = batch_size or rows_together(max_model_len, cached)
         self._end_token_ids = frozenset(end_token_ids)
         wanted = self._device.type == "cuda" if fixed_cache is None else fixed_cache
@@ -233,12 +236,9 @@ class HfEngine:
         del self._model
 
 
-def kv_token_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers."""
-    text = config.get_text_config()
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * size * dtype.itemsize
+def kv_token_bytes(layers: int, width: int, size: int) -> int:
+    """Keys and values of one token, ``width`` numbers each of ``size`` bytes, in all layers."""
+    return 2 * layers * width * size
 
 
 @dataclass

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from aipo.errors import UserError
+from aipo.model.loading import attention_widths
 from aipo.rollout import Completion, Request, Sampling, make_engine
 from aipo.rollout.base import keep_rng
 from aipo.rollout.check import check_weight_sync, perturbed
@@ -85,7 +86,8 @@ def test_what_a_token_takes_in_the_cache(model):
     cache = DynamicCache(config=model.config)
     model(torch.tensor([[5, 6, 7]]), past_key_values=cache)
     taken = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
-    assert taken == 3 * kv_token_bytes(model.config, torch.float32)
+    _, width = attention_widths(model.config)
+    assert taken == 3 * kv_token_bytes(model.config.num_hidden_layers, width, 4)
 
 
 def test_an_engine_that_sleeps_holds_no_weights_until_a_sync_brings_them(folder, model):
