@@ -81,7 +81,7 @@ test: lint  ## everything: lint and types, units, then end to end on the real st
 	$(UNITS)
 	$(E2E)
 
-test-fast: setup  ## the units that take a second or so at most each: some 80 seconds on two cores
+test-fast: setup  ## the units that take little each, nine tenths of them: about a minute on two cores
 	$(UNITS) -m "not slow"
 
 lint: setup  ## style, formatting and types

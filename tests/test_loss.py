@@ -369,6 +369,7 @@ def draws(rule: MaskRule, length: int) -> list[tuple[float, list[int]]]:
     return [(1 / len(cuts), list(range(cut))) for cut in cuts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [r for r in RATIOS if r != "sequence"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("keys", [("random", 0.4, 1), ("bernoulli", 0.3, 1), ("random_prefix", 1.0, 2)])

@@ -96,6 +96,7 @@ def test_padding_never_matters(options, rows, filler):
     assert not (mask & (torch.arange(scores.shape[1]) >= lengths[:, None])).any()
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(rows=completions, data=st.data())
 @pytest.mark.parametrize(
@@ -145,6 +146,7 @@ def test_bf16_scores():
 # --- by chance ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [("random", 0.3, 1), ("bernoulli", 0.3, 1), ("random_prefix", 0.3, 3)])
 def test_chances_of_being_drawn(keys: tuple[Any, float, int]) -> None:
     """What inclusion says is how often tokens are drawn, over 5,000 steps; 5 standard deviations apart at most."""
@@ -436,6 +438,7 @@ def test_peaks_by_hand():
     assert count_peaks(torch.tensor([0.0, 5.0, NAN, 0.0, INF, 0.0, 0.0]), kappa=0.0) == 1
 
 
+@pytest.mark.slow
 @given(completions, st.floats(0, 1))
 def test_peaks_match_scipy(rows, kappa):
     scores, lengths = padded(rows)

@@ -328,6 +328,7 @@ def test_coordinate_scores_with_outliers_anywhere(kind, count, d, tokens, chunk,
     torch.testing.assert_close(scores, plain, rtol=2e-4, atol=1e-6 * scale + rounding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_gold_states_together_are_each_alone_and_exact(monkeypatch, center, chunk):

@@ -384,6 +384,7 @@ def test_selected_logprobs_against_float64(bias: bool, entropy_gradient: bool, c
         torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_the_whole_vocabulary_says(model: nn.Module, chunk: int) -> None:
     """Entropy, KL(uniform || p) as INTUITOR's eq. has it, and so on, at every token and without a gradient."""
     policy = Policy(copy.deepcopy(model), temperature=TEMPERATURE, head_chunk=chunk)

@@ -203,6 +203,7 @@ def test_a_function_takes_the_place_of_the_verifier(graded: Rewarder) -> None:
     assert metrics["reward/correct"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -78,6 +78,7 @@ def spans(micro: MicroBatch, sizes: list[int], packing: bool) -> list[slice]:
     return out
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(sequences, st.integers(1, 60), st.booleans())
 def test_micro_batches(rows: list[tuple[list[int], list[int]]], budget: int, packing: bool) -> None:

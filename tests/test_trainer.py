@@ -226,6 +226,7 @@ RULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregation", ["sequence", "token", "constant", "all_tokens"])
 @pytest.mark.parametrize("rule", RULES)
 def test_what_lies_behind_the_last_selected_token_changes_nothing(model: Path, rule: str, aggregation: str) -> None:
@@ -262,6 +263,7 @@ ONCE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregation", ["sequence", "token", "all_tokens"])
 @pytest.mark.parametrize("rule", ONCE)
 def test_what_branches_share_is_trained_once(model: Path, rule: str, aggregation: str) -> None:

@@ -268,6 +268,7 @@ def test_several_branches_of_a_round_send_their_path_on_from_the_least_sure():
     assert [b.parent for b in made.plan(2)] == [0, 5, 6 + 4, 6 + 1]
 
 
+@pytest.mark.slow
 def test_branches_of_an_engine_share_the_prefix_and_fit_the_budget(tmp_path):
     engine = HfEngine(str(make_tiny(tmp_path)), max_model_len=32, end_token_ids=[2], dtype="float32")
     problems = [Problem("a", "qa", "1", "math", "t"), Problem("b", "qb", "2", "math", "t")]

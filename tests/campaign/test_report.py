@@ -164,6 +164,7 @@ def test_the_config_of_a_run_is_the_resolved_one(tmp_path: Path, model: Path) ->
         assert read.model_copy(update={"name": "tiny", "runs": "runs"}) == cell.setting.config
 
 
+@pytest.mark.slow
 def test_the_tables_are_what_the_runs_say(tmp_path: Path, model: Path) -> None:
     plan = planned(tmp_path, model)
     found = runs(plan)
@@ -200,6 +201,7 @@ def test_the_tables_are_what_the_runs_say(tmp_path: Path, model: Path) -> None:
         assert (plan.folder / name).stat().st_size > 500
 
 
+@pytest.mark.slow
 def test_best_is_bold_and_lower_is_better_for_costs(tmp_path: Path, model: Path) -> None:
     plan = planned(tmp_path, model, CAMPAIGN.replace("[accuracy, mag,", "[accuracy,"))
     runs(plan)
@@ -209,6 +211,7 @@ def test_best_is_bold_and_lower_is_better_for_costs(tmp_path: Path, model: Path)
     assert otf[1].startswith("**10.00")
 
 
+@pytest.mark.slow
 def test_a_campaign_half_done_says_what_is_missing(tmp_path: Path, model: Path) -> None:
     plan = planned(tmp_path, model)
     text = write_report(plan)
@@ -308,6 +311,7 @@ def test_the_rate_of_make_train_is_for_two_cores(tmp_path: Path) -> None:
     assert (on_two.source, on_one.source) == ("rate of make train", "rate of make train, by the number of cores")
 
 
+@pytest.mark.slow
 def test_a_bed_that_was_never_trained_here_has_a_time(tmp_path: Path) -> None:
     plan = make_plan(Path("laptop/beds.yaml"), tmp_path)
     if plan.jobs[0].facts["device"] != "cpu":

@@ -114,6 +114,7 @@ def test_an_unknown_campaign_lists_those_there_are() -> None:
 NAMED = ("table1", "table2", "table3", "table4", "figure2", "figure3", "figure4", "kappa_decay")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["laptop", "paper"])
 @pytest.mark.parametrize("name", NAMED)
 def test_the_paper_by_name(name: str, scale: str) -> None:
@@ -153,6 +154,7 @@ def test_the_beds_campaign_sets_selections_of_one_size_beside_the_controls() -> 
         assert {each.config.mask.fraction for each in made if each.panel == panel} == {share}
 
 
+@pytest.mark.slow
 def test_table_1_on_beds_has_every_method_beside_twins_and_controls() -> None:
     on_model, on_beds = (CONFIG_FOLDER / "campaigns" / "laptop" / f"{name}.yaml" for name in ("table1", "table1_beds"))
     campaign, methods = load_campaign(on_beds), load_campaign(on_model).conditions
@@ -180,6 +182,7 @@ def test_the_document_names_every_key_and_its_example_works(tmp_path: Path) -> N
     assert len(list(settings(load_campaign(path), path))) == 9
 
 
+@pytest.mark.slow
 def test_table_2_and_3_read_the_runs_of_table_1() -> None:
     for scale in ("laptop", "paper"):
         made = {}

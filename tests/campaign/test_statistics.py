@@ -25,6 +25,7 @@ def closed_testing(p: list[float]) -> list[float]:
     return adjusted
 
 
+@pytest.mark.slow
 @given(P)
 def test_holm_is_closed_testing(p: list[float]) -> None:
     assert holm(p) == pytest.approx(closed_testing(p))

@@ -51,6 +51,7 @@ def test_what_is_trained_is_what_samples(config: PretrainedConfig, tmp_path: Pat
         torch.testing.assert_close(model(input_ids=ids).logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "said"),
     [

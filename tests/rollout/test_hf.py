@@ -51,6 +51,7 @@ def full_logprobs(model, prompt, completion, temperature=1.0) -> list[float]:
     return logits.log_softmax(-1)[range(len(completion)), completion].tolist()
 
 
+@pytest.mark.slow
 def test_a_request_does_not_depend_on_its_company(folder):
     engine = engine_for(folder)
     together = engine.generate(REQUESTS, SAMPLING)
@@ -326,6 +327,7 @@ def test_latents_change_the_model_as_defined(folder, model, rule):
         assert completion.logprobs != pytest.approx(full_logprobs(model, prompt, completion.token_ids), abs=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["norm_kv", "residual"])
 def test_rows_with_different_latents_do_not_mix(folder, rule):
     injection = injection_for(rule)
@@ -340,6 +342,7 @@ def test_rows_with_different_latents_do_not_mix(folder, rule):
     assert len({tuple(c.logprobs) for c in drawn}) == len(PROMPTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["norm_kv", "residual"])
 def test_no_latent_changes_nothing(folder, rule):
     engine = engine_for(folder)

@@ -54,6 +54,7 @@ def interventions(vocabulary: int) -> st.SearchStrategy[Intervention]:
     return drop | st.builds(lambda ids, rule: Intervention("force", ids, *rule), ids, rules)
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(st.data())
 def test_intervene_equals_loops(data):

@@ -25,6 +25,7 @@ from aipo.rollout.server import (
 )
 from tests.tiny import make_tiny
 
+pytestmark = pytest.mark.slow  # imports vLLM
 NAME = "owner/model"
 
 
@@ -69,7 +70,6 @@ def url(answers) -> Iterator[str]:
     server.server_close()
 
 
-@pytest.mark.slow
 def test_a_fit_server_is_accepted(url):
     assert check_server(url, (NAME,), max_model_len=100) == "gloo"
 
@@ -143,7 +143,6 @@ class Group:
 
 
 @pytest.mark.parametrize("silent", ["pause?mode=wait", "get_world_size", "update_weights", "resume"])
-@pytest.mark.slow
 def test_a_server_that_never_answers_ends_a_sync(silent, answers, url, monkeypatch, tmp_path):
     """Asked to pause, for its workers, to take a bucket, whose broadcast then waits too, or to go on."""
     monkeypatch.setattr("aipo.rollout.server.check_server", lambda *a, **k: "gloo")

@@ -111,6 +111,7 @@ def check(policy: Policy, layout: list[MicroBatch], expected: list[list[float]],
 # --- against eager attention --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("layers", [(-1,), (0, 2)])
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])

@@ -73,6 +73,7 @@ def answer_entropy(model: Qwen3ForCausalLM, row: int, prefix: int) -> Tensor:
 # --- against plain forwards ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [1, 2, 3, 5, 100])
 @pytest.mark.parametrize("budget", [1, 20, 30, 1000])
 def test_the_gain_is_that_of_separate_sequences(model: Qwen3ForCausalLM, stride: int, budget: int) -> None:

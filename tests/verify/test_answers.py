@@ -183,6 +183,7 @@ def test_gold_lists_are_told_from_numbers_and_tuples(gold: str, several: bool) -
     assert lists_several(gold) is several
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["math", "choice"])
 @pytest.mark.parametrize(
     "unit",
@@ -270,6 +271,7 @@ SNIPPETS += [
 texts = st.text(max_size=30) | st.lists(st.sampled_from(SNIPPETS), max_size=14).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(texts)
 def test_the_normal_form_is_its_own_normal_form(text: str) -> None:
