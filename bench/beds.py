@@ -9,6 +9,7 @@ a bed under another --name.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -23,7 +24,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from aipo.campaign.statistics import compare, holm, paired_p
-from aipo.config import CONFIG_FOLDER, load_config
+from aipo.config import CONFIG_FOLDER, Config, load_config
+from aipo.errors import UserError, exit_code
 from aipo.evaluation.results import markdown
 from aipo.record.jsonl import JsonlLog, read_jsonl
 
@@ -33,14 +35,26 @@ CONTROLS = ("oracle", "all", "random", "inverse", "fillers")
 Row = dict[str, Any]
 
 
+def configured(bed: str, condition: str, keys: Sequence[str]) -> Config:
+    return load_config(f"beds/{bed}.yaml", keys, method=str(CONDITIONS / f"{condition}.yaml"))
+
+
+def made_of(config: Config) -> str:
+    """A digest of the settings, data and weights of a run, but for its name, place and seed."""
+    from aipo.inputs import check_inputs
+
+    facts = config.model_dump(mode="json") | check_inputs(config, world=1).identity
+    kept = {key: value for key, value in facts.items() if key not in ("name", "runs", "seed")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def run_one(bed: str, condition: str, seed: int, folder: Path, overrides: Sequence[str], device: Any) -> Row:
     """One training run, from the config to the numbers of its log."""
     from aipo.run import run
 
     name = f"{condition}-seed{seed}"
     shutil.rmtree(folder / name, ignore_errors=True)  # one that was killed; a run is shorter than a checkpoint pays
-    keys = [f"name={name}", f"runs={folder}", f"seed={seed}", *overrides]
-    config = load_config(f"beds/{bed}.yaml", keys, method=str(CONDITIONS / f"{condition}.yaml"))
+    config = configured(bed, condition, [f"name={name}", f"runs={folder}", f"seed={seed}", *overrides])
     start = time.perf_counter()
     if not run(config, device=device):
         raise KeyboardInterrupt  # asked to stop: a run that is cut short is no result
@@ -181,6 +195,20 @@ def write(name: str, target: Path) -> str:
     return text
 
 
+def world(row: Row) -> list[str]:
+    """The bed of a run, with the keys that name another model or other data."""
+    return [row["bed"], *sorted(key for key in row["settings"] if key.startswith(("model.path=", "data.")))]
+
+
+def check(rows: Sequence[Row], asked: Row, target: Path) -> None:
+    """UserError unless the rows of a file are of the bed and the keys that its next ones are asked with."""
+    if any(world(row) != world(asked) for row in rows):
+        raise UserError(f"{target} is of {' '.join(world(rows[0]))}, not of {' '.join(world(asked))}: another --name")
+    if other := {row["condition"] for row in rows if row["settings"] != asked["settings"]} & {*asked["conditions"]}:
+        raise UserError(f"{target} has {', '.join(sorted(other))} with other keys: another --name")
+
+
+@exit_code
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = sorted(path.stem for path in CONDITIONS.glob("*.yaml"))
@@ -198,17 +226,19 @@ def main() -> int:
         print(write(name, target))
         return 0
     asked = options.conditions.split(",")
-    rows = read_jsonl(target.with_suffix(".jsonl"))
-    if other := {r["condition"] for r in rows if r["condition"] in asked and r["settings"] != options.overrides}:
-        print(f"error: {target}.jsonl has {', '.join(sorted(other))} with other keys: another --name", file=sys.stderr)
-        return 2
-    facts = ROOT / "data" / "beds" / name / "bed.json"
+    file = target.with_suffix(".jsonl")
+    rows = read_jsonl(file)
+    check(rows, {"bed": options.bed, "settings": options.overrides, "conditions": asked}, file)
+    facts = ROOT / Path(load_config(f"beds/{options.bed}.yaml", options.overrides).model.path).parent / "bed.json"
     if not facts.is_file():
-        print(f"error: the bed {name} is not there: python -m aipo.beds makes it", file=sys.stderr)
-        return 2
+        raise UserError(f"the bed {facts.parent} is not there: python -m aipo.beds makes it")
     options.out.mkdir(parents=True, exist_ok=True)
-    accuracy = json.loads(facts.read_text())["accuracy"]
-    print(f"{name}: base policy right in {accuracy:.1%}", flush=True)
+    bed = json.loads(facts.read_text())
+    print(f"{name}: base policy right in {bed['accuracy']:.1%}", flush=True)
+    for condition in asked:
+        mi, score = configured(options.bed, condition, options.overrides).mi, condition.startswith("mi")
+        if score and isinstance(mi.sigma, float) and not 0.8 < mi.sigma / bed["sigma"] < 1.25:
+            print(f"note: {condition} has the bandwidth {mi.sigma:g}, the bed's median is {bed['sigma']:g}", flush=True)
 
     from aipo import distributed
     from aipo.threads import settle
@@ -219,10 +249,16 @@ def main() -> int:
     jobs = [(seed, condition) for seed, condition in jobs if (condition, seed) not in done]
 
     def work(device: Any) -> None:
-        log = JsonlLog(target.with_suffix(".jsonl"))
+        kept = {row["condition"]: row["made_of"] for row in rows if "made_of" in row}  # the first results have none
+        made: dict[str, str] = {}
+        log = JsonlLog(file)
         for i, (seed, condition) in enumerate(jobs, start=1):
+            if condition not in made:
+                made[condition] = made_of(configured(options.bed, condition, options.overrides))
+                if kept.get(condition, made[condition]) != made[condition]:
+                    raise UserError(f"{file} has {condition} by other settings, data or weights: another --name")
             row = run_one(options.bed, condition, seed, ROOT / "runs" / "beds" / name, options.overrides, device)
-            log.append(row)
+            log.append(row | {"made_of": made[condition]})
             final = row["curve"][-1][1]
             print(f"{i}/{len(jobs)} {condition}, seed {seed}: {final:.1%} after {row['seconds']} s", flush=True)
         log.close()

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from aipo.config import CONFIG_FOLDER, load_config
-from bench.beds import CONDITIONS, CONTROLS, area, best, contrasts, counts, main, table, twins
+from bench.beds import CONDITIONS, CONTROLS, area, best, configured, contrasts, counts, made_of, main, table, twins
+from tests.tiny import make_tiny
 
 BEDS = sorted(path.stem for path in (CONFIG_FOLDER / "beds").glob("*.yaml"))
 
@@ -74,13 +75,31 @@ def test_the_signal_that_ended_highest_is_tested_against_all_others() -> None:
 def test_runs_with_other_keys_are_not_mixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "beds-made.jsonl").write_text(
-        json.dumps({"condition": "mi", "seed": 0, "settings": ["mi.sigma=5"]}) + "\n"
-    )
-    start = ["beds.py", "chain", "--name", "made", "--out", str(tmp_path), "--conditions", "mi,all"]
-    monkeypatch.setattr(sys, "argv", [*start, "mi.sigma=24"])
-    assert main() == 2
-    assert "has mi with other keys" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", [*start, "mi.sigma=5"])
-    assert main() == 2
-    assert "the bed made is not there" in capsys.readouterr().err
+    model = f"model.path={tmp_path}/made/model"
+    old = {"bed": "chain", "condition": "mi", "seed": 0, "settings": ["mi.sigma=5", model]}
+    (tmp_path / "beds-made.jsonl").write_text(json.dumps(old) + "\n")
+
+    def said(bed: str, *keys: str) -> str:
+        start = ["beds.py", bed, "--name", "made", "--out", str(tmp_path), "--conditions", "mi,all", *keys]
+        monkeypatch.setattr(sys, "argv", start)
+        assert main() == 2
+        return capsys.readouterr().err
+
+    assert "has mi with other keys" in said("chain", "mi.sigma=24", model)
+    assert "is of chain model.path=" in said("chain", "mi.sigma=5")
+    assert "not of fork" in said("fork", "mi.sigma=5", model)
+    assert f"the bed {tmp_path}/made is not there" in said("chain", "mi.sigma=5", model)
+
+
+def test_what_a_run_is_made_of(tmp_path: Path) -> None:
+    """Settings, data and weights, but not the name, the place and the seed."""
+    make_tiny(tmp_path / "model")
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps({"question": f"{i} + 1", "answer": str(i + 1)}) + "\n" for i in range(40)))
+    keys = [f"model.path={tmp_path}/model", f"data.train={data}", f"data.validation={data}"]
+    first = made_of(configured("chain", "mi", keys))
+    assert made_of(configured("chain", "mi", [*keys, "seed=3", "name=other", f"runs={tmp_path}"])) == first
+    assert made_of(configured("chain", "mi", [*keys, "mi.sigma=5"])) != first
+    assert made_of(configured("chain", "mi", [*keys, "optim.steps=7"])) != first
+    data.write_text(data.read_text().replace("39", "93"))
+    assert made_of(configured("chain", "mi", keys)) != first

@@ -79,6 +79,7 @@ def make(options: argparse.Namespace, knobs: Knobs) -> None:
     world, start = replace(WORLDS[options.world], knobs=knobs), time.perf_counter()
     folder = Path("data/beds") / (options.name or options.world)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bed.json").unlink(missing_ok=True)  # written last: a bed that is there is whole
     held_out = base.problems(world, SIZES["held_out"], seed=2)
     asked = frozenset(" ".join(example.question) for example in held_out)
     train = base.problems(world, SIZES["train"], seed=1, without=asked)

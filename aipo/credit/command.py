@@ -76,6 +76,7 @@ def run(config: Config, options: argparse.Namespace, folder: Path, device: torch
             drawn = draw(config, collector, pool, options, folder, progress)
             mixed = [problem for problem in pool if problem.id in drawn and drawn[problem.id].mixed]
             problems = mixed[: options.questions]
+            check_golds(problems, named(config, problems, only))
             valued = values(config, collector, problems, drawn, options, folder, progress)
         encode = inputs.prompter.encode
         rollouts = Rollouts.joined([valued[p.id].rollouts(p, encode(p.question, p.origin)) for p in problems])
@@ -140,12 +141,17 @@ def draw(
             before, mixed = mixed, sum(each.mixed for each in drawn.values())
             task.advance(min(mixed, wanted) - min(before, wanted))
     if not mixed:
-        right = [right for each in drawn.values() for right in each.correct]
-        accuracy = sum(right) / len(right)
+        judged = [right for each in drawn.values() for right in each.judged if right == right]
+        if not judged:
+            raise UserError(
+                f"no rollout of {len(drawn)} questions has a verdict within reward.timeout_s "
+                f"({config.reward.timeout_s:g}): raise it"
+            )
+        accuracy = sum(judged) / len(judged)
         if accuracy in (0, 1):
             raise UserError(
-                f"the model is right in {accuracy:.0%} of {len(right)} rollouts: every prefix has the same value. Take "
-                f"{'easier' if accuracy == 0 else 'harder'} questions (--benchmarks) or another --model"
+                f"the model is right in {accuracy:.0%} of {len(judged)} rollouts: every prefix has the same value. "
+                f"Take {'easier' if accuracy == 0 else 'harder'} questions (--benchmarks) or another --model"
             )
         raise UserError(
             f"none of {len(drawn)} questions has both right and wrong rollouts (accuracy {accuracy:.0%}): raise "
@@ -157,6 +163,16 @@ def draw(
             f"for {wanted}: going on with those (more --samples would find more)"
         )
     return drawn
+
+
+def check_golds(problems: Sequence[Problem], signals: Sequence[str]) -> None:
+    """UserError if a signal wants the gold of another answer, and there is one answer."""
+    wanted = [name for name in signals if name.endswith(WRONG)]
+    if wanted and len({problem.answer for problem in problems}) < 2:
+        raise UserError(
+            f"the questions with both right and wrong rollouts, {len(problems)}, have one answer, and '{wanted[0]}' "
+            f"needs another: raise --questions, or name --signals without '{WRONG.strip()}'"
+        )
 
 
 def values(
@@ -251,11 +267,11 @@ def summary(
     problems: Sequence[Problem],
 ) -> str:
     decides = credit.decides
-    right = [right for each in drawn.values() for right in each.correct]
+    judged = [right for each in drawn.values() for right in each.judged if right == right]
     return (
         f"# Token credit of {config.model.path}\n\n"
         f"{len(problems)} questions with both right and wrong rollouts, {options.samples} of each, among "
-        f"{len(drawn)} questions that are right in {sum(right) / len(right):.0%}. Prefixes "
+        f"{len(drawn)} questions that are right in {sum(judged) / len(judged):.0%}. Prefixes "
         f"{options.stride} token{'s' * (options.stride > 1)} apart, {options.continuations} continuations of each. "
         f"{int(decides.sum())} of {len(decides)} stretches ({decides.mean():.1%}) "
         f"change the value by more than twice their standard error (median {np.median(credit.error):.3f}); if none did "

@@ -60,9 +60,15 @@ def gradient(passes: Passes, rollouts: Rollouts, mask: Tensor) -> Tensor:
 
 
 def top(scores: Tensor, lengths: Tensor, fraction: float) -> Tensor:
-    """The round(fraction n) highest scores of every completion, at least one: (B, T), (B,) -> bool (B, T)."""
+    """The round(fraction n) highest scores of every completion, at least one: (B, T), (B,) -> bool (B, T).
+
+    Equal ones as drawn by a fixed seed: the first of them are the early ones, which is a signal of its own.
+    """
     counted = token_grid(lengths, scores.shape[1]) & scores.isfinite()  # (B, T)
-    return lowest(-scores, counted, (fraction * lengths).round().clamp(min=1).long())
+    order = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0)).argsort(1)  # (B, T)
+    count = (fraction * lengths).round().clamp(min=1).long()  # (B,)
+    found = lowest(-scores.gather(1, order), counted.gather(1, order), count)  # (B, T)
+    return torch.zeros_like(found).scatter(1, order, found)
 
 
 def cost(model: dict[str, int], rollouts: Rollouts, mask: Tensor) -> float:

@@ -28,8 +28,10 @@ VOCABULARY = ("entropy", "certainty", "energy", "gap")  # what one forward pass 
 def readings(config: MIConfig, *, solutions: bool) -> Iterator[tuple[str, MIConfig]]:
     """Every reading of the mutual information, by name: estimator, its features, what is normalised, the gold text.
 
-    The coordinates' bandwidth is the config's; between whole states, which lie further apart, the median.
+    The coordinates' bandwidth is the config's; between whole states, which lie further apart, the median. So is the
+    number of features, but for quadrature, which needs few, and where the config has few because it takes that.
     """
+    random = config.num_features if config.features != "quadrature" else MIConfig().num_features
     kinds = [("coordinate", features, normalized) for features in get_args(Features) for normalized in NORMALIZED]
     kinds += [(name, features, "none") for name in ("pointwise", "position") for features in ("random", "orthogonal")]
     for estimator, features, normalized in kinds:
@@ -39,11 +41,12 @@ def readings(config: MIConfig, *, solutions: bool) -> Iterator[tuple[str, MIConf
                 "features": features,
                 "normalized": normalized,
                 "gold_text": gold_text,
+                "num_features": random,
             }
             if features == "quadrature":  # deterministic: 16 are enough
                 keys["num_features"] = min(config.num_features, 16)
             if estimator != "coordinate":  # features of whole states are squared
-                keys |= {"num_features": min(config.num_features, 64), "sigma": "median"}
+                keys |= {"num_features": min(random, 64), "sigma": "median"}
             made = MIConfig.model_validate(config.model_dump() | keys)
             yield "mi " + " ".join([estimator, features, *NORMALIZED[normalized], gold_text]), made
 

@@ -43,12 +43,20 @@ def rank_correlation(score: Numbers, value: Numbers) -> float:
 
 
 def share_caught(score: Numbers, value: Numbers, rollout: NDArray[np.int64], fraction: float) -> float:
-    """Share of the sum of ``value`` at the round(fraction n) highest scores, at least one, of every rollout (n,)."""
-    order = np.lexsort((-score, rollout))  # of each rollout from its highest score down, equal ones as they stand
-    _, first, sizes = np.unique(rollout[order], return_index=True, return_counts=True)
-    place = np.arange(len(order)) - np.repeat(first, sizes)  # (n,)
-    count = np.repeat(np.maximum(1, np.round(fraction * sizes)), sizes)  # (n,)
-    return float(value[order[place < count]].sum()) / max(float(value.sum()), 1e-12)
+    """Share of the sum of ``value`` at the round(fraction n) highest scores, at least one, of every rollout (n,).
+
+    Of equal scores across that line as many count as there is room for, each with their mean: what it is expected to
+    be if they are drawn.
+    """
+    order = np.lexsort((-score, rollout))  # of each rollout from its highest score down
+    score, value, rollout = score[order], value[order], rollout[order]
+    first = np.flatnonzero(np.diff(rollout, prepend=rollout[0] - 1))  # of each rollout, (R,)
+    start = np.flatnonzero((np.diff(rollout, prepend=rollout[0] - 1) != 0) | (np.diff(score, prepend=np.inf) != 0))
+    size = np.diff(start, append=len(score))  # of each block of equal scores, (b,)
+    own = np.searchsorted(first, start, side="right") - 1  # its rollout, (b,)
+    room = np.maximum(1, np.round(fraction * np.diff(first, append=len(score))))[own] - (start - first[own])  # (b,)
+    caught = np.add.reduceat(value, start) * np.clip(room, 0, size) / size  # (b,)
+    return float(caught.sum()) / max(float(value.sum()), 1e-12)
 
 
 @dataclass(frozen=True)
@@ -89,15 +97,16 @@ STATISTICS: dict[str, Statistic] = {
 
 
 RESAMPLES = 200
+RESAMPLES_OF_TWINS = 2000  # whether an interval has 0 is read off these
 Resample = tuple[NDArray[np.int64], Credit]  # rows of the questions drawn, and what is known of them
 
 
-def resamples(credit: Credit, *, seed: int = 0) -> list[Resample]:
+def resamples(credit: Credit, count: int, *, seed: int = 0) -> list[Resample]:
     """Questions drawn with replacement, as many as there are."""
     draw = np.random.default_rng(seed)
     rows_of = [np.flatnonzero(credit.question == q) for q in range(int(credit.question.max()) + 1)]
     found = []
-    for _ in range(RESAMPLES):
+    for _ in range(count):
         drawn = draw.integers(len(rows_of), size=len(rows_of))
         rows = np.concatenate([rows_of[q] for q in drawn])
         copy = np.repeat(np.arange(len(drawn)), [len(rows_of[q]) for q in drawn])
@@ -126,7 +135,7 @@ def filled(values: Numbers) -> Numbers:
 
 def twins(signals: dict[str, Numbers], credit: Credit) -> str:
     """AUROC with the right gold, with the wrong one, and their difference on the same resamples, largest first."""
-    cells, drawn = [], resamples(credit)
+    cells, drawn = [], resamples(credit, RESAMPLES_OF_TWINS)
     for name in signals:
         if name + WRONG not in signals:
             continue
@@ -144,7 +153,7 @@ def twins(signals: dict[str, Numbers], credit: Credit) -> str:
 
 def table(signals: dict[str, Numbers], credit: Credit) -> str:
     """A line a signal, best AUROC first. A token that a signal does not measure counts as its lowest."""
-    cells, drawn = [], resamples(credit)
+    cells, drawn = [], resamples(credit, RESAMPLES)
     for name, values in signals.items():
         score = filled(values)
         found = [bootstrap(score, credit, statistic, drawn) for statistic in STATISTICS.values()]

@@ -13,7 +13,7 @@ import pytest
 
 from aipo.config import load_config
 from aipo.config.sections import MIConfig
-from aipo.credit.command import check, draw, parse
+from aipo.credit.command import check, check_golds, draw, parse
 from aipo.credit.frozen import prepare
 from aipo.credit.signals import named, readings
 from aipo.credit.table import Credit
@@ -35,6 +35,17 @@ def test_only_questions_that_are_asked_for_count_as_mixed(tmp_path: Path) -> Non
     config = load_config("beds/chain.yaml")
     with pytest.raises(UserError, match="right in 0% of 2 rollouts"), Progress() as progress:
         draw(config, None, pool, options, tmp_path, progress)  # type: ignore[arg-type]
+    (tmp_path / "rollouts.jsonl").write_text(line("first", [float("nan")] * 2))  # nothing is known of the model
+    with pytest.raises(UserError, match=r"no rollout of 1 questions has a verdict .*timeout_s"), Progress() as progress:
+        draw(config, None, pool, options, tmp_path, progress)  # type: ignore[arg-type]
+
+
+def test_a_wrong_gold_needs_two_answers() -> None:
+    one, other = Problem("a", "1 + 1 =", "2"), Problem("b", "1 + 2 =", "3")
+    check_golds([one, other], ["entropy", "mi (wrong gold)"])
+    check_golds([one, one], ["entropy", "mi"])
+    with pytest.raises(UserError, match=r"2, have one answer, and 'mi \(wrong gold\)' needs another: raise --q"):
+        check_golds([one, one], ["entropy", "mi (wrong gold)"])
 
 
 def test_the_bandwidth_between_whole_states_is_the_median() -> None:
@@ -43,6 +54,10 @@ def test_the_bandwidth_between_whole_states_is_the_median() -> None:
         assert mi.sigma == (50.0 if "coordinate" in name else "median"), name
     assert made["mi coordinate random answer"].num_features == 256  # the default reading, as it is
     assert made["mi pointwise random answer"].num_features == 64
+    few = dict(readings(MIConfig(features="quadrature", num_features=16), solutions=False))  # as the beds
+    assert few["mi coordinate quadrature answer"].num_features == 16
+    assert few["mi coordinate random answer"].num_features == 256
+    assert few["mi position orthogonal answer"].num_features == 64
 
 
 def test_no_token_above_its_noise() -> None:
