@@ -123,6 +123,10 @@ class DeepSpeed(Sharded):
     def gathered(self, parts: Sequence[Tensor]) -> AbstractContextManager[Any]:
         import deepspeed
 
+        if self.stage == 3:
+            # A pass without the backward one that DeepSpeed has recorded, as the engine's check makes, leaves on its way
+            # what was fetched ahead for that. The next pass would wait for it; gathering asserts that there is none.
+            self.optimizer.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
         return deepspeed.zero.GatheredParameters(parts, enabled=self.stage == 3)
 
     def save(self, folder: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -116,7 +115,7 @@ def main() -> None:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
     text = f"""# A step beside a busy program
 
-{machine()}; Linux {platform.release()}, {packages}; load average {load_before:.1f} at the start.
+{machine()}; {packages}; load average {load_before:.1f} at the start.
 SmolLM2-135M with vLLM and ZeRO-3, ranks: {arguments.ranks}, `OMP_NUM_THREADS={os.cpu_count()}`.
 {steps} steps of {questions} questions × 8 samples, each once alone and once beside a loop that keeps one core busy;
 medians. Goal: at most {GOAL} times as long.

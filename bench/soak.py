@@ -321,7 +321,7 @@ def growth(bed: Bed, draw: random.Random, count: int) -> Row:
     (bed.work / "growth.jsonl").write_text("".join(json.dumps(each) + "\n" for each in seen))
     steps = read_jsonl(folder / "metrics.jsonl")[-1]["step"]  # two that end at once are seen once
     told, wrong = grown(seen, steps)
-    return Row(name, steps, f"steps of one run, first quarter to last: {told}", wrong=wrong)
+    return Row(name, steps, f"steps of one run, second eighth to last quarter: {told}", wrong=wrong)
 
 
 def hostile(bed: Bed, draw: random.Random, count: int) -> Row:

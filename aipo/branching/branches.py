@@ -1,4 +1,4 @@
-"""Entropy-triggered branching and the information-bottleneck filter of IIB-LPO (arXiv 2601.05870; METHODS section 9).
+"""Entropy-triggered branching and the information-bottleneck filter of IIB-LPO (arXiv 2601.05870).
 
 Collect a few base rollouts, cut each where the policy hesitated, draw its rest anew until every question has its
 quota, and keep the trajectories that say most about the answer and least about the question. With several rounds the

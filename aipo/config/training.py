@@ -46,7 +46,7 @@ class OptimConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-6
     """learning rate of AdamW"""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """after the warm-up; linear and cosine fall to 0 at the last step"""
+    """after the warm-up; linear and cosine fall towards 0, which would be the step behind the last"""
     warmup_steps: NonNegative = 0
     """steps over which the rate rises linearly"""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)

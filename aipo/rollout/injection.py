@@ -1,4 +1,4 @@
-"""How a latent of IIB-LPO enters the model while it generates (arXiv 2601.05870; METHODS section 9).
+"""How a latent of IIB-LPO enters the model while it generates (arXiv 2601.05870).
 
 What the sources leave open, and what we do: the matrices that carry z into the model are random and fixed, kept in
 the latent's checkpoint and weighted by one ``scale``. The authors' are the same in effect: drawn at N(0, 0.01^2) and

@@ -1,7 +1,7 @@
 """What is measured of completion tokens beyond mutual information, and the rules that turn it into advantages.
 
 A new score of tokens is a function, a line of :data:`MEASURES`, and its name in ``Measured`` of
-:mod:`aipo.config.sections`: then ``mask.score`` can name it. A new rule of ``advantage.tokens`` is a function, a line
+:mod:`aipo.config.base`: then ``mask.score`` can name it. A new rule of ``advantage.tokens`` is a function, a line
 of :data:`RULES`, and its name there. Mutual information is scored inside the training forward (:mod:`aipo.selection`).
 """
 

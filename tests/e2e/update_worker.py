@@ -1,6 +1,6 @@
 """One rank of test_sharding.py: optimizer steps on a fixed batch, their gradients saved by rank 0.
 
-Usage: torchrun --nproc_per_node N update_worker.py MODEL OUT
+Usage: torchrun --nproc_per_node N update_worker.py MODEL UNTIED OUT
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ device = distributed.start()
 from aipo import sharding  # noqa: E402
 from aipo.config import Config, load_config  # noqa: E402
 from aipo.errors import TrainingError  # noqa: E402
+from aipo.passes import Passes  # noqa: E402
 from aipo.policy import make_policy  # noqa: E402
 from aipo.problems.datasets import Problem  # noqa: E402
 from aipo.problems.prompts import Prompter  # noqa: E402
@@ -37,7 +38,7 @@ from aipo.sharding import (  # noqa: E402
 )
 from aipo.trainer import Trainer  # noqa: E402
 
-MODEL, OUT = sys.argv[1], Path(sys.argv[2])
+MODEL, UNTIED, OUT = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 RANK, WORLD = distributed.rank(), distributed.world_size()
 BETA1 = 0.9
 sharding.GATHERED = 10_000  # else all weights of so small a model are gathered at once
@@ -87,15 +88,15 @@ def fixed_batch(prompter: Prompter) -> Rollouts:
     )
 
 
-def make_trainer(config: Config, prompter: Prompter) -> Trainer:
+def make_trainer(config: Config, prompter: Prompter, model: str = MODEL) -> Trainer:
     """What the update stage needs, all real; the stages around it are left out."""
     return Trainer(
         config,
         problems=[],
         held_out=[],
         collector=SimpleNamespace(prompter=prompter),  # type: ignore[arg-type]
-        sharded=shard(make_policy(config, MODEL), config, device),
-        reference=frozen_reference(config, MODEL, device),
+        sharded=shard(make_policy(config, model), config, device),
+        reference=frozen_reference(config, model, device),
         selector=TokenSelector(config),
         curriculum=None,  # type: ignore[arg-type]
         store=None,  # type: ignore[arg-type]
@@ -136,6 +137,46 @@ def config_of(overrides: list[str]) -> Config:
         "optim.share_prompts=false",
     ]
     return load_config("tiny.yaml", [*usual, f"optim.betas=[{BETA1}, 0.95]", *overrides])
+
+
+def gather_between_passes(base: Config, prompter: Prompter) -> int:
+    """With weights that are too large to be kept, as a real model's are: passes without a backward one, as the engine's
+    check makes between two steps, leave some on their way, and all are whole for the engine nevertheless.
+
+    Returns:
+        How many were on their way.
+    """
+    usual = sharding.deepspeed_config
+    large = {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 30_000,
+    }
+    sharding.deepspeed_config = lambda config: usual(config) | {
+        "zero_optimization": usual(config)["zero_optimization"] | large
+    }
+    trainer = make_trainer(base, prompter, UNTIED)
+    sharding.deepspeed_config = usual
+    passes = Passes(base, trainer.sharded, prompter, device)
+    micro, *_ = passes.batches_of(fixed_batch(prompter))
+
+    @torch.no_grad()
+    def check() -> None:
+        for _ in range(2):
+            trainer.sharded.forward(micro, full=True)
+
+    check()  # before training, and what labels are made of
+    with torch.no_grad():
+        for _ in range(3):
+            passes.states(micro)
+    trainer.update(fixed_batch(prompter), 0.3, 1.0, Clock())
+    whole = weights(trainer.sharded)
+    check()
+    found = sum(weight.ds_status.name == "INFLIGHT" for _, weight in trainer.sharded.names())
+    assert torch.equal(whole, weights(trainer.sharded))
+    trainer.update(fixed_batch(prompter), 0.3, 1.0, Clock())
+    assert not torch.equal(whole, weights(trainer.sharded))
+    return found
 
 
 def main() -> None:
@@ -195,6 +236,7 @@ def main() -> None:
     assert not torch.equal(kept, weights(trainer.sharded))
     trainer.sharded.load(saved)
     assert torch.equal(kept, weights(trainer.sharded)), "the checkpoint does not bring the weights back"
+    result["on their way"] = gather_between_passes(base, prompter)
     if RANK == 0:
         torch.save(result, OUT / "result.pt")
     distributed.stop()

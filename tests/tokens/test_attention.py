@@ -78,7 +78,7 @@ def make(kind: str, attention: str) -> torch.nn.Module:
 
 
 def reference(kind: str, layers: tuple[int, ...]) -> list[list[float]]:
-    """METHODS: mean over heads of chosen layers of the entropy of the row / log(context length), by loops."""
+    """Mean over heads of chosen layers of the entropy of the row / log(context length), by loops."""
     model = make(kind, "eager")
     out = []
     for prompt, completion in zip(PROMPTS, COMPLETIONS):
