@@ -77,6 +77,7 @@ def start() -> torch.device:
                 f"rank {local} of this machine has no GPU: {torch.cuda.device_count()} there, start as many"
             )
         torch.cuda.set_device(local)
+        refuse_old_gpu(local)
         device = torch.device("cuda", local)
         # a bound device makes every later group an NCCL split, which one rank alone has no use for
         bound = device if int(os.environ["WORLD_SIZE"]) > 1 else None
@@ -98,13 +99,29 @@ def refuse_unusable_gpu() -> None:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1") or not shutil.which("nvidia-smi"):
         return
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    seen = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    try:
+        seen = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        raise UserError("nvidia-smi does not answer: the driver hangs; CUDA_VISIBLE_DEVICES= runs on the CPU") from None
     if seen.returncode == 0 and seen.stdout.strip():
-        name, driver = seen.stdout.splitlines()[0].rsplit(", ", 1)
+        name, _, driver = seen.stdout.splitlines()[0].rpartition(", ")
         built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
         raise UserError(
             f"nvidia-smi shows a GPU ({name}, driver {driver}) that PyTorch cannot use: torch {torch.__version__} "
             f"{built}: update the driver or install the other torch; CUDA_VISIBLE_DEVICES= runs on the CPU"
+        )
+
+
+def refuse_old_gpu(local: int) -> None:
+    """UserError where torch has no code for a GPU that is older than all that it was built for."""
+    own = torch.cuda.get_device_capability(local)
+    built = [divmod(int("".join(filter(str.isdigit, name))), 10) for name in torch.cuda.get_arch_list()]
+    if own < min(built):
+        oldest = ".".join(map(str, min(built)))
+        raise UserError(
+            f"{torch.cuda.get_device_name(local)} has compute capability {own[0]}.{own[1]}, and torch "
+            f"{torch.__version__} is built for {oldest} and newer: install a torch that has it, or run on the CPU with "
+            "CUDA_VISIBLE_DEVICES="
         )
 
 

@@ -76,7 +76,7 @@ def squared_norms(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["o"])  # the data's: a compilation for some of its values would come in any step
 def _norms(
     sums, series, frequency, phase, amplitude, far, outer, which, out, D, m, o, r,
     FEATURES: tl.constexpr, TERMS: tl.constexpr, COLUMNS: tl.constexpr,

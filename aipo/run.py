@@ -101,6 +101,7 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
         # the summary of an earlier end is there only if no step was made since: its table is shown again
         shown = distributed.on_first(lambda: final.is_dir() and noted.is_file())
         if not shown:
+            trainer.collector.engine.sleep()  # the last validation woke it, and weights are gathered beside it
             save_final_model(trainer.sharded, inputs, final)
         if rank == 0:
             summary = summarize(

@@ -46,6 +46,7 @@ def test_a_device_is_bound_where_there_are_others(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: ranks)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed, "refuse_old_gpu", lambda local: None)
     device = distributed.start()
     assert device == torch.device("cuda", 0)
     assert launched == [{"backend": "cpu:gloo,cuda:nccl", "device_id": device if ranks > 1 else None}]
@@ -71,6 +72,27 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(
     shown.write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
     distributed.start()
     assert launched == [{"backend": "gloo"}] * 3
+
+    def hangs(*_: Any, **__: Any) -> None:
+        raise subprocess.TimeoutExpired("nvidia-smi", 60)
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    with pytest.raises(UserError, match="nvidia-smi does not answer"):
+        distributed.start()
+
+
+@pytest.mark.parametrize(("own", "fit"), [((7, 0), False), ((7, 5), True), ((9, 0), True), ((12, 0), True)])
+def test_a_gpu_that_torch_has_no_code_for_is_an_error(
+    own: tuple[int, int], fit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda local: own)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda local: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "sm_100", "compute_120"])
+    if fit:
+        distributed.refuse_old_gpu(0)
+    else:
+        with pytest.raises(UserError, match=r"Tesla V100 has compute capability 7\.0, and torch .* built for 7\.5 and"):
+            distributed.refuse_old_gpu(0)
 
 
 def test_a_rank_without_a_gpu_is_an_error(launched: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:

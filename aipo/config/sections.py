@@ -49,8 +49,8 @@ class RolloutConfig(Section):
     """in each training process, on its own device, or on running vLLM servers with devices of their own"""
     server_url: str | Annotated[tuple[str, ...], Field(min_length=1)] = "http://127.0.0.1:8000"
     """of mode server: one, or a list of which rank r asks number r modulo its length"""
-    server_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """seconds after which servers that have not taken the new weights end the run"""
+    server_timeout_s: Annotated[float, Field(gt=0, le=1700)] = 600.0
+    """seconds after which servers that have not taken the new weights end the run; the other ranks wait for 1800"""
     questions_per_step: Positive = 128
     """over all ranks"""
     samples_per_question: Positive = 8

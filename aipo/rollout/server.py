@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,7 @@ class ServerEngine:
 
         names = (name or model_path, model_path)
         backends = distributed.on_first(
-            lambda: [check_server(url, names, max_model_len=max_model_len) for url in self._urls]
+            lambda: [check_server(url, names, max_model_len=max_model_len, dtype=dtype) for url in self._urls]
         )
         if len(set(backends)) > 1:
             raise UserError(f"rollout.server_url: the servers take weights in different ways {backends}: {START}")
@@ -148,17 +149,17 @@ class ServerEngine:
         if distributed.rank() == 0:
             try:
                 self._push(stream)
-            except TimeoutError:
+            except (TrainingError, RuntimeError, OSError) as error:  # the last two: of the group's connections
                 if self._group is not None:
                     background(self._group.destroy)  # ends a broadcast that waits for a server that is gone
-                problem = (
-                    f"{' or '.join(self._urls)} did not take the new weights within {self._timeout:g} s "
-                    f"(rollout.server_timeout_s): {RESTART}"
-                )
-            except (TrainingError, RuntimeError, OSError) as error:  # the last two: of the group's connections
-                if not isinstance(error, TrainingError):
-                    error = TrainingError(f"the new weights did not reach the rollout server ({error}): {RESTART}")
                 problem = str(error)
+                if isinstance(error, TimeoutError):
+                    problem = (
+                        f"{' or '.join(self._urls)} did not take the new weights within {self._timeout:g} s "
+                        f"(rollout.server_timeout_s): {RESTART}"
+                    )
+                elif not isinstance(error, TrainingError):
+                    problem = f"the new weights did not reach the rollout server ({error}): {RESTART}"
         for _ in stream:  # the other ranks', and what a failure left: each weight may be a collective
             pass
         if problem := distributed.gather_objects(problem)[0]:
@@ -216,7 +217,8 @@ class ServerEngine:
         if self._group is not None:
             leaving = self._start("shutdown_weight_transfer_engine")
             self._group.destroy()
-            finish(leaving, timeout=self._timeout)
+            with suppress(TrainingError, OSError):  # one that is gone was left before
+                finish(leaving, timeout=self._timeout)
 
 
 def parse_completion(response: dict[str, Any]) -> Completion:
@@ -277,7 +279,7 @@ def ask(
     return response.json()
 
 
-def check_server(url: str, names: Sequence[str], *, max_model_len: int) -> str:
+def check_server(url: str, names: Sequence[str], *, max_model_len: int, dtype: str) -> str:
     """The way in which a server takes weights (``nccl`` or ``gloo``).
 
     Raises :class:`UserError` if it does not run one of ``names`` or was not started for this trainer.
@@ -298,6 +300,10 @@ def check_server(url: str, names: Sequence[str], *, max_model_len: int) -> str:
         raise UserError(f"rollout.server_url: {url} serves {served[0]['id']}, not {names[0]}: {START}")
     config = known("server_info?config_format=json", f"{url} runs without VLLM_SERVER_DEV_MODE=1")["vllm_config"]
     context, mode = config["model_config"]["max_model_len"], config["model_config"]["logprobs_mode"]
+    if (own := str(config["model_config"]["dtype"]).removeprefix("torch.")) != dtype:
+        raise UserError(
+            f"rollout.server_url: {url} computes in {own}, the trainer in {dtype}: start both with model.dtype={dtype}"
+        )
     if context < max_model_len:
         raise UserError(f"rollout.server_url: {url} reads {context} tokens, the run needs {max_model_len}: {START}")
     if mode != "processed_logprobs":

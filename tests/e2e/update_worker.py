@@ -152,9 +152,9 @@ def gather_between_passes(base: Config, prompter: Prompter) -> int:
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": 30_000,
     }
-    sharding.deepspeed_config = lambda config: usual(config) | {
-        "zero_optimization": usual(config)["zero_optimization"] | large
-    }
+    sharding.deepspeed_config = lambda config: (
+        usual(config) | {"zero_optimization": usual(config)["zero_optimization"] | large}
+    )
     trainer = make_trainer(base, prompter, UNTIED)
     sharding.deepspeed_config = usual
     passes = Passes(base, trainer.sharded, prompter, device)

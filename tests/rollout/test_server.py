@@ -33,7 +33,7 @@ NAME = "owner/model"
 def answers() -> dict[str, object]:
     """What a server started for a context of 100 says, by path."""
     settings = {
-        "model_config": {"max_model_len": 100, "logprobs_mode": "processed_logprobs"},
+        "model_config": {"max_model_len": 100, "logprobs_mode": "processed_logprobs", "dtype": "torch.bfloat16"},
         "weight_transfer_config": {"backend": "gloo"},
     }
     vllm = pytest.importorskip("vllm")
@@ -71,7 +71,7 @@ def url(answers) -> Iterator[str]:
 
 
 def test_a_fit_server_is_accepted(url):
-    assert check_server(url, (NAME,), max_model_len=100) == "gloo"
+    assert check_server(url, (NAME,), max_model_len=100, dtype="bfloat16") == "gloo"
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,11 @@ def test_a_fit_server_is_accepted(url):
         ("/v1/models", {"data": [{"id": "x/y", "root": "x/y"}]}, f"serves x/y, not {NAME}"),
         ("/version", 404, "no vLLM server answers"),
         ("/server_info?config_format=json", 404, "without VLLM_SERVER_DEV_MODE=1"),
+        (
+            "dtype",
+            "torch.float32",
+            r"in float32, the trainer in bfloat16: start both with model\.dtype=bfloat16",
+        ),
         ("max_model_len", 99, "reads 99 tokens, the run needs 100"),
         ("logprobs_mode", "raw_logprobs", "raw_logprobs, not processed_logprobs"),
         ("weight_transfer_config", None, "no --weight-transfer-config"),
@@ -93,7 +98,7 @@ def test_an_unfit_server_is_refused_in_one_line(url, answers, path, answer, word
     place = answers if path.startswith("/") else settings if path in settings else settings["model_config"]
     place[path] = answer
     with pytest.raises(UserError, match=words) as error:
-        check_server(url, (NAME,), max_model_len=100)
+        check_server(url, (NAME,), max_model_len=100, dtype="bfloat16")
     assert url in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -106,7 +111,7 @@ def test_a_server_that_only_listens_is_refused(url, answers, path, words, monkey
     answers[path] = never = threading.Event()
     try:
         with pytest.raises(UserError, match=words):
-            check_server(url, (NAME,), max_model_len=100)
+            check_server(url, (NAME,), max_model_len=100, dtype="bfloat16")
     finally:
         never.set()
 
