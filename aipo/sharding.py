@@ -125,7 +125,7 @@ class DeepSpeed(Sharded):
 
         if self.stage == 3:
             # A pass without the backward one that DeepSpeed has recorded, as the engine's check makes, leaves weights
-            # on their way that were fetched ahead for it. The next pass waits for them; gathering asserts there are none.
+            # on their way, fetched ahead for that. The next pass waits for them; gathering asserts that there are none.
             self.optimizer.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
         return deepspeed.zero.GatheredParameters(parts, enabled=self.stage == 3)
 
