@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from aipo.credit.table import STATISTICS, Credit, Numbers, bootstrap, filled, resamples
+from aipo.credit.table import RESAMPLES, STATISTICS, Credit, Numbers, bootstrap, filled, resamples
 
 
 def plot(signals: dict[str, Numbers], credit: Credit, path: Path) -> None:
     """AUROC of each signal with its interval, sorted; the dotted line is chance."""
-    found, drawn = [], resamples(credit)
+    found, drawn = [], resamples(credit, RESAMPLES)
     for name, values in signals.items():
         found.append((*bootstrap(filled(values), credit, STATISTICS["AUROC"], drawn), name))
     found.sort(key=lambda each: each[0])
