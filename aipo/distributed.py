@@ -115,8 +115,9 @@ def refuse_unusable_gpu() -> None:
 def refuse_old_gpu(local: int) -> None:
     """UserError where torch has no code for a GPU that is older than all that it was built for."""
     own = torch.cuda.get_device_capability(local)
-    built = [divmod(int("".join(filter(str.isdigit, name))), 10) for name in torch.cuda.get_arch_list()]
-    if own < min(built):
+    names = [name.partition("_")[2] for name in torch.cuda.get_arch_list()]  # sm_90a, compute_120; of AMD gfx942
+    built = [divmod(int("".join(filter(str.isdigit, name))), 10) for name in names if name]
+    if built and own < min(built):
         oldest = ".".join(map(str, min(built)))
         raise UserError(
             f"{torch.cuda.get_device_name(local)} has compute capability {own[0]}.{own[1]}, and torch "

@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,17 @@ def configured(bed: str, condition: str, keys: Sequence[str]) -> Config:
     return load_config(f"beds/{bed}.yaml", keys, method=str(CONDITIONS / f"{condition}.yaml"))
 
 
-def made_of(config: Config) -> str:
-    """A digest of the settings, data and weights of a run, but for its name, place and seed."""
+def made_of(config: Config) -> tuple[str, str]:
+    """Digests of what a run is made of but for its seed: all of it, and data and weights alone."""
     from aipo.inputs import check_inputs
 
-    facts = config.model_dump(mode="json") | check_inputs(config, world=1).identity
-    kept = {key: value for key, value in facts.items() if key not in ("name", "runs", "seed")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    facts = {key: value for key, value in check_inputs(config, world=1).identity.items() if key != "seed"}
+    facts |= {"optim.steps": config.optim.steps, "optim.lr": config.optim.lr}  # which a run may change as it goes on
+    bed = {key: value for key, value in facts.items() if "fingerprint" in key or key.startswith("weights")}
+    settings, world = (
+        hashlib.sha256(json.dumps(each, sort_keys=True).encode()).hexdigest()[:16] for each in (facts, bed)
+    )
+    return settings, world
 
 
 def run_one(bed: str, condition: str, seed: int, folder: Path, overrides: Sequence[str], device: Any) -> Row:
@@ -208,6 +212,18 @@ def check(rows: Sequence[Row], asked: Row, target: Path) -> None:
         raise UserError(f"{target} has {', '.join(sorted(other))} with other keys: another --name")
 
 
+def check_made(rows: Sequence[Row], made: Mapping[str, tuple[str, str]], target: Path) -> None:
+    """UserError if data, weights or settings have changed since the rows were made, as far as these say."""
+    for row in rows:
+        settings, bed = row.get("made_of", (None, None))
+        if settings is None:
+            continue
+        if any(bed != now for _, now in made.values()):
+            raise UserError(f"{target} is of other data or weights of the bed than there are now: another --name")
+        if settings != made.get(row["condition"], (settings, bed))[0]:
+            raise UserError(f"{target} has {row['condition']} by other settings than there are now: another --name")
+
+
 @exit_code
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -249,14 +265,10 @@ def main() -> int:
     jobs = [(seed, condition) for seed, condition in jobs if (condition, seed) not in done]
 
     def work(device: Any) -> None:
-        kept = {row["condition"]: row["made_of"] for row in rows if "made_of" in row}  # the first results have none
-        made: dict[str, str] = {}
+        made = {name: made_of(configured(options.bed, name, options.overrides)) for name in {name for _, name in jobs}}
+        check_made(rows, made, file)
         log = JsonlLog(file)
         for i, (seed, condition) in enumerate(jobs, start=1):
-            if condition not in made:
-                made[condition] = made_of(configured(options.bed, condition, options.overrides))
-                if kept.get(condition, made[condition]) != made[condition]:
-                    raise UserError(f"{file} has {condition} by other settings, data or weights: another --name")
             row = run_one(options.bed, condition, seed, ROOT / "runs" / "beds" / name, options.overrides, device)
             log.append(row | {"made_of": made[condition]})
             final = row["curve"][-1][1]
@@ -268,7 +280,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on")
         return 130
-    print(write(name, target))
+    if code == 0:
+        print(write(name, target))
     return code
 
 

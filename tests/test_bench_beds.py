@@ -10,7 +10,21 @@ from typing import Any
 import pytest
 
 from aipo.config import CONFIG_FOLDER, load_config
-from bench.beds import CONDITIONS, CONTROLS, area, best, configured, contrasts, counts, made_of, main, table, twins
+from aipo.errors import UserError
+from bench.beds import (
+    CONDITIONS,
+    CONTROLS,
+    area,
+    best,
+    check_made,
+    configured,
+    contrasts,
+    counts,
+    made_of,
+    main,
+    table,
+    twins,
+)
 from tests.tiny import make_tiny
 
 BEDS = sorted(path.stem for path in (CONFIG_FOLDER / "beds").glob("*.yaml"))
@@ -92,14 +106,29 @@ def test_runs_with_other_keys_are_not_mixed(
 
 
 def test_what_a_run_is_made_of(tmp_path: Path) -> None:
-    """Settings, data and weights, but not the name, the place and the seed."""
+    """Settings, data and weights, but not the name, the place and the seed; data and weights are one bed's."""
     make_tiny(tmp_path / "model")
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps({"question": f"{i} + 1", "answer": str(i + 1)}) + "\n" for i in range(40)))
     keys = [f"model.path={tmp_path}/model", f"data.train={data}", f"data.validation={data}"]
-    first = made_of(configured("chain", "mi", keys))
-    assert made_of(configured("chain", "mi", [*keys, "seed=3", "name=other", f"runs={tmp_path}"])) == first
-    assert made_of(configured("chain", "mi", [*keys, "mi.sigma=5"])) != first
-    assert made_of(configured("chain", "mi", [*keys, "optim.steps=7"])) != first
+
+    def made(*more: str) -> tuple[str, str]:
+        return made_of(configured("chain", "mi", [*keys, *more]))
+
+    first = made()
+    assert made("seed=3", "name=other", f"runs={tmp_path}") == first
+    for key in ("mi.sigma=5", "optim.steps=7", "optim.lr=1"):
+        settings, bed = made(key)
+        assert settings != first[0]
+        assert bed == first[1]
+    kept = [{"condition": "mi", "made_of": list(first)}, {"condition": "all"}]  # as read from a file; a first result
+    check_made(kept, {"mi": first, "oracle": first}, tmp_path)
+    with pytest.raises(UserError, match="has mi by other settings"):
+        check_made(kept, {"mi": made("mi.sigma=5")}, tmp_path)
     data.write_text(data.read_text().replace("39", "93"))
-    assert made_of(configured("chain", "mi", keys)) != first
+    other = made()
+    assert other[1] != first[1]
+    with pytest.raises(UserError, match="other data or weights"):
+        check_made(kept, {"oracle": other}, tmp_path)
+    make_tiny(tmp_path / "model", seed=1)
+    assert made()[1] != other[1]

@@ -68,7 +68,7 @@ def top(scores: Tensor, lengths: Tensor, fraction: float) -> Tensor:
     order = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0)).argsort(1)  # (B, T)
     count = (fraction * lengths).round().clamp(min=1).long()  # (B,)
     found = lowest(-scores.gather(1, order), counted.gather(1, order), count)  # (B, T)
-    return torch.zeros_like(found).scatter(1, order, found)
+    return torch.zeros_like(found).scatter(1, order, found) & counted
 
 
 def cost(model: dict[str, int], rollouts: Rollouts, mask: Tensor) -> float:

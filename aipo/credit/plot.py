@@ -12,7 +12,7 @@ from aipo.credit.table import RESAMPLES, STATISTICS, Credit, Numbers, bootstrap,
 
 def plot(signals: dict[str, Numbers], credit: Credit, path: Path) -> None:
     """AUROC of each signal with its interval, sorted; the dotted line is chance."""
-    found, drawn = [], resamples(credit, RESAMPLES)
+    found, drawn = [], list(resamples(credit, RESAMPLES))
     for name, values in signals.items():
         found.append((*bootstrap(filled(values), credit, STATISTICS["AUROC"], drawn), name))
     found.sort(key=lambda each: each[0])

@@ -28,8 +28,9 @@ VOCABULARY = ("entropy", "certainty", "energy", "gap")  # what one forward pass 
 def readings(config: MIConfig, *, solutions: bool) -> Iterator[tuple[str, MIConfig]]:
     """Every reading of the mutual information, by name: estimator, its features, what is normalised, the gold text.
 
-    The coordinates' bandwidth is the config's; between whole states, which lie further apart, the median. So is the
-    number of features, but for quadrature, which needs few, and where the config has few because it takes that.
+    The coordinates' bandwidth is the config's; between whole states, which lie further apart, the median. The number
+    of features is the config's too, or the default where the config has few because it takes quadrature: at most 16 of
+    quadrature and 64 between whole states.
     """
     random = config.num_features if config.features != "quadrature" else MIConfig().num_features
     kinds = [("coordinate", features, normalized) for features in get_args(Features) for normalized in NORMALIZED]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,17 +101,15 @@ RESAMPLES_OF_TWINS = 2000  # whether an interval has 0 is read off these
 Resample = tuple[NDArray[np.int64], Credit]  # rows of the questions drawn, and what is known of them
 
 
-def resamples(credit: Credit, count: int, *, seed: int = 0) -> list[Resample]:
+def resamples(credit: Credit, count: int, *, seed: int = 0) -> Iterator[Resample]:
     """Questions drawn with replacement, as many as there are."""
     draw = np.random.default_rng(seed)
     rows_of = [np.flatnonzero(credit.question == q) for q in range(int(credit.question.max()) + 1)]
-    found = []
     for _ in range(count):
         drawn = draw.integers(len(rows_of), size=len(rows_of))
         rows = np.concatenate([rows_of[q] for q in drawn])
         copy = np.repeat(np.arange(len(drawn)), [len(rows_of[q]) for q in drawn])
-        found.append((rows, credit.take(rows, copy)))
-    return found
+        yield rows, credit.take(rows, copy)
 
 
 def bootstrap(
@@ -135,25 +133,28 @@ def filled(values: Numbers) -> Numbers:
 
 def twins(signals: dict[str, Numbers], credit: Credit) -> str:
     """AUROC with the right gold, with the wrong one, and their difference on the same resamples, largest first."""
-    cells, drawn = [], resamples(credit, RESAMPLES_OF_TWINS)
-    for name in signals:
-        if name + WRONG not in signals:
-            continue
-        right, wrong = filled(signals[name]), filled(signals[name + WRONG])
-        values = [auroc(right, credit.decides), auroc(wrong, credit.decides)]
-        found = [auroc(right[r], c.decides) - auroc(wrong[r], c.decides) for r, c in drawn]
-        low, high = np.nanquantile(found, [0.025, 0.975])
-        difference = values[0] - values[1]
-        cells.append(
-            (difference, [name, *(f"{v:.2f}" for v in values), f"{difference:+.2f} ({low:+.2f} to {high:+.2f})"])
-        )
+    pairs = {
+        name: (filled(signals[name]), filled(signals[name + WRONG])) for name in signals if name + WRONG in signals
+    }
+
+    def both(rows: slice | NDArray[np.int64], decides: NDArray[np.bool_]) -> Numbers:
+        return np.array([[auroc(score[rows], decides) for score in pair] for pair in pairs.values()])
+
+    values = both(slice(None), credit.decides)  # (n, 2)
+    drawn = np.stack([both(rows, own.decides) for rows, own in resamples(credit, RESAMPLES_OF_TWINS)])  # (r, n, 2)
+    low, high = np.nanquantile(drawn[..., 0] - drawn[..., 1], [0.025, 0.975], axis=0)  # (n,) each
+    cells = []
+    for i, name in enumerate(pairs):
+        right, wrong = values[i]
+        difference = f"{right - wrong:+.2f} ({low[i]:+.2f} to {high[i]:+.2f})"
+        cells.append((right - wrong, [name, f"{right:.2f}", f"{wrong:.2f}", difference]))
     columns = ["signal", "right gold", "wrong gold", "difference"]
     return markdown(columns, [cell for _, cell in sorted(cells, key=lambda each: -each[0])])
 
 
 def table(signals: dict[str, Numbers], credit: Credit) -> str:
     """A line a signal, best AUROC first. A token that a signal does not measure counts as its lowest."""
-    cells, drawn = [], resamples(credit, RESAMPLES)
+    cells, drawn = [], list(resamples(credit, RESAMPLES))
     for name, values in signals.items():
         score = filled(values)
         found = [bootstrap(score, credit, statistic, drawn) for statistic in STATISTICS.values()]

@@ -150,8 +150,9 @@ class ServerEngine:
             try:
                 self._push(stream)
             except (TrainingError, RuntimeError, OSError) as error:  # the last two: of the group's connections
-                if self._group is not None:
-                    background(self._group.destroy)  # ends a broadcast that waits for a server that is gone
+                group, self._group = self._group, None
+                if group is not None:
+                    background(group.destroy)  # ends a broadcast that waits for a server that is gone
                 problem = str(error)
                 if isinstance(error, TimeoutError):
                     problem = (

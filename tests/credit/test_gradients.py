@@ -9,10 +9,10 @@ from aipo.credit.gradients import top
 
 def test_the_highest_scores_of_each_completion() -> None:
     scores = torch.tensor(
-        [[0.1, 0.9, 0.4, 0.3], [0.2, 0.1, torch.nan, torch.nan], [torch.nan, 0.5, 0.7, 9.0]]
+        [[0.1, 0.9, 0.4, 0.3], [0.2, 0.1, torch.nan, torch.nan], [torch.nan, 0.5, torch.nan, 9.0]]
     )  # (3, 4)
     kept = top(scores, torch.tensor([4, 2, 3]), 0.5)
-    assert kept.tolist() == [[False, True, True, False], [True, False, False, False], [False, True, True, False]]
+    assert kept.tolist() == [[False, True, True, False], [True, False, False, False], [False, True, False, False]]
 
 
 def test_equal_scores_are_kept_wherever_they_stand() -> None:

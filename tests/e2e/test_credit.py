@@ -54,8 +54,8 @@ def test_a_bed_says_how_it_was_made(bed: Path) -> None:
 def test_values_signals_and_tables(bed: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(bed)
     monkeypatch.setattr("aipo.distributed.launch", lambda work: work(torch.device("cpu")))
-    for count in ("RESAMPLES", "RESAMPLES_OF_TWINS"):
-        monkeypatch.setattr(f"aipo.credit.table.{count}", 2)  # test_table.py has the intervals
+    for count in ("table.RESAMPLES", "table.RESAMPLES_OF_TWINS", "plot.RESAMPLES"):
+        monkeypatch.setattr(f"aipo.credit.{count}", 2)  # test_table.py has the intervals
     assert main(["--config", str(CONFIG), *SMALL]) == 0
     text = capsys.readouterr().out
     tokens = pd.read_parquet("out/tokens.parquet")

@@ -137,6 +137,9 @@ def test_the_first_error_is_not_kept_waiting():
         finish([background(never.wait), background(fail)], timeout=60)
 
 
+LATE = r"did not take .* 0\.5 s \(rollout\.server_timeout_s\): "
+
+
 class Group:
     port = 1
 
@@ -147,30 +150,40 @@ class Group:
     def destroy(self) -> None: ...
 
 
-@pytest.mark.parametrize("silent", ["pause?mode=wait", "get_world_size", "update_weights", "resume"])
-def test_a_server_that_never_answers_ends_a_sync(silent, answers, url, monkeypatch, tmp_path):
-    """Asked to pause, for its workers, to take a bucket, whose broadcast then waits too, or to go on."""
+@pytest.mark.parametrize(
+    ("silent", "answer", "words"),
+    [(path, None, LATE) for path in ("pause?mode=wait", "get_world_size", "update_weights", "resume")]
+    + [("update_weights", 500, "answered 500 to update_weights")],
+)
+def test_a_server_that_never_answers_or_refuses_ends_a_sync(silent, answer, words, answers, url, monkeypatch, tmp_path):
+    """Asked to pause, for its workers, to take a bucket, or to go on. A broadcast then waits for it, until the group is
+    destroyed."""
     monkeypatch.setattr("aipo.rollout.server.check_server", lambda *a, **k: "gloo")
-    never = threading.Event()
+    never, freed = threading.Event(), threading.Event()
 
     class Silent(Group):
         def broadcast(self, tensors: list[torch.Tensor]) -> None:
             if silent == "update_weights":
-                never.wait()
+                freed.wait()
+
+        def destroy(self) -> None:
+            freed.set()
 
     paths = ["pause?mode=wait", "shutdown_weight_transfer_engine", "get_world_size", "init_weight_transfer_engine"]
     paths += ["start_weight_update", "update_weights", "finish_weight_update", "resume"]
     answers |= {f"/{path}": {"world_size": 1} for path in paths}
-    answers[f"/{silent}"] = never
+    answers[f"/{silent}"] = answer or never
     monkeypatch.setattr("aipo.rollout.transfer.GROUPS", {"gloo": Silent})
     folder = str(make_tiny(tmp_path / "model"))
     engine = ServerEngine(folder, urls=[url], max_model_len=100, end_token_ids=[2], timeout=0.5)
     weights = list(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
     try:
-        with pytest.raises(TrainingError, match=rf"{url} did not take .* 0\.5 s \(rollout\.server_timeout_s\): "):
+        with pytest.raises(TrainingError, match=words):
             engine.sync(weights)
+        assert silent != "update_weights" or freed.wait(60)
     finally:
         never.set()
+        freed.set()
 
 
 def response(**choice: object) -> dict[str, object]:
