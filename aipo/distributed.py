@@ -81,6 +81,8 @@ def start() -> torch.device:
         device = torch.device("cuda", local)
         # a bound device makes every later group an NCCL split, which one rank alone has no use for
         bound = device if int(os.environ["WORLD_SIZE"]) > 1 else None
+        # nor may a group of some ranks wait in the store for others that are in its split
+        os.environ["TORCH_DIST_INIT_BARRIER"] = "0"
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=bound)
     else:
         refuse_unusable_gpu()

@@ -85,6 +85,7 @@ class Generation:
         """Until the engine is idle: before its weights change, and before anything else is asked of it."""
         if self.ahead is not None:
             self.ahead[1].result()
+            distributed.gather_objects(None)  # where ranks may wait; NCCL, which is next, ends after 30 minutes
 
     def close(self) -> None:
         self.thread.shutdown()

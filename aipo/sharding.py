@@ -243,7 +243,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "managed_gradient_accumulation": False,  # a step has as many backward passes as come before step()
         "gradient_clipping": config.optim.max_grad_norm,
         "bf16": {"enabled": config.model.bfloat16, "check_grad_overflow": True},
-        "data_types": {"grad_accum_dtype": "fp32"},  # sums over micro-batches lose nothing to bfloat16
+        "data_types": {"grad_accum_dtype": "fp32"},  # sums over micro-batches; those over ranks are made in model.dtype
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,

@@ -200,8 +200,11 @@ def _judge(made: Plan, config: Config, held: int, rows: int, longest: int) -> No
     if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         warnings.append("model.attention: flash_attention_2 needs the package flash-attn, which is not installed here")
     if made.device == "GPU" and config.sharding.offload_optimizer:
-        host = (16 if config.sharding.zero_stage >= 2 else 12) * made.model.trained(config)
-        warnings.append(f"offload_optimizer takes {host / GIB:.0f} GiB of host memory over all ranks")
+        # float32: masters and AdamW's two, sums of gradients at stage 2, and a copy of these at stage 3
+        host = {3: 20, 2: 16}.get(config.sharding.zero_stage, 12) * made.model.trained(config)
+        warnings.append(
+            f"offload_optimizer takes {host / GIB:.0f} GiB of host memory over all ranks, and more on a resume"
+        )
 
 
 def _remedies(made: Plan, config: Config, purposes: dict[str, int], longest: int) -> list[str]:

@@ -219,6 +219,8 @@ class HfEngine:
             own[name].copy_(tensor.detach())
             names.add(name)
         check_complete(names, (name for name, _ in self._model.named_parameters()))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # another thread may draw next, on a stream of its own
         self.asleep, self._released = False, []
 
     def sleep(self) -> None:

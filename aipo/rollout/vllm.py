@@ -209,6 +209,8 @@ class VllmEngine:
         stream = checkpoint_stream(weights, dtype=self._dtype, tied=self._tied, expected=self._names)
         # One call: vLLM prepares all layers when a reload begins, and puts back those that got nothing when it ends.
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # another thread may draw next, on a stream of its own
         if self.asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self.asleep = False
