@@ -118,6 +118,8 @@ class Progress:
 
     def _foresee(self, step: int, left: float) -> None:
         """``left`` seconds of steps; the passes between them are taken to last as long as the last of their kind."""
+        within = sum(self._took.get(name, 0.0) for name, every in self._every.items() if step % every == 0)
+        left -= within * (self._total - step)  # of steps alone
         expected = self._times[-1][1] - self._began + left
         for name, every in self._every.items():
             expected += self._took.get(name, 0.0) * (math.ceil(self._total / every) - step // every)

@@ -50,6 +50,20 @@ def test_a_budget_of_tokens_ends_a_run_before_its_steps() -> None:
     assert lines(40, 10.0, budget=2500)[-1] == "step 3/40 · ETA 6m10s"
 
 
+def test_a_pass_within_the_second_step_counts_once() -> None:
+    out, now = io.StringIO(), [0.0]
+    every = {"validation": 2}
+    progress = Progress(11, console=Console(file=out), clock=lambda: now[0], every=every)
+    for step in (1, 2):
+        now[0] += 10
+        if step == 2:
+            with progress.task("validation", 1):
+                now[0] += 7
+        progress.update(step, {})
+    # 27 s of two steps, nine more of 10 and 35 of validations after 4, 6, 8, 10 and the last
+    assert out.getvalue().splitlines()[-1] == "expected in all: 2m32s, 10.0 s a step"
+
+
 def test_beyond_an_hour_the_reasons_follow() -> None:
     # 200 + 42 * 100 + 3 * 100: the last step is validated, too
     assert forecast(42, 100.0) == [
