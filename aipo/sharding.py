@@ -121,13 +121,14 @@ class DeepSpeed(Sharded):
                 gradient.div_(scale)
 
     def gathered(self, parts: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        if self.stage < 3:
+            return super().gathered(parts)
         import deepspeed
 
-        if self.stage == 3:
-            # A pass without the backward one that DeepSpeed has recorded, as the engine's check makes, leaves weights
-            # on their way, fetched ahead for that. The next pass waits for them; gathering asserts that there are none.
-            self.optimizer.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
-        return deepspeed.zero.GatheredParameters(parts, enabled=self.stage == 3)
+        # A pass without the backward one that DeepSpeed has recorded, as the engine's check makes, leaves weights on
+        # their way, fetched ahead for that. The next pass waits for them; gathering asserts that there are none.
+        self.optimizer.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
+        return deepspeed.zero.GatheredParameters(parts)
 
     def save(self, folder: Path) -> None:
         # DeepSpeed waits for all ranks after writing: a rank whose disk is full must get there before it complains

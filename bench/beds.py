@@ -46,10 +46,8 @@ def made_of(config: Config) -> tuple[str, str]:
     facts = {key: value for key, value in check_inputs(config, world=1).identity.items() if key != "seed"}
     facts |= {"optim.steps": config.optim.steps, "optim.lr": config.optim.lr}  # which a run may change as it goes on
     bed = {key: value for key, value in facts.items() if "fingerprint" in key or key.startswith("weights")}
-    settings, world = (
-        hashlib.sha256(json.dumps(each, sort_keys=True).encode()).hexdigest()[:16] for each in (facts, bed)
-    )
-    return settings, world
+    whole, part = (hashlib.sha256(json.dumps(each, sort_keys=True).encode()).hexdigest()[:16] for each in (facts, bed))
+    return whole, part
 
 
 def run_one(bed: str, condition: str, seed: int, folder: Path, overrides: Sequence[str], device: Any) -> Row:
@@ -214,13 +212,11 @@ def check(rows: Sequence[Row], asked: Row, target: Path) -> None:
 
 def check_made(rows: Sequence[Row], made: Mapping[str, tuple[str, str]], target: Path) -> None:
     """UserError if data, weights or settings have changed since the rows were made, as far as these say."""
-    for row in rows:
-        settings, bed = row.get("made_of", (None, None))
-        if settings is None:
-            continue
+    for row in (row for row in rows if "made_of" in row):
+        settings, bed = row["made_of"]
         if any(bed != now for _, now in made.values()):
             raise UserError(f"{target} is of other data or weights of the bed than there are now: another --name")
-        if settings != made.get(row["condition"], (settings, bed))[0]:
+        if row["condition"] in made and settings != made[row["condition"]][0]:
             raise UserError(f"{target} has {row['condition']} by other settings than there are now: another --name")
 
 
@@ -252,9 +248,10 @@ def main() -> int:
     bed = json.loads(facts.read_text())
     print(f"{name}: base policy right in {bed['accuracy']:.1%}", flush=True)
     for condition in asked:
-        mi, score = configured(options.bed, condition, options.overrides).mi, condition.startswith("mi")
-        if score and isinstance(mi.sigma, float) and not 0.8 < mi.sigma / bed["sigma"] < 1.25:
-            print(f"note: {condition} has the bandwidth {mi.sigma:g}, the bed's median is {bed['sigma']:g}", flush=True)
+        config = configured(options.bed, condition, options.overrides)
+        sigma, median = config.mi.sigma, bed["sigma"]
+        if config.mask.score == "mi" and isinstance(sigma, float) and not 0.8 < sigma / median < 1.25:
+            print(f"note: {condition} has the bandwidth {sigma:g}, the bed's median is {median:g}", flush=True)
 
     from aipo import distributed
     from aipo.threads import settle
@@ -265,7 +262,8 @@ def main() -> int:
     jobs = [(seed, condition) for seed, condition in jobs if (condition, seed) not in done]
 
     def work(device: Any) -> None:
-        made = {name: made_of(configured(options.bed, name, options.overrides)) for name in {name for _, name in jobs}}
+        wanted = dict.fromkeys(condition for _, condition in jobs)
+        made = {each: made_of(configured(options.bed, each, options.overrides)) for each in wanted}
         check_made(rows, made, file)
         log = JsonlLog(file)
         for i, (seed, condition) in enumerate(jobs, start=1):

@@ -141,7 +141,7 @@ def draw(
             before, mixed = mixed, sum(each.mixed for each in drawn.values())
             task.advance(min(mixed, wanted) - min(before, wanted))
     if not mixed:
-        judged = [right for each in drawn.values() for right in each.judged if right == right]
+        judged = verdicts(drawn)
         if not judged:
             raise UserError(
                 f"no rollout of {len(drawn)} questions has a verdict within reward.timeout_s "
@@ -163,6 +163,11 @@ def draw(
             f"for {wanted}: going on with those (more --samples would find more)"
         )
     return drawn
+
+
+def verdicts(drawn: dict[str, Valued]) -> list[float]:
+    """Of all rollouts that have one: 1 right, 0 wrong."""
+    return [right for each in drawn.values() for right in each.judged if right == right]
 
 
 def check_golds(problems: Sequence[Problem], signals: Sequence[str]) -> None:
@@ -267,7 +272,7 @@ def summary(
     problems: Sequence[Problem],
 ) -> str:
     decides = credit.decides
-    judged = [right for each in drawn.values() for right in each.judged if right == right]
+    judged = verdicts(drawn)
     return (
         f"# Token credit of {config.model.path}\n\n"
         f"{len(problems)} questions with both right and wrong rollouts, {options.samples} of each, among "

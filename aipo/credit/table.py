@@ -50,9 +50,10 @@ def share_caught(score: Numbers, value: Numbers, rollout: NDArray[np.int64], fra
     """
     order = np.lexsort((-score, rollout))  # of each rollout from its highest score down
     score, value, rollout = score[order], value[order], rollout[order]
-    first = np.flatnonzero(np.diff(rollout, prepend=rollout[0] - 1))  # of each rollout, (R,)
-    start = np.flatnonzero((np.diff(rollout, prepend=rollout[0] - 1) != 0) | (np.diff(score, prepend=np.inf) != 0))
-    size = np.diff(start, append=len(score))  # of each block of equal scores, (b,)
+    begins = np.diff(rollout, prepend=rollout[0] - 1) != 0  # (n,)
+    first = np.flatnonzero(begins)  # of each rollout, (R,)
+    start = np.flatnonzero(begins | (np.diff(score, prepend=np.inf) != 0))  # of each block of equal scores, (b,)
+    size = np.diff(start, append=len(score))  # (b,)
     own = np.searchsorted(first, start, side="right") - 1  # its rollout, (b,)
     room = np.maximum(1, np.round(fraction * np.diff(first, append=len(score))))[own] - (start - first[own])  # (b,)
     caught = np.add.reduceat(value, start) * np.clip(room, 0, size) / size  # (b,)

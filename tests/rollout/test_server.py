@@ -81,11 +81,7 @@ def test_a_fit_server_is_accepted(url):
         ("/v1/models", {"data": [{"id": "x/y", "root": "x/y"}]}, f"serves x/y, not {NAME}"),
         ("/version", 404, "no vLLM server answers"),
         ("/server_info?config_format=json", 404, "without VLLM_SERVER_DEV_MODE=1"),
-        (
-            "dtype",
-            "torch.float32",
-            r"in float32, the trainer in bfloat16: start both with model\.dtype=bfloat16",
-        ),
+        ("dtype", "torch.float32", r"in float32, the trainer in bfloat16: start both with model\.dtype=bfloat16"),
         ("max_model_len", 99, "reads 99 tokens, the run needs 100"),
         ("logprobs_mode", "raw_logprobs", "raw_logprobs, not processed_logprobs"),
         ("weight_transfer_config", None, "no --weight-transfer-config"),
@@ -137,7 +133,7 @@ def test_the_first_error_is_not_kept_waiting():
         finish([background(never.wait), background(fail)], timeout=60)
 
 
-LATE = r"did not take .* 0\.5 s \(rollout\.server_timeout_s\): "
+LATE = r"{} did not take .* 0\.5 s \(rollout\.server_timeout_s\): "
 
 
 class Group:
@@ -153,7 +149,7 @@ class Group:
 @pytest.mark.parametrize(
     ("silent", "answer", "words"),
     [(path, None, LATE) for path in ("pause?mode=wait", "get_world_size", "update_weights", "resume")]
-    + [("update_weights", 500, "answered 500 to update_weights")],
+    + [("update_weights", 500, "{} answered 500 to update_weights")],
 )
 def test_a_server_that_never_answers_or_refuses_ends_a_sync(silent, answer, words, answers, url, monkeypatch, tmp_path):
     """Asked to pause, for its workers, to take a bucket, or to go on. A broadcast then waits for it, until the group is
@@ -178,7 +174,7 @@ def test_a_server_that_never_answers_or_refuses_ends_a_sync(silent, answer, word
     engine = ServerEngine(folder, urls=[url], max_model_len=100, end_token_ids=[2], timeout=0.5)
     weights = list(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
     try:
-        with pytest.raises(TrainingError, match=words):
+        with pytest.raises(TrainingError, match=words.format(url)):
             engine.sync(weights)
         assert silent != "update_weights" or freed.wait(60)
     finally:
