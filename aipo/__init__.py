@@ -16,7 +16,8 @@ The map: what the paper (Chen et al., ACL 2026) numbers, and the name that imple
     eq. 8, 9         aipo.metrics.error_bounds
 
     Algorithm 1
-    lines 1-15       aipo.labelling.label_questions, aipo.mask.count_peaks, aipo.curriculum.bucket_of
+    lines 1-15       aipo.labelling.label_questions, aipo.curriculum.peak_label (aipo.mask.count_peaks as printed),
+                     aipo.curriculum.bucket_of
     lines 17-43      aipo.trainer.Trainer.train
     lines 18-26      aipo.curriculum.mixture
     line 28          aipo.curriculum.Curriculum.sample

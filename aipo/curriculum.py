@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aipo.config.base import BucketBy, KappaSchedule
 from aipo.config.sections import CurriculumConfig, MaskConfig
-from aipo.mask import MAX_PEAKS, peaks
+from aipo.mask import MAX_PEAKS, count_peaks, peaks
 
 Mixture = tuple[float, float, float]
 
@@ -80,10 +80,10 @@ def peak_label(scores: Tensor, mask: MaskConfig, by: BucketBy = "quantile", prob
     other: clipped, all with more than 40 would look alike.
     """
     probe = scores[:probe_tokens]
+    if by == "count":
+        return count_peaks(probe, kappa=mask.kappa_start, statistic=mask.statistic, tau=mask.tau)
     found = int(peaks(probe, kappa=mask.kappa_start, statistic=mask.statistic, tau=mask.tau).sum())
-    if by == "quantile":
-        return found
-    return min(MAX_PEAKS, found * RATE_TOKENS / max(len(probe), 1) if by == "rate" else found)
+    return found if by == "quantile" else min(MAX_PEAKS, found * RATE_TOKENS / max(len(probe), 1))
 
 
 class Curriculum:

@@ -224,7 +224,8 @@ def check_model(config: Config, architecture: Any) -> None:
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     if not -layers <= config.mi.layer < layers:
         raise UserError(f"mi.layer: {config.mi.layer} is not a layer of {config.model.path}, which has {layers}")
-    if config.advantage.tokens == "attention" and not all(-layers <= i < layers for i in config.advantage.layers):
+    by_attention = config.advantage.tokens == "attention" or (config.mask.score == "attention" and config.mask.ranks)
+    if by_attention and not all(-layers <= i < layers for i in config.advantage.layers):
         raise UserError(f"advantage.layers: {list(config.advantage.layers)}: {config.model.path} has {layers} layers")
     if longest > context:
         raise UserError(

@@ -49,6 +49,8 @@ DEPENDS_ON = (
     "rollout.top_",
 )
 """Keys of a run's identity, by their beginnings; ``data.train`` and the weights are among its facts"""
+LABELLED_TOGETHER = ("world_size", "optim.micro_tokens", "optim.packing", "optim.share_prompts")
+"""... and what more decides which rollouts scores see that look beyond one sequence"""
 
 
 def peaks(rollouts: Rollouts, scores: Tensor, config: CurriculumConfig, mask: MaskConfig) -> dict[str, float]:

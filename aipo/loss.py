@@ -140,7 +140,6 @@ def loss_terms(
         sums = {
             "selected": selected.sum(),
             "clip_fraction": clip.sum(),
-            "ratio": (rho * mask).sum(),
             **({} if inputs.logp_ref is None else {"kl": (kl * mask).sum()}),  # not measured is not zero
             **mismatch,
         }
@@ -233,7 +232,7 @@ def policy_loss(
     )
     terms = loss_terms(inputs, config, max_length=max_length)
     selected = terms.sums["selected"].clamp(min=1)
-    metrics = {name: float(terms.sums.get(name, 0.0) / selected) for name in ("kl", "ratio", "clip_fraction")}
+    metrics = {name: float(terms.sums.get(name, 0.0) / selected) for name in ("kl", "clip_fraction")}
     metrics["selected"] = float(terms.sums["selected"])
     return terms.total / terms.denominator.clamp(min=1), metrics
 

@@ -26,10 +26,8 @@ def soft_overlong(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
     Args:
         lengths: (B,) completion tokens.
         max_length: L_max, from where the punishment is -1.
-        buffer: L_c, the tokens before L_max over which it falls from 0; 0 makes it a step behind L_max.
+        buffer: L_c, the tokens before L_max over which it falls from 0; at least 1.
     """
-    if buffer == 0:
-        return -(lengths > max_length).float()  # (B,)
     return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0)  # (B,)
 
 

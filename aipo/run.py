@@ -24,7 +24,7 @@ from aipo.config import Config, dump_config
 from aipo.curriculum import Curriculum
 from aipo.errors import TrainingError
 from aipo.inputs import Inputs, check_cache, check_inputs, find_latents, may_go_on
-from aipo.labelling import DEPENDS_ON, histogram, label, label_folder, label_questions
+from aipo.labelling import DEPENDS_ON, LABELLED_TOGETHER, histogram, label, label_folder, label_questions
 from aipo.model.export import model_stamp
 from aipo.model.loading import save_model
 from aipo.model.precision import Precision, choose
@@ -148,7 +148,7 @@ def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None
         if config.curriculum.enabled:
             # scores that look beyond one sequence depend on which questions a rank labels together
             block, local = LABEL_BLOCK[trainer.device.type], trainer.selector.scorer.local
-            depends = DEPENDS_ON if local else (*DEPENDS_ON, "world_size")
+            depends = DEPENDS_ON if local else (*DEPENDS_ON, *LABELLED_TOGETHER)
             folder = label_folder(
                 cache_folder(),
                 identity={k: v for k, v in inputs.identity.items() if k.startswith(depends)},

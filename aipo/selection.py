@@ -49,7 +49,8 @@ class TokenSelector:
         # what needs no state of this forward, and would leave something out
         self.stateless = not self.scored and mask.rule != "all" and mask.scope != "micro_batch"
         # whether a mask with another gold answer can be made beside the own one, by the scores of that sequence alone
-        self.compares = mask.score == "mi" and mask.ranks and self.local and mask.scope != "micro_batch"
+        by_sequence = mask.score == "mi" and mask.ranks and self.local and mask.scope != "micro_batch"
+        self.compares = by_sequence and mi.gold_control == "none"
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         return {"scorer": self.scorer.state_dict(), "rule": self.rule.state_dict()}

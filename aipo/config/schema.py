@@ -73,8 +73,9 @@ class Config(Section):
                 "mi.normalized: cca is of the samples of one state: use mi.estimator: coordinate, or normalized: none"
             )
         longest, mask = self.rollout.max_tokens, self.mask
-        above_none = mask.rule == "peaks_only" or (mask.rule == "threshold" and mask.scope == "sequence")
-        if (longest == 1 and above_none) or (mask.rule == "prefix" and int(mask.prefix_end * longest) == 0):
+        above_none = mask.rule == "threshold" and mask.scope == "sequence"
+        no_peak = mask.rule == "peaks_only" and longest < 3  # which has a neighbour on each side
+        if no_peak or (longest == 1 and above_none) or (mask.rule == "prefix" and int(mask.prefix_end * longest) == 0):
             raise ValueError(
                 f"rollout.max_tokens: {longest} leaves mask.rule: {mask.rule} no token to train on: raise it, or set "
                 "mask.rule: all"
@@ -146,6 +147,11 @@ class Config(Section):
                 "dynamic.enabled compares rewards that are there after generation, and reward.rule: certainty is "
                 "not: set dynamic.enabled: false"
             )
+        if self.dynamic.enabled and self.dynamic.by == "reward" and self.reward.rule == "continuations":
+            raise ValueError(
+                "dynamic.by: reward compares rewards before reward.rule: continuations has counted: set dynamic.by: "
+                "correct"
+            )
         if self.reward.rule == "continuations" and self.mask.rule != "prefix":
             raise ValueError(
                 "reward.rule: continuations counts right continuations of the prefix that mask.rule: prefix trains on: "
@@ -162,11 +168,16 @@ class Config(Section):
         trees = exits and self.model.attention != "sdpa"
         if self.mask.score == "information" and trees:
             raise ValueError("mask.score: information lays early exits out as trees, which needs model.attention: sdpa")
-        by_exits = exits and self.mask.score == "information" and self.mask.rule == "top_fraction"
+        by_exits = exits and mask.score == "information" and mask.rule in ("top_fraction", "peaks_only")
         if by_exits and self.advantage.stride > 1:
             raise ValueError(
-                "mask.rule: top_fraction takes its share of the tokens that have a score, and advantage.stride scores "
-                "only some: set advantage.stride: 1"
+                f"mask.rule: {mask.rule} compares all tokens of a completion, and advantage.stride scores only some: "
+                "set advantage.stride: 1"
+            )
+        if mask.scope == "micro_batch" and mask.score == "mi" and mask.ranks and self.mi.estimator != "coordinate":
+            raise ValueError(
+                f"mask.scope: micro_batch decides inside the forward pass, before mi.estimator: {self.mi.estimator} "
+                "has seen the batch: set mask.scope: batch, or mi.estimator: coordinate"
             )
         if self.advantage.tokens == "residual" and self.lora.rank == 0:
             raise ValueError(

@@ -146,7 +146,7 @@ class RewardConfig(Section):
     """weight of a well-formed answer"""
     length: Fraction = 0.0
     """weight of DAPO's soft overlong shaping, rescaled to 0..1"""
-    overlong_buffer: NonNegative = 4096
+    overlong_buffer: Positive = 4096
     """tokens before rollout.max_tokens over which the length reward falls from 1 to 0"""
     workers: Positive = 2
     """verifier processes per rank"""
@@ -194,7 +194,7 @@ class MIConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """pointwise: decay of the running cross-covariance"""
     warmup_steps: NonNegative = 10
-    """pointwise: steps before the running estimate replaces the batch's own"""
+    """pointwise: steps over which the running estimate is their plain mean, before it forgets the older ones"""
 
 
 class MaskConfig(Section):
@@ -311,6 +311,11 @@ class CurriculumConfig(Section):
             raise ValueError(f"curriculum.t1 ({self.t1}) must not exceed curriculum.t2 ({self.t2})")
         if self.cuts[0] >= self.cuts[1]:
             raise ValueError(f"curriculum.cuts must increase, got {list(self.cuts)}")
+        if self.refresh_every is not None and not self.enabled:
+            raise ValueError(
+                "curriculum.refresh_every relabels questions for the curriculum that curriculum.enabled: false leaves "
+                "out: set it to null"
+            )
         if self.quantiles[0] >= self.quantiles[1]:
             raise ValueError(f"curriculum.quantiles must increase, got {list(self.quantiles)}")
         for name in ("start", "end"):
@@ -345,7 +350,7 @@ class AdvantageConfig(Section):
     phi: Annotated[float, Field(gt=0)] = 2.0
     """entropy: the clip of the normalised entropy is |A| / phi"""
     stride: Positive = 1
-    """information: every so many tokens is scored"""
+    """information: every so many tokens is scored; saves from 3 on, smoothed from 4 on"""
     layers: Annotated[tuple[int, ...], Field(min_length=1)] = (-1,)
     """attention: layers whose rows are averaged"""
     strength: Annotated[float, Field(ge=0)] = 1.0

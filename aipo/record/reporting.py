@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from itertools import chain
 from statistics import fmean
@@ -52,6 +53,12 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
     def per(key: str, count: str) -> float:
         return total[key] / total[count] if total[count] else 0.0
 
+    def mean(key: str) -> float:
+        """Of a mean over each rank's rollouts, or over those with a verdict; a rank without any says nothing."""
+        count = "judged" if key in ("reward/mean", "reward/correct") else "rollouts"
+        parts_of = [(part[key], part[count]) for part, *_ in parts if part[count] and part[key] == part[key]]
+        return sum(v * n for v, n in parts_of) / sum(n for _, n in parts_of) if parts_of else math.nan
+
     sources = sorted(key.removeprefix("rollouts of ") for key in total if key.startswith("rollouts of "))
     seconds = {phase: max(part.get(phase, 0.0) for _, part, *_ in parts) for phase in phases}
     world = len(parts)
@@ -59,7 +66,7 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
     varied = [values for _, values in sample if values]
     twin = total["wrong_gold_either"] > 0  # else nothing was compared
     return {
-        **{k: v / world for k, v in total.items() if k.startswith("reward/")},
+        **{key: mean(key) for key in total if key.startswith("reward/")},
         **({"reward/trained": per("trained_reward", "judged")} if "trained_reward" in total else {}),
         **({"reward/kl": per("reward_kl", "rollouts")} if "reward_kl" in total else {}),
         **{f"advantage/{key}": per(key, "residual_rollouts") for key in ("gini", "effective_tokens") if key in total},

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from aipo.curriculum import NAMES
-from aipo.mask import count_peaks
+from aipo.mask import peaks as mi_peaks
 from aipo.report.load import Row, Run
 
 FEWEST = 8  # tokens of a word, below which its share is chance
@@ -123,9 +123,9 @@ def density(rows: list[Row]) -> dict[str, Any] | None:
 
 
 def peaks(early: list[Row], late: list[Row], run: Run) -> dict[str, Any] | None:
-    """How many peaks of MI (at ``mask.kappa_start``) the completions of each bucket have, easiest first: ``counts``,
-    and by bucket the share of completions with each count, early and late. Without a curriculum, or where the record
-    does not know of buckets, all questions are one. None where nothing was scored."""
+    """How many peaks of MI (at ``mask.kappa_start``, not clipped) the completions of each bucket have, easiest first:
+    ``counts``, and by bucket the share of completions with each count, early and late. Without a curriculum, or where
+    the record does not know of buckets, all questions are one. None where nothing was scored."""
     kappa = run.config.get("mask.kappa_start", 0.3)
     statistic, tau = run.config.get("mask.statistic", "mean_std"), run.config.get("mask.tau", 1.5)
     probe = run.config.get("curriculum.probe_tokens", 512)
@@ -134,7 +134,7 @@ def peaks(early: list[Row], late: list[Row], run: Run) -> dict[str, Any] | None:
         for row in rows:
             scores = [value for value in (row.get("mi") or [])[:probe] if value is not None]
             if scores:
-                count = count_peaks(torch.tensor(scores), kappa=kappa, statistic=statistic, tau=tau)
+                count = int(mi_peaks(torch.tensor(scores), kappa=kappa, statistic=statistic, tau=tau).sum())
                 found[row.get("bucket")][place][count] += 1
     if not found:
         return None

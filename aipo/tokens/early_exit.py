@@ -91,7 +91,8 @@ def information_gain(
 
 
 def cumulative_information(gain: Tensor) -> Tensor:
-    """I_{1:T} of eq. 7 along each completion: the sum of its tokens' gains (B, T), unscored ones (NaN) left out. (B,)
+    """I_{1:T} of eq. 7 along each completion: the sum of its tokens' differences (B, T), unscored ones (NaN) left out.
+    (B,)
 
     With every token scored it is what the answer's entropy fell by from the question to the end; its mean over
     completions is the mutual information of answer and completion, by the chain rule, that the bounds of eq. 8 and 9

@@ -158,7 +158,9 @@ def measure(
     for name in sorted(names):  # the same order on all ranks; the entropy before the information made of it
         signals[name], more = MEASURES[name].of(passes, batches, rollouts, signals)
         read += more
-    sums = _unevenness(rollouts, signals) | _information_sums(signals)
+    sums = _unevenness(rollouts, signals)
+    if passes.config.advantage.information == "difference":  # which alone adds up to eq. 7
+        sums |= _information_sums(signals)
     return signals, sums | {"exit_tokens": float(read)}
 
 

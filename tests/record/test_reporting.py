@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from aipo import distributed
 from aipo.problems.datasets import Problem
 from aipo.record.reporting import diverse, reduce_metrics, rollout_rows
 from aipo.rollout.base import Completion
@@ -71,6 +73,25 @@ def test_otf_is_of_what_the_update_read_and_the_cost_share_of_all_that_was_gener
     assert logged["reward/trained"] == pytest.approx(6 / 4)
     assert logged["rollout/used"] == pytest.approx(3 / 4)
     assert logged["speed/tokens_per_s"] == pytest.approx(10)
+
+
+def test_means_over_ranks_are_over_all_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank counts by its rollouts, or by its verdicts; one without a verdict says nothing of the reward."""
+    mine = batch("a", "b"), {"reward/mean": 0.5, "reward/format": 1.0}
+    one = batch("c"), {"reward/mean": math.nan, "reward/format": 0.25}
+    one[0].rewards[:] = math.nan
+    two = batch("d"), {"reward/mean": 0.8, "reward/format": 0.5}
+    two[0].rewards[0] = math.nan
+    shares: list[Any] = []
+
+    def gather(share: Any) -> list[Any]:
+        shares.append(share)
+        return shares
+
+    monkeypatch.setattr(distributed, "gather_objects", gather)  # each rank's share, one after the other
+    logged = [reduce_metrics(rollouts, dict(sums), {"rollout": 1.0}) for rollouts, sums in (mine, one, two)][-1]
+    assert logged["reward/mean"] == pytest.approx((4 * 0.5 + 1 * 0.8) / 5)
+    assert logged["reward/format"] == pytest.approx((4 * 1.0 + 2 * 0.25 + 2 * 0.5) / 8)
 
 
 def test_tokens_that_branches_share_count_once_in_the_otf() -> None:
