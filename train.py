@@ -47,17 +47,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def dry_run(config: Config, arguments: argparse.Namespace) -> int:
     """Print the resolved config, what the data holds, and the plan; 2 if it does not fit."""
     import torch
-    from rich.console import Console
 
-    from aipo.inputs import check_functions, describe_data, without_effect
+    from aipo.evaluation.results import make_console
+    from aipo.inputs import check_functions, describe_data, missing_data, without_effect
     from aipo.plan.planner import plan, render
 
     print(dump_config(config))
     check_functions(config)
     for line in (*describe_data(config), *without_effect(config)):
         print(line)
-    made = plan(config, arguments.gpus or torch.cuda.device_count() or 1, gpu_memory_gb=arguments.gpu_memory_gb)
-    Console().print(render(made))
+    gpus = (torch.cuda.device_count() or 1) if arguments.gpus is None else arguments.gpus
+    made = plan(config, gpus, gpu_memory_gb=arguments.gpu_memory_gb)
+    make_console().print(render(made))
+    for line in missing_data(config):  # last: else it stands above the tables
+        print(line)
     return 2 if made.problems else 0
 
 

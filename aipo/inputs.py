@@ -251,24 +251,38 @@ def dropped(reasons: dict[str, int]) -> str:
 
 
 def describe_data(config: Config) -> list[str]:
-    """For --dry-run: how many questions there are, or that they are not there yet. Raises UserError for bad rows."""
+    """For --dry-run: how many questions there are, of what is there. Raises UserError for bad rows."""
     paths = {name: source.path for name, source in data_sets(config).items()}
-    keys = {name: f"validation.{name}" if name.startswith("watch ") else f"data.{name}" for name in paths}
-    there = {name for name, path in paths.items() if path.startswith(EMBEDDED) or Path(path).expanduser().exists()}
-    lines = [
-        f"{keys[name]}: {path} is fetched when the run starts"
-        if path.startswith(HUB)
-        else f"{keys[name]}: {path} is not there yet; before the run, put a JSONL file there"
-        for name, path in paths.items()
-        if name not in there
-    ]
+    there = {name for name, path in paths.items() if _is_there(path)}
     if not _training(paths) <= there:  # sources are compared with each other
         there -= _training(paths)
-    for name, (path, loaded) in load_data(config, there).items():
-        lines.append(f"{keys[name]}: {len(loaded.problems)} questions from {path}{dropped(loaded.dropped)}")
+    lines = [
+        f"{_key(name)}: {len(loaded.problems)} questions from {path}{dropped(loaded.dropped)}"
+        for name, (path, loaded) in load_data(config, there).items()
+    ]
     if config.data.validation is None:
         lines.append(f"validation.holdout: {config.validation.holdout} questions of data.train, not trained on")
     return lines
+
+
+def missing_data(config: Config) -> list[str]:
+    """For --dry-run: which questions are not there yet."""
+    paths = {name: source.path for name, source in data_sets(config).items()}
+    return [
+        f"{_key(name)}: {path} is fetched when the run starts"
+        if path.startswith(HUB)
+        else f"{_key(name)}: {path} is not there yet; before the run, put a JSONL file there"
+        for name, path in paths.items()
+        if not _is_there(path)
+    ]
+
+
+def _key(name: str) -> str:
+    return f"validation.{name}" if name.startswith("watch ") else f"data.{name}"
+
+
+def _is_there(path: str) -> bool:
+    return path.startswith(EMBEDDED) or Path(path).expanduser().exists()
 
 
 def without_effect(config: Config) -> list[str]:

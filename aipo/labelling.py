@@ -76,9 +76,8 @@ def label(
     kappa, sampling = config.mask.kappa_start, Sampling.of(config.rollout)
     sampling = replace(sampling, max_tokens=min(sampling.max_tokens, config.curriculum.probe_tokens))
     passes.wake(collector.engine)
-    rollouts = collector.collect(problems, sampling, samples=1, stream="label")
+    rollouts = collector.collect(problems, sampling, samples=1, stream="label", submit=False)  # right or wrong
     collector.engine.sleep()
-    collector.judge(rollouts)
     selection = Selection(selector, rollouts, passes.gold_states(problems), kappa=kappa, step=0)
     selection.score_all(passes.batches_of(rollouts), passes.states)
     selector.load_state_dict(clean)
@@ -115,15 +114,16 @@ def label_questions(
 def _label(problems: Sequence[Problem], label: Label, folder: Path, block: int, progress: Progress) -> dict[str, float]:
     # one rank reads for all: they may see a shared folder at different moments
     known = distributed.gather_objects(read_labels(folder) if distributed.rank() == 0 else {})[0]
-    missing = [problem for problem in problems if problem.id not in known]
     rank, world = distributed.rank(), distributed.world_size()
+    # the same blocks after a kill: scores may depend on what is scored together
+    blocks = [problems[start : start + block * world] for start in range(0, len(problems), block * world)]
+    missing = [together for together in blocks if any(problem.id not in known for problem in together)]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)  # ranks do not wait for the first to have made it
         file = JsonlLog(folder / f"rank-{rank}.jsonl")
         with progress.task("labelling", len(problems)) as task, closing(file):
-            task.advance(len(problems) - len(missing))
-            for start in range(0, len(missing), block * world):
-                together = missing[start : start + block * world]
+            task.advance(len(problems) - sum(map(len, missing)))
+            for together in missing:
                 labels = label(together[rank::world])
                 file.append(*({"id": question, "n_peak": peak} for question, peak in labels.items()))
                 task.advance(len(together))

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from aipo import distributed
 from aipo.config import Config, dump_config
@@ -32,7 +33,7 @@ from aipo.passes import Passes
 from aipo.policy import make_policy
 from aipo.problems.embedded import cache_folder
 from aipo.record.batches import REPLAY, forget_batches
-from aipo.record.checkpoints import CheckpointStore, manifest, resolve
+from aipo.record.checkpoints import CheckpointStore, fsync, manifest, resolve
 from aipo.record.jsonl import read_jsonl
 from aipo.record.progress import Progress, final_table, summarize
 from aipo.record.slowness import Slowness
@@ -248,10 +249,13 @@ def save_final_model(sharded: Sharded, inputs: Inputs, folder: Path) -> None:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             save_model(sharded.policy.model, inputs.prompter.tokenizer, temporary, state=state)
+            for file in temporary.iterdir():  # on the disk before summary.json says that the run has ended
+                fsync(file)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
-        except (OSError, ValueError) as error:  # ValueError: what transformers refuses to save
+        except (OSError, ValueError, SafetensorError) as error:  # ValueError: what transformers refuses to save
             problem = str(error)
+            shutil.rmtree(temporary, ignore_errors=True)  # it may be what filled the disk
     if not distributed.all_true(not problem):
         raise TrainingError(
             f"the final model could not be written to {folder} {problem and f'({problem})'}; the last checkpoint is "

@@ -45,7 +45,7 @@ from aipo.rollout.collect import Collector
 from aipo.rollouts import Rollouts, balanced
 from aipo.selection import Selection, TokenSelector
 from aipo.sharding import Reference, Sharded, learning_rate
-from aipo.tokens.table import measure, needed, shape
+from aipo.tokens.table import mask_ranking, measure, needed, token_advantages
 
 
 class Trainer:
@@ -165,7 +165,8 @@ class Trainer:
             parts = passes.update_batches(rollouts)
             every = [micro for part in parts for micro in part]
             signals, measured = measure(needed(config), passes, every, rollouts)  # (B, T) each
-            ranking, rollouts.token_advantages = shape(rollouts, signals, config)  # (B, T) or None
+            ranking = mask_ranking(rollouts, signals, config)  # (B, T) or None
+            rollouts.token_advantages = token_advantages(rollouts, signals, config)  # (B, T) or None
             self.recorder.start(rollouts, signals, rollouts.dropped)
             selection = Selection(selector, rollouts, gold, kappa=kappa, prefix=prefix, step=self.step, ranking=ranking)
             selection.probe(every, passes.states)

@@ -64,6 +64,16 @@ def test_a_torn_line_is_labelled_again(tmp_path: Path) -> None:
     assert read_labels(tmp_path) == EXPECTED
 
 
+def test_a_block_of_which_a_part_was_saved_is_labelled_as_a_whole(tmp_path: Path) -> None:
+    run(Labeller(), tmp_path)
+    file = tmp_path / "rank-0.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:5]))
+    after = Labeller()
+    assert run(after, tmp_path) == EXPECTED
+    assert after.asked == [f"q{i}" for i in range(3, 10)]  # in the blocks of a run that nothing disturbs
+    assert after.blocks == 3
+
+
 def test_runs_that_share_labels_make_them_once(tmp_path: Path) -> None:
     """Two at once, as a campaign starts them: the second waits for the first and asks for nothing."""
     began, go_on = threading.Event(), threading.Event()

@@ -13,7 +13,15 @@ from transformers import AutoConfig
 import train
 from aipo.config import load_config
 from aipo.errors import UserError
-from aipo.inputs import check_inputs, check_model, describe_data, may_go_on, triton_lacks, without_effect
+from aipo.inputs import (
+    check_inputs,
+    check_model,
+    describe_data,
+    may_go_on,
+    missing_data,
+    triton_lacks,
+    without_effect,
+)
 from aipo.run import resume_command, run
 from tests.tiny import make_tiny
 
@@ -280,12 +288,15 @@ def test_what_cannot_bite_is_named(overrides: list[str], named: str | None) -> N
 
 def test_a_dry_run_counts_what_is_there_and_names_what_is_not(model: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "d.jsonl", list(GOOD))
-    said = describe_data(config_with(model, data, "validation.watch=[nowhere.jsonl, 'hub:x/y']"))
+    config = config_with(model, data, "validation.watch=[nowhere.jsonl, 'hub:x/y']")
+    said = describe_data(config)
     assert f"data.train: 8 questions from {data}" in said
-    assert any(line.startswith("validation.watch nowhere: nowhere.jsonl is not there yet") for line in said)
-    assert "validation.watch y: hub:x/y is fetched when the run starts" in said
+    missing = missing_data(config)
+    assert any(line.startswith("validation.watch nowhere: nowhere.jsonl is not there yet") for line in missing)
+    assert "validation.watch y: hub:x/y is fetched when the run starts" in missing
     mix = ["data.train=[{path: nowhere.jsonl}, {path: embedded:chain_sum}]"]
-    said = describe_data(config_with(model, data, *mix))  # sources are compared: one alone is not counted
+    config = config_with(model, data, *mix)
+    said = missing_data(config) + describe_data(config)  # sources are compared: one alone is not counted
     assert [line.partition(":")[0] for line in said] == ["data.train nowhere", "data.validation"]
 
 

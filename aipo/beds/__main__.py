@@ -26,14 +26,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("world", choices=WORLDS)
     for field in fields(Knobs):
         kind = float if field.type == "float" else int
-        parser.add_argument(f"--{field.name}", type=kind, help=f"default: {knob_defaults(field.name)}")
+        about = f"{field.metadata['help']} (default: {knob_defaults(field.name)})"
+        parser.add_argument(f"--{field.name}", type=kind, help=about)
     parser.add_argument("--name", help="folder in data/beds (default: the world)")
     parser.add_argument("--width", type=int, default=64, help="of the model: 64 is 0.2M parameters, 128 is 0.9M")
     steps = ", ".join(f"{name} {world.pretrain_steps}" for name, world in WORLDS.items())
-    parser.add_argument("--pretrain-steps", type=int, help=f"default: {steps}")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pretrain-steps", type=int, help=f"of the pre-training (default: {steps})")
+    parser.add_argument("--batch", type=int, default=128, help="demonstrations a pre-training step (default: 128)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="of the pre-training (default: 0.003)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and demonstrations (default: 0)")
     options = parser.parse_args(arguments)
     if options.pretrain_steps is None:
         options.pretrain_steps = WORLDS[options.world].pretrain_steps

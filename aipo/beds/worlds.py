@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 DIGITS = [str(i) for i in range(10)]
@@ -24,11 +24,11 @@ class Knobs:
     Entropies are in nats. That of a result is of about (noise, 10 outcomes): 1.2 at a noise of 0.3.
     """
 
-    steps: int  # results of a completion (digits to add up, for fork)
-    fillers: int  # between two results
-    words: int  # that a filler is drawn from, uniformly: its entropy is the logarithm
-    fixed: float  # share of the fillers that are always the same word: entropy 0
-    noise: float  # probability that a demonstration's result is drawn at random
+    steps: int = field(metadata={"help": "results of a completion (digits to add up, for fork)"})
+    fillers: int = field(metadata={"help": "fillers between two results"})
+    words: int = field(metadata={"help": "words that a filler is drawn from, uniformly: its entropy is the logarithm"})
+    fixed: float = field(metadata={"help": "share of the fillers that are always the same word: entropy 0"})
+    noise: float = field(metadata={"help": "probability that a demonstration's result is drawn at random"})
 
     def vocabulary(self) -> list[str]:
         return [*DIGITS, *BOXES, *TURNS, ".", "=", *(f"w{i}" for i in range(self.words))]

@@ -21,7 +21,7 @@ class Columns(Section):
     answer: str = "answer"
     """column of the gold answer"""
     id: str | None = "id"
-    """of an id; null, or where there is none: made from the question"""
+    """field of an id; null, or where there is none: made from the question"""
     kind: str | None = "kind"
     """of math or choice"""
     source: str | None = "source"

@@ -84,7 +84,12 @@ def find_config(name: str, asked_by: str = "") -> Path:
     known = sorted(str(p.relative_to(CONFIG_FOLDER)) for p in CONFIG_FOLDER.rglob("*.yaml"))
     near = difflib.get_close_matches(Path(name).name, known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"{asked_by}config {name} not found here or in configs/ (there: {', '.join(known)}){hint}")
+    plain = [path for path in known if "/" not in path]
+    folders = sorted({f"{Path(path).parts[0]}/" for path in known if path not in plain})
+    raise UserError(
+        f"{asked_by}config {name} not found here or in configs/{hint} (there: {', '.join(plain)}, and more in "
+        f"{', '.join(folders)})"
+    )
 
 
 def find_method(name: str) -> Path:
@@ -154,7 +159,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a file. UserError where it holds something else, or a key twice."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a month 13
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold keys and values, not a {type(tree).__name__}")
@@ -172,10 +177,11 @@ class _Loader(_SafeLoader):
         first: dict[Any, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
-            if key.value in first and isinstance(key, yaml.ScalarNode):
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"line {line} has a list or a mapping where a key is to be: put it in quotes")
+            if key.value in first:
                 raise yaml.YAMLError(f"{key.value} stands in line {first[key.value]} and in line {line}: join them")
-            if isinstance(key, yaml.ScalarNode):
-                first[key.value] = line
+            first[key.value] = line
         return super().construct_mapping(node, deep)
 
 
@@ -185,7 +191,7 @@ def _parse_override(text: str) -> tuple[str, dict[str, Any]]:
         raise UserError(f"override {text!r} must look like optim.lr=2e-6")
     try:
         return f"override {text}", {key: yaml.load(value, _SafeLoader)}
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"override {text}: the value is not YAML (text with signs in it needs quotes)") from None
 
 
@@ -262,5 +268,5 @@ def _explain(error: Any, origin: dict[str, str], path: Path) -> str:
         return f"{origin[key]}: {key}: too few values" if key in origin else f"{path}: {key} is required"
     if error["type"] == "value_error":  # our own messages name the keys
         sources = dict.fromkeys(source for key, source in origin.items() if "." in key and key in message)
-        return f"{', '.join(sources) or path}: {message}"
+        return f"{', '.join(sources) or origin.get(key, path)}: {message}"
     return f"{origin.get(key, path)}: {key}: {message[0].lower()}{message[1:]}, got {error['input']!r}"

@@ -6,10 +6,11 @@ Reading YAML into this tree is :mod:`aipo.config.reading`'s.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from aipo.config.base import NonNegative, Section
+from aipo.config.base import Section
 from aipo.config.data import Source
 from aipo.config.sections import (
     AdvantageConfig,
@@ -41,7 +42,7 @@ class Config(Section):
     """of the run; its folder is runs/<name>"""
     runs: str = "runs"
     """where run folders are"""
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """a run is a function of its config and this"""
     model: ModelConfig
     data: DataConfig
@@ -62,8 +63,15 @@ class Config(Section):
     guards: GuardsConfig = GuardsConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @field_validator("name")
+    @classmethod
+    def _below_runs(cls, name: str) -> str:
+        if Path(name).is_absolute() or not Path(name).parts or ".." in Path(name).parts:
+            raise ValueError(f"name: {name!r} names no folder below runs: give the run a name of its own")
+        return name
+
     @model_validator(mode="after")
-    def _combinations(self) -> Config:
+    def _scores_and_mask(self) -> Config:
         if self.mi.features == "quadrature" and self.mi.estimator != "coordinate":
             raise ValueError(
                 "mi.features: quadrature is for scalars: use mi.estimator: coordinate, or features: random"
@@ -80,10 +88,34 @@ class Config(Section):
                 f"rollout.max_tokens: {longest} leaves mask.rule: {mask.rule} no token to train on: raise it, or set "
                 "mask.rule: all"
             )
-        if self.rollout.samples_per_question == 1 and self.advantage.baseline != "batch":
+        if mask.scope == "micro_batch" and mask.score == "mi" and mask.ranks and self.mi.estimator != "coordinate":
             raise ValueError(
-                "rollout.samples_per_question: 1 leaves nothing to compare with: use advantage.baseline: batch"
+                f"mask.scope: micro_batch decides inside the forward pass, before mi.estimator: {self.mi.estimator} "
+                "has seen the batch: set mask.scope: batch, or mi.estimator: coordinate"
             )
+        if self.mask.rule == "quadrant" and self.mask.score != "entropy":
+            raise ValueError("mask.rule: quadrant divides tokens by their entropy: set mask.score: entropy")
+        if self.mask.score == "residual" and self.lora.rank == 0:
+            raise ValueError("mask.score: residual is what the adapters change: set lora.rank (such as 16)")
+        return self
+
+    @model_validator(mode="after")
+    def _early_exits(self) -> Config:
+        if self.advantage.information == "next_token":  # which asks no early answer
+            return self
+        for key, value in (("mask.score", self.mask.score), ("advantage.tokens", self.advantage.tokens)):
+            if value == "information" and self.model.attention != "sdpa":
+                raise ValueError(f"{key}: information lays early exits out as trees, which needs model.attention: sdpa")
+        ranked = self.mask.score == "information" and self.mask.rule in ("top_fraction", "peaks_only")
+        if ranked and self.advantage.stride > 1:
+            raise ValueError(
+                f"mask.rule: {self.mask.rule} compares all tokens of a completion, and advantage.stride scores only "
+                "some: set advantage.stride: 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts(self) -> Config:
         truncated = self.rollout.top_p < 1 or self.rollout.top_k > 0
         if truncated and self.rollout.importance_correction != "none":
             raise ValueError(
@@ -96,14 +128,6 @@ class Config(Section):
                 "loss.old_policy: engine has the engine's probabilities in the ratio: set "
                 "rollout.importance_correction: none, which would count the difference twice, and rollout.top_p: 1 and "
                 "rollout.top_k: -1, or it would compare with another distribution than the policy's"
-            )
-        drop = self.advantage.drop_constant_groups
-        if drop != "none" and self.advantage.baseline == "batch":
-            raise ValueError("advantage.drop_constant_groups needs a baseline inside the group: group or leave_one_out")
-        if self.rollout.samples_per_question == 1 and self.dynamic.enabled:
-            raise ValueError(
-                "dynamic.enabled keeps questions whose rollouts differ; with rollout.samples_per_question: 1 none do: "
-                "raise it, or set dynamic.enabled: false"
             )
         if self.rollout.async_depth:
             filtered = self.branch.total not in (None, self.rollout.samples_per_question)
@@ -123,6 +147,29 @@ class Config(Section):
             raise ValueError(
                 "rollout.mode: server asks vLLM servers: set rollout.engine: vllm, or rollout.mode: colocate"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _dynamic_sampling(self) -> Config:
+        if self.rollout.samples_per_question == 1 and self.dynamic.enabled:
+            raise ValueError(
+                "dynamic.enabled keeps questions whose rollouts differ; with rollout.samples_per_question: 1 none do: "
+                "raise it, or set dynamic.enabled: false"
+            )
+        if self.dynamic.enabled and self.reward.rule == "certainty":
+            raise ValueError(
+                "dynamic.enabled compares rewards that are there after generation, and reward.rule: certainty is "
+                "not: set dynamic.enabled: false"
+            )
+        if self.dynamic.enabled and self.dynamic.by == "reward" and self.reward.rule == "continuations":
+            raise ValueError(
+                "dynamic.by: reward compares rewards before reward.rule: continuations has counted: set dynamic.by: "
+                "correct"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _branches(self) -> Config:
         branch, samples = self.branch, self.rollout.samples_per_question
         if branch.enabled and not branch.base < (branch.total or samples):
             raise ValueError(
@@ -142,16 +189,10 @@ class Config(Section):
                 f"branch.latent: {branch.latent} needs rollout.engine: hf, since vLLM takes no latents, and "
                 "branch.latent_path, a file that python -m aipo.branching.latent makes; or set branch.latent: none"
             )
-        if self.dynamic.enabled and self.reward.rule == "certainty":
-            raise ValueError(
-                "dynamic.enabled compares rewards that are there after generation, and reward.rule: certainty is "
-                "not: set dynamic.enabled: false"
-            )
-        if self.dynamic.enabled and self.dynamic.by == "reward" and self.reward.rule == "continuations":
-            raise ValueError(
-                "dynamic.by: reward compares rewards before reward.rule: continuations has counted: set dynamic.by: "
-                "correct"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _reward(self) -> Config:
         if self.reward.rule == "continuations" and self.mask.rule != "prefix":
             raise ValueError(
                 "reward.rule: continuations counts right continuations of the prefix that mask.rule: prefix trains on: "
@@ -162,22 +203,24 @@ class Config(Section):
                 "reward.signed and reward.overlong shape what the verifier says: set reward.rule: verifier, or leave "
                 "them out"
             )
-        if self.mask.score == "residual" and self.lora.rank == 0:
-            raise ValueError("mask.score: residual is what the adapters change: set lora.rank (such as 16)")
-        exits = self.advantage.information != "next_token"
-        trees = exits and self.model.attention != "sdpa"
-        if self.mask.score == "information" and trees:
-            raise ValueError("mask.score: information lays early exits out as trees, which needs model.attention: sdpa")
-        by_exits = exits and mask.score == "information" and mask.rule in ("top_fraction", "peaks_only")
-        if by_exits and self.advantage.stride > 1:
+        by_length = any(reward.length > 0 or reward.overlong > 0 for reward in self.rewards().values())
+        if by_length and self.reward.overlong_buffer >= self.rollout.max_tokens:
+            raise ValueError("reward.overlong_buffer must be below rollout.max_tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _advantage(self) -> Config:
+        if self.rollout.samples_per_question == 1 and self.advantage.baseline != "batch":
             raise ValueError(
-                f"mask.rule: {mask.rule} compares all tokens of a completion, and advantage.stride scores only some: "
-                "set advantage.stride: 1"
+                "rollout.samples_per_question: 1 leaves nothing to compare with: use advantage.baseline: batch"
             )
-        if mask.scope == "micro_batch" and mask.score == "mi" and mask.ranks and self.mi.estimator != "coordinate":
+        drop = self.advantage.drop_constant_groups
+        if drop != "none" and self.advantage.baseline == "batch":
+            raise ValueError("advantage.drop_constant_groups needs a baseline inside the group: group or leave_one_out")
+        if drop == "correctness" and self.reward.rule != "verifier":
             raise ValueError(
-                f"mask.scope: micro_batch decides inside the forward pass, before mi.estimator: {self.mi.estimator} "
-                "has seen the batch: set mask.scope: batch, or mi.estimator: coordinate"
+                f"advantage.drop_constant_groups: correctness looks at right answers, and reward.rule: "
+                f"{self.reward.rule} rewards something else: set advantage.drop_constant_groups: reward, or none"
             )
         if self.advantage.tokens == "residual" and self.lora.rank == 0:
             raise ValueError(
@@ -192,12 +235,6 @@ class Config(Section):
             raise ValueError(
                 f"advantage.tokens: {self.advantage.tokens} weighs all tokens of a completion against each other, and "
                 "mask.rule: prefix leaves most of them out: set mask.rule: all, or advantage.tokens: none"
-            )
-        by_token = self.advantage.tokens != "none" or self.advantage.mi_blend != "none"
-        if self.loss.ratio == "sequence" and self.mask.reweight:
-            raise ValueError(
-                "mask.reweight makes sums over tokens unbiased, and loss.ratio: sequence has one ratio for a whole "
-                "completion: set another loss.ratio, or mask.reweight: false"
             )
         if self.advantage.tokens == "baseline" and self.rollout.samples_per_question == 1:
             raise ValueError(
@@ -215,38 +252,39 @@ class Config(Section):
                 "advantage.normalize: mean divides by a mean reward that must not be negative: leave reward.signed, "
                 "reward.overlong and loss.kl_in: reward out, or set advantage.normalize: std or none"
             )
+        if self.advantage.tokens == "entropy" and self.advantage.alpha >= self.advantage.phi:
+            raise ValueError("advantage.alpha must be below advantage.phi, or advantages could change their sign")
+        return self
+
+    @model_validator(mode="after")
+    def _loss(self) -> Config:
+        by_token = self.advantage.tokens != "none" or self.advantage.mi_blend != "none"
+        if self.loss.ratio == "sequence" and self.mask.reweight:
+            raise ValueError(
+                "mask.reweight makes sums over tokens unbiased, and loss.ratio: sequence has one ratio for a whole "
+                "completion: set another loss.ratio, or mask.reweight: false"
+            )
         if self.loss.ratio == "sequence" and by_token:
             raise ValueError(
                 "loss.ratio: sequence has one ratio for all tokens of a completion, through which advantages by token "
                 "(advantage.tokens, advantage.mi_blend) cannot tell them apart: set loss.ratio: token"
             )
-        if self.advantage.tokens == "information" and trees:
-            raise ValueError(
-                "advantage.tokens: information lays early exits out as trees, which needs model.attention: sdpa"
-            )
-        if self.advantage.tokens == "entropy" and self.advantage.alpha >= self.advantage.phi:
-            raise ValueError("advantage.alpha must be below advantage.phi, or advantages could change their sign")
-        if drop == "correctness" and self.reward.rule != "verifier":
-            raise ValueError(
-                f"advantage.drop_constant_groups: correctness looks at right answers, and reward.rule: "
-                f"{self.reward.rule} rewards something else: set advantage.drop_constant_groups: reward, or none"
-            )
-        if self.loss.kl_in == "reward" and (self.loss.kl_beta == 0 or self.loss.kl_priority > 0 or drop == "reward"):
+        constant = self.advantage.drop_constant_groups == "reward"
+        if self.loss.kl_in == "reward" and (self.loss.kl_beta == 0 or self.loss.kl_priority > 0 or constant):
             raise ValueError(
                 "loss.kl_in: reward takes the KL of a whole completion off its reward, so that any group varies: it "
                 "needs loss.kl_beta above 0, loss.kl_priority: 0, and not advantage.drop_constant_groups: reward"
             )
         if self.loss.kl_priority > 0 and self.loss.kl_beta == 0:
             raise ValueError("loss.kl_priority weighs the KL, which loss.kl_beta: 0 leaves out: raise loss.kl_beta")
-        if self.mask.rule == "quadrant" and self.mask.score != "entropy":
-            raise ValueError("mask.rule: quadrant divides tokens by their entropy: set mask.score: entropy")
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_and_layout(self) -> Config:
         if self.optim.warmup_steps >= self.optim.steps:
             raise ValueError("optim.warmup_steps must be below optim.steps")
         if self.rollout.questions_per_step % self.optim.updates_per_batch:
             raise ValueError("optim.updates_per_batch must divide rollout.questions_per_step")
-        by_length = any(reward.length > 0 or reward.overlong > 0 for reward in self.rewards().values())
-        if by_length and self.reward.overlong_buffer >= self.rollout.max_tokens:
-            raise ValueError("reward.overlong_buffer must be below rollout.max_tokens")
         if self.optim.share_prompts and (self.optim.packing or self.model.attention != "sdpa"):
             raise ValueError("optim.share_prompts needs model.attention: sdpa and optim.packing: false")
         if self.optim.packing and self.model.attention == "eager":
@@ -265,6 +303,8 @@ class Config(Section):
             names = [source.called for source in train]
             if repeated := next((name for name in names if names.count(name) > 1), None):
                 raise ValueError(f"data.train: two sources are called {repeated}: give them names")
+            if taken := next((name for name in names if name == "validation" or name.startswith("watch/")), None):
+                raise ValueError(f"data.train: {taken} is what held-out sets are called: give the source another name")
         if (
             self.curriculum.buckets == "within"
             and self.curriculum.enabled

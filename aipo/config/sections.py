@@ -66,7 +66,7 @@ class RolloutConfig(Section):
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """share of a GPU's memory that the engine may take while it generates; handed back during the update"""
     kv_cache_gb: Annotated[float, Field(gt=0)] = 1.0
-    """KV cache on a machine without a GPU"""
+    """KV cache on a machine without a GPU, GiB"""
     importance_correction: Literal["none", "token_truncated", "token_mask", "sequence_mask"] = "token_truncated"
     """weight for the difference between vLLM's and our probabilities: their ratio with a cap, or 0 outside bounds"""
     importance_cap: Annotated[float, Field(ge=1)] = 2.0
@@ -102,7 +102,7 @@ class BranchConfig(Section):
     base: Positive = 4
     """rollouts of a question that are drawn whole; branches of them fill it up"""
     total: Positive | None = None
-    """rollouts of a question with branches, filtered down to rollout.samples_per_question; null is as many"""
+    """rollouts and branches drawn of a question, of which rollout.samples_per_question are kept; null: no more"""
     signal: Literal["entropy", "logprob"] = "entropy"
     """unsure is high entropy, which costs a forward pass, or a low probability of the drawn token, from the engine"""
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.05
@@ -170,7 +170,7 @@ class MIConfig(Section):
     features: Features = "random"
     """frequencies of the Fourier features; quadrature is deterministic, for scalars (coordinate) only"""
     num_features: Positive = 256
-    """D"""
+    """D, random features (or nodes) of each state"""
     sigma: Annotated[float, Field(gt=0)] | Literal["median"] = 50.0
     """kernel bandwidth, or the median heuristic"""
     normalized: Literal["none", "cca"] = "none"
@@ -289,7 +289,7 @@ class CurriculumConfig(Section):
     start: tuple[Fraction, Fraction, Fraction] = (0.70, 0.25, 0.05)
     """probabilities of easy, medium, hard at first"""
     end: tuple[Fraction, Fraction, Fraction] = (0.25, 0.35, 0.40)
-    """and at last"""
+    """probabilities of easy, medium, hard from t2 on"""
     buckets: Literal["across", "within"] = "across"
     """of several sources: sorted together, or each source by itself (bucket_by: quantile)"""
     bucket_by: BucketBy = "quantile"
@@ -332,7 +332,7 @@ class AdvantageConfig(Section):
     mi_blend: Literal["none", "additive", "multiplicative"] = "none"
     """A + w z(MI) or A (1 + w z(MI)), z within the sequence"""
     mi_weight: Annotated[float, Field(ge=0)] = 0.1
-    """w"""
+    """w of mi_blend"""
     tokens: Literal["none", "entropy", "information", "residual", "attention", "baseline"] = "none"
     """by token: reallocated by entropy, plus information, weighted by adapter or attention, less an optimal baseline"""
     alpha: Annotated[float, Field(ge=0)] = 0.2
@@ -373,7 +373,7 @@ class LossConfig(Section):
     clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
     """epsilon_low; 1 is no lower bound; with optim.updates_per_batch: 1 the ratio is 1 and no clip does anything"""
     clip_high: Annotated[float, Field(ge=0)] = 0.28
-    """epsilon_high"""
+    """epsilon_high: a ratio above 1 + clip_high is clipped"""
     kl_beta: Annotated[float, Field(ge=0)] = 0.001
     """weight of the KL to the initial model; 0 loads no reference model"""
     kl_in: Literal["loss", "reward"] = "loss"
@@ -393,7 +393,7 @@ class LossConfig(Section):
     divergence: Annotated[float, Field(gt=0)] = 0.15
     """tv_mask, kl_mask: largest total variation, or KL in nats, of a token from the old policy"""
     kl_priority: Annotated[float, Field(ge=0)] = 0.0
-    """a token's KL is weighted by certainty^power of the initial model: where it is unsure, tokens may move"""
+    """power of the initial model's certainty by which a token's KL is weighted, so that unsure ones may move"""
     kl_certainty: Literal["entropy", "largest"] = "entropy"
     """that certainty: 1 - H / log V, or 1 + log p / log V of the likeliest token"""
     entropy_weight: Annotated[float, Field(ge=0)] = 0.0

@@ -54,7 +54,7 @@ class OptimConfig(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """of AdamW"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """decoupled"""
+    """of AdamW, decoupled from the gradient"""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """global gradient norm is clipped to it"""
     updates_per_batch: Positive = 1

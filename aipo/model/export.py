@@ -1,8 +1,13 @@
-"""From what a user calls a model to one that loads: a hub id, a folder, a run of ours or one of its checkpoints."""
+"""From what a user calls a model to one that loads: a hub id, a folder, a run of ours or one of its checkpoints.
+
+``python -m aipo.model.export RUN/checkpoints/best`` prints the Hugging Face folder that it makes of a checkpoint.
+"""
 
 from __future__ import annotations
 
+import argparse
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +15,7 @@ import torch
 from filelock import FileLock
 
 from aipo.config import Config, load_config
-from aipo.errors import UserError
+from aipo.errors import UserError, exit_code
 from aipo.model.adapters import merge, originals
 from aipo.model.loading import save_model
 from aipo.problems.embedded import resolve_model
@@ -123,3 +128,15 @@ def _pointed_at(path: Path) -> Path:
 
 def _name(spec: str) -> str:
     return Path(spec).name if Path(spec).expanduser().is_dir() else spec.rpartition("/")[2].replace(":", "-")
+
+
+@exit_code
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m aipo.model.export", description=__doc__)
+    parser.add_argument("model", help="RUN, RUN/checkpoints/step-000040, RUN/checkpoints/best")
+    print(find_model(parser.parse_args().model).path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -126,9 +126,9 @@ class CheckpointStore:
     def _publish(self, step: int, temporary: Path, final: Path, accuracy: float | None) -> None:
         seal(temporary, step, accuracy)
         for path in (*temporary.rglob("*"), temporary):
-            _fsync(path)
+            fsync(path)
         os.replace(temporary, final)
-        _fsync(self.folder)
+        fsync(self.folder)
         self._point("latest", final)
         self._tidy()
 
@@ -290,7 +290,8 @@ def _delete(path: Path) -> None:
         path.unlink()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file or a folder's names are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -302,9 +303,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file so that a reader, or a crash, sees the old content or the new, never a part."""
     temporary = path.with_name(TEMPORARY + path.name)
     temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
-    _fsync(temporary)
+    fsync(temporary)
     os.replace(temporary, path)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -29,8 +29,8 @@ class JsonlLog:
         self.path, self._durable = path, durable
         if path.exists():
             end = 0
-            for line in path.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n") or not keep(json.loads(line)):
+            for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+                if not line.endswith(b"\n") or not keep(_read(line, path, number)):
                     break
                 end += len(line)
             os.truncate(path, end)
@@ -62,10 +62,14 @@ def iterate_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 return  # torn by a kill, or still being written
             if not line.strip():
                 continue
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, row {number} is damaged ({error}): delete that row or the file") from error
+            yield _read(line, path, number)
+
+
+def _read(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{path}, row {number} is damaged ({error}): delete that row or the file") from error
 
 
 def to_line(row: Mapping[str, Any]) -> str:

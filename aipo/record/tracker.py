@@ -79,11 +79,16 @@ def prepare_run_folder(folder: Path, resume: str, *, config_text: str, command: 
     ``resume`` is what ``--resume`` was given: ``none``, ``auto`` or a checkpoint's path. Returns the lock that keeps
     the folder for this process; the system drops it with the process. Raises UserError where another process has it,
     and where the folder has something in it that this run would write over: a step of a run that is not being resumed,
-    or files of no run.
+    one that ended and has no checkpoint any more, or files of no run.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is to be the run folder, but is a file: give the run another name")
     used = folder.is_dir() and has_begun(folder)
+    if resume == "auto" and (folder / "summary.json").is_file() and not any(folder.glob("checkpoints/step-*")):
+        raise UserError(
+            f"run folder {folder} is of a run that has ended and whose checkpoints are gone: there is nothing to go on "
+            "from, and a new run would write over it: name this run otherwise (name=...)"
+        )
     foreign = resume not in ("none", "auto") and folder.resolve() not in Path(resume).resolve().parents
     if used and (resume == "none" or foreign):
         raise UserError(
@@ -167,6 +172,9 @@ class Tracker:
         self._plot_every = plot_every
         if active:
             (folder / "rollouts").mkdir(parents=True, exist_ok=True)
+            for path in (folder / "rollouts").glob("step-*"):  # of steps that are made again
+                if int(path.stem.removeprefix("step-")) > max(resume_step, 0):
+                    path.unlink()
             self._metrics = JsonlLog(folder / "metrics.jsonl", keep=lambda line: line["step"] <= resume_step)
             self._answers = JsonlLog(folder / "held_out.jsonl", keep=lambda line: line["step"] <= resume_step)
             id_file = folder / "wandb_id.txt"

@@ -208,7 +208,7 @@ class TokenRule:
     """``advantage.tokens``: the measures that it reads, and what it makes of them."""
 
     reads: Callable[[AdvantageConfig], set[str]]
-    shape: Callable[[Rollouts, Signals, AdvantageConfig], Tensor]  # (B, T) each -> (B, T)
+    of: Callable[[Rollouts, Signals, AdvantageConfig], Tensor]  # (B, T) each -> (B, T)
     source: str
 
 
@@ -266,18 +266,20 @@ RULES = {
 }
 
 
-def shape(rollouts: Rollouts, signals: Signals, config: Config) -> tuple[Tensor | None, Tensor | None]:
-    """What the mask rule ranks tokens by, and the advantage of each token; (B, T), None where a rule needs none.
-
-    A collective.
-    """
+def mask_ranking(rollouts: Rollouts, signals: Signals, config: Config) -> Tensor | None:
+    """What the mask rule ranks tokens by, (B, T); None for mutual information, or if it ranks none. A collective."""
     ranking = None if config.mask.score == "mi" else signals.get(config.mask.score)  # (B, T)
     if config.mask.rule == "quadrant" and ranking is not None:
         mean, _ = batch_mean_std(ranking)
-        ranking = entropy_quadrants(rollouts.advantages, ranking, rollouts.lengths, threshold=mean).float()
+        ranking = entropy_quadrants(rollouts.advantages, ranking, rollouts.lengths, threshold=mean).float()  # (B, T)
+    return ranking
+
+
+def token_advantages(rollouts: Rollouts, signals: Signals, config: Config) -> Tensor | None:
+    """The advantage of each token by ``advantage.tokens``, (B, T); None if a rollout has one for all. A collective."""
     if config.advantage.tokens == "none":
-        return ranking, None
-    return ranking, RULES[config.advantage.tokens].shape(rollouts, signals, config.advantage)
+        return None
+    return RULES[config.advantage.tokens].of(rollouts, signals, config.advantage)
 
 
 def batch_mean_std(values: Tensor) -> tuple[float, float]:

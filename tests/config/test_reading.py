@@ -82,7 +82,7 @@ def test_missing_base_names_who_asked(write: Write) -> None:
     path = write(base="bse.yaml")
     text = message(path)
     assert text.startswith(f"{path}: base: config bse.yaml not found")
-    assert text.endswith("did you mean base.yaml?")
+    assert "did you mean base.yaml? (there: base.yaml," in text
 
 
 def test_a_name_without_a_folder_is_looked_up_in_configs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_missing_config(name: str) -> None:
     assert "did you mean base.yaml?" in text
 
 
-@pytest.mark.parametrize("text", ["optim: [1", "\tx: 1", "a: b: c"])
+@pytest.mark.parametrize("text", ["optim: [1", "\tx: 1", "a: b: c", "a: {{ path }}", "? [a, b]", "a: 2024-13-45"])
 def test_not_yaml(write: Write, text: str) -> None:
     path = write(text)
     assert message(path).startswith(f"{path} is not YAML")
@@ -166,7 +166,7 @@ def test_malformed_override(override: str) -> None:
     assert message("base", override) == f"override {override!r} must look like optim.lr=2e-6"
 
 
-@pytest.mark.parametrize("override", ["optim.betas=[0.9", "data.suffix=@end"])
+@pytest.mark.parametrize("override", ["optim.betas=[0.9", "data.suffix=@end", "name=2024-13-45"])
 def test_override_that_is_not_yaml(override: str) -> None:
     assert message("base", override).startswith(f"override {override}: the value is not YAML")
 
@@ -313,6 +313,8 @@ def test_every_bad_value_is_named() -> None:
             "dynamic.by: correct",
         ),
         (["curriculum.enabled=false", "curriculum.refresh_every=2"], "set it to null"),
+        (["name=.."], "name: '..' names no folder below runs"),
+        (["seed=4294967296"], "seed: input should be less than 2147483648"),
         (["reward.overlong_buffer=0"], "reward.overlong_buffer"),
         (["advantage.tokens=residual"], "set lora.rank (such as 16)"),
         (["advantage.tokens=entropy", "advantage.mi_blend=additive"], "set one to none"),

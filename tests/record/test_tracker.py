@@ -84,6 +84,25 @@ def test_a_run_that_died_in_its_first_step_is_no_hindrance(tmp_path):
     prepare(tmp_path)
 
 
+def test_a_run_that_ended_and_lost_its_checkpoints_is_not_written_over(tmp_path):
+    step = tmp_path / "checkpoints" / "step-000002"
+    step.mkdir(parents=True)
+    (tmp_path / "summary.json").write_text("{}")
+    prepare(tmp_path, "auto").release()
+    step.rmdir()
+    with pytest.raises(UserError, match=r"whose checkpoints are gone: .* name this run otherwise"):
+        prepare(tmp_path, "auto")
+
+
+def test_rollouts_of_steps_that_are_made_again_go(tmp_path):
+    folder = tmp_path / "rollouts"
+    folder.mkdir()
+    for name in ("step-000002.jsonl", "step-000003.jsonl", "step-000003.parquet", "step-000010.parquet"):
+        (folder / name).write_text("")
+    Tracker(tmp_path, wandb_mode="disabled", resume_step=2).close()
+    assert [path.name for path in folder.iterdir()] == ["step-000002.jsonl"]
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path):
     lock = prepare(tmp_path / "run", "auto")
     with pytest.raises(UserError, match="another train"):
@@ -165,6 +184,9 @@ def test_lines_are_read_one_at_a_time(tmp_path):
     assert [next(lines), next(lines)] == [{"step": 0}, {"step": 1}]  # what comes later is not looked at yet
     with pytest.raises(UserError, match=r"m\.jsonl, row 4 is damaged"):
         next(lines)
+    with pytest.raises(UserError, match=r"m\.jsonl, row 2 is damaged"):
+        path.write_text('{"step": 0}\n{"step"\n')
+        JsonlLog(path)
 
 
 # --- the tracker

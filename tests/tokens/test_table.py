@@ -33,7 +33,7 @@ from aipo.record.reporting import reduce_metrics
 from aipo.rollout.base import Completion
 from aipo.rollouts import Rollouts
 from aipo.tokens.early_exit import postfix_ids
-from aipo.tokens.table import MEASURES, RULES, batch_mean_std, measure, needed, shape
+from aipo.tokens.table import MEASURES, RULES, batch_mean_std, mask_ranking, measure, needed, token_advantages
 from tests.tiny import make_tiny
 
 PROMPTS = [[5, 6, 7], [8, 9]]
@@ -241,40 +241,42 @@ def test_shapes_are_the_formulas_over_the_batch(rollouts: Rollouts) -> None:
     values = torch.tensor([[1.0, 2, 3, 4], [2, 2, 0, 0], [5, 0, 0, 0], [1, 1, 2, 0]])
     values[torch.arange(4) >= LENGTHS[:, None]] = float("nan")
     mean, std = batch_mean_std(values)
-    ranking, shaped = shape(rollouts, {"entropy": values}, config("advantage.tokens=entropy", "mask.rule=all"))
+    settings = config("advantage.tokens=entropy", "mask.rule=all")
+    ranking, shaped = (each(rollouts, {"entropy": values}, settings) for each in (mask_ranking, token_advantages))
     assert ranking is None
     expected = reallocate_by_entropy(rollouts.advantages, values, LENGTHS, mean=mean, std=std)
     assert shaped is not None
     assert torch.equal(shaped, expected)
-    ranking, shaped = shape(rollouts, {"entropy": values}, config("mask.rule=quadrant", "mask.score=entropy"))
+    settings = config("mask.rule=quadrant", "mask.score=entropy")
+    ranking, shaped = (each(rollouts, {"entropy": values}, settings) for each in (mask_ranking, token_advantages))
     assert shaped is None
     assert ranking is not None
     quadrants = entropy_quadrants(rollouts.advantages, values, LENGTHS, threshold=mean)
     assert ranking.tolist() == quadrants.float().tolist()
     settings = config("advantage.tokens=residual", "lora.rank=2")
-    _, shaped = shape(rollouts, {"residual": values}, settings)
+    shaped = token_advantages(rollouts, {"residual": values}, settings)
     assert shaped is not None
     assert torch.equal(shaped, weight_tokens(rollouts.advantages, values.nan_to_num(0.0), LENGTHS))
     assert shaped[0].mean() == pytest.approx(1.0)
     rollouts.rewards = torch.tensor([1.0, 0.0, 0.5, 0.25])
     for keys, tail in (([], None), (["advantage.tail=reward", "advantage.normalize=none"], rollouts.rewards)):
-        _, shaped = shape(rollouts, {"energy": values}, config("advantage.tokens=baseline", *keys))
+        shaped = token_advantages(rollouts, {"energy": values}, config("advantage.tokens=baseline", *keys))
         assert shaped is not None
         wanted = subtract_token_baseline(rollouts.advantages, values, LENGTHS, rollouts.group_size, tail=tail)
         assert torch.equal(shaped, wanted)
-    assert shape(rollouts, {}, config()) == (None, None)
+    assert mask_ranking(rollouts, {}, config()) is None is token_advantages(rollouts, {}, config())
     # what is measured for another stage does not take the place of mutual information
-    assert shape(rollouts, {"entropy": values}, config("reward.rule=certainty"))[0] is None
-    assert shape(rollouts, {"certainty": values}, config("mask.score=certainty"))[0] is values
+    assert mask_ranking(rollouts, {"entropy": values}, config("reward.rule=certainty")) is None
+    assert mask_ranking(rollouts, {"certainty": values}, config("mask.score=certainty")) is values
     rollouts.correct = torch.tensor([True, False, True, False])
     arguments = rollouts.advantages, values, rollouts.logp_engine.exp(), rollouts.correct, LENGTHS
     for keys, weight in (([], 0.01), (["advantage.information_weight=0.3"], 0.3)):  # not the 0.2 of advantage.alpha
-        _, shaped = shape(rollouts, {"information": values}, config("advantage.tokens=information", *keys))
+        shaped = token_advantages(rollouts, {"information": values}, config("advantage.tokens=information", *keys))
         assert shaped is not None
         assert torch.equal(shaped, information_advantages(*arguments, alpha=weight, beta=0.01))
     published = ["advantage.tokens=information", "advantage.signed=entropy", "advantage.token_norm=l2"]
     other = values.square()  # of the entropy, which is another measure
-    _, shaped = shape(rollouts, {"information": values, "entropy": other}, config(*published))
+    shaped = token_advantages(rollouts, {"information": values, "entropy": other}, config(*published))
     arguments = rollouts.advantages, values, -other, rollouts.correct, LENGTHS
     assert shaped is not None
     assert torch.equal(shaped, information_advantages(*arguments, norm="l2"))
