@@ -50,7 +50,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--max-tokens", type=int, help="longest completion (default: CONFIG's, or 32768 if they fit)")
     how.add_argument("--seed", type=int, default=0, help="of sampling and of the order of options")
     how.add_argument("--lenient", action="store_true", help="without a box, the last expression is the answer")
-    how.add_argument("--engine", choices=("vllm", "hf"), default="vllm")
+    how.add_argument(
+        "--engine", choices=("vllm", "hf"), default="vllm", help="vllm, or hf: Hugging Face generation, far slower"
+    )
     dtypes = ("auto", "bfloat16", "float16", "float32")
     how.add_argument("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 where fast, else float32")
     how.add_argument("--gpus", type=int, help="spread the problems over so many GPUs of this machine")
@@ -73,8 +75,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="any: also in lower case, capitalised, in capitals",
     )
     tokens.add_argument("--tokens-from", type=Path, metavar="RUN", help="instead: those of highest mean MI in a run")
-    tokens.add_argument("--force-rule", choices=("nucleus", "rank", "probability"), default="nucleus")
-    tokens.add_argument("--force-threshold", type=float, help="default: 0.2 of nucleus mass or probability, rank 10")
+    tokens.add_argument(
+        "--force-rule",
+        choices=("nucleus", "rank", "probability"),
+        default="nucleus",
+        help="a token is forced where it is in the top p of the mass, of the n most probable, or has probability p",
+    )
+    tokens.add_argument("--force-threshold", type=float, help="that p or n (default: 0.2, and 10 of rank)")
     argv = [re.sub(r"^--avg(\d+)$", r"--avg=\1", a) for a in (sys.argv[1:] if arguments is None else arguments)]
     options = parser.parse_args(argv)
     for name, low in {"samples": 1, "limit": 1, "max_tokens": 1, "gpus": 1, "top_k": -1}.items():

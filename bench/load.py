@@ -1,9 +1,12 @@
-"""What a busy program beside it costs a step of the embedded default:  python bench/load.py [--quick]
+"""What a busy program beside it costs a step of the embedded default:  python bench/load.py [--quick] [--spinning]
 
 train.py runs twice as ``make train`` starts it (vLLM, DeepSpeed, the verifier), the same steps with the same seed.
 Beside every other step, and in the second run beside the other ones, a loop that does nothing keeps one core busy; so
 each step was measured with it and without, and a machine that drifts hits both alike. A step is all its phases; the
 first is a warm-up. The table goes to bench/results/load-MACHINE.md.
+
+--spinning asks the other question, what threads that sleep while they wait cost where nothing else runs: four runs,
+ours and with threads that spin in turn, without a load. Its table goes to bench/results/spinning-MACHINE.md.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +39,8 @@ FIXED = (
     "tracking.wandb=disabled",
 )
 LAUNCHERS = {1: ["accelerate", "launch"], 2: ["torchrun", "--standalone", "--nproc_per_node=2"]}  # by ranks
+OURS: dict[str, str] = {}  # nothing set: aipo.threads settles it
+SPINNING = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "300000"}  # GNU's own count where no policy is set
 PHASES = ("rollout", "forward", "backward", "optimizer", "sync")
 Step = dict[str, float]  # a line of metrics.jsonl
 
@@ -55,17 +60,21 @@ def busy(wanted: bool) -> Iterator[None]:
         loop.wait()
 
 
-def measure(ranks: int, *, odd: bool, steps: int, questions: int) -> tuple[list[Step], int]:
-    """Metrics of each step after the first, and peak bytes; the load lies on the odd steps or on the even ones."""
+def measure(
+    ranks: int, *, odd: bool | None, steps: int, questions: int, waiting: Mapping[str, str] = OURS
+) -> tuple[list[Step], int]:
+    """Metrics of each step after the first, and peak bytes; the load lies on the odd steps, on the even ones or on
+    none."""
     with tempfile.TemporaryDirectory() as work:
         keys = [*FIXED, f"optim.steps={steps + 1}", f"rollout.questions_per_step={questions}", f"runs={work}"]
         command = [*LAUNCHERS[ranks], "train.py", "--config", "smollm2_135m.yaml", *keys, "name=load"]
-        environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count())}  # of which a rank uses its share
+        environment = {key: value for key, value in os.environ.items() if key not in SPINNING} | waiting
+        environment["OMP_NUM_THREADS"] = str(os.cpu_count())  # of which a rank uses its share
         folder, output = Path(work) / "load", Path(work) / "output"
         with output.open("w") as out:
             run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
             for step in range(1, steps + 2):
-                with busy(step > 1 and step % 2 == odd):
+                with busy(step > 1 and odd is not None and step % 2 == odd):
                     while len(lines(folder)) < step and run.poll() is None:
                         time.sleep(0.02)
             if run.wait():
@@ -91,41 +100,73 @@ def compare(ranks: int, *, steps: int, questions: int) -> tuple[list[list[str]],
     """What the load does to a step and to each of its phases, as rows of a table; and peak GiB of a rank."""
     runs, peaks = zip(*(measure(ranks, odd=odd, steps=steps, questions=questions) for odd in (False, True)))
     for a, b in zip(*runs):
-        if a["rollout/tokens"] != b["rollout/tokens"]:
-            sys.exit("the runs drew different tokens, so their steps cannot be compared")
+        same_tokens(a, b)
     # the first measured step is number 2, and the first run has its load on the even ones
     pairs = [(a, b) if i % 2 else (b, a) for i, (a, b) in enumerate(zip(*runs))]  # (quiet, loaded)
+    return table(pairs), max(peaks) / 2**30
+
+
+def table(pairs: Sequence[tuple[Step, Step]]) -> list[list[str]]:
+    """Medians of both of each pair and of their ratios, of a step and of each of its phases."""
     rows = []
     for phase in ("", *PHASES):
-        ratios = [seconds(loaded, phase) / seconds(quiet, phase) for quiet, loaded in pairs]
+        ratios = [seconds(second, phase) / seconds(first, phase) for first, second in pairs]
         medians = [f"{median([seconds(pair[i], phase) for pair in pairs]):.2f}" for i in (0, 1)]
         spread = f"{min(ratios):.2f} – {max(ratios):.2f}"
         rows.append([phase or "**step**", *medians, f"{median(ratios):.2f}", spread])
-    return rows, max(peaks) / 2**30
+    return rows
+
+
+def same_tokens(*steps: Step) -> None:
+    if len({step["rollout/tokens"] for step in steps}) > 1:
+        sys.exit("the runs drew different tokens, so their steps cannot be compared")
+
+
+def spinning(ranks: int, *, steps: int, questions: int) -> tuple[list[list[str]], float]:
+    """A step and its phases with threads that wait as ours do, and with threads that spin: rows of a table; and peak
+    GiB."""
+    made = [
+        measure(ranks, odd=None, steps=steps, questions=questions, waiting=waiting)
+        for waiting in (OURS, SPINNING, SPINNING, OURS)  # so that a machine that drifts hits both alike
+    ]
+    for each in zip(*(run for run, _ in made)):
+        same_tokens(*each)
+    (first, *spun, last), peak = [run for run, _ in made], max(peak for _, peak in made)
+    pairs = [*zip(spun[0], first), *zip(spun[1], last)]  # (spinning, ours) of the same tokens
+    return table(pairs), peak / 2**30
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two steps instead of four; nothing is written")
     parser.add_argument("--ranks", type=int, choices=LAUNCHERS, default=1, help="default: 1, as `make train` has it")
+    parser.add_argument("--spinning", action="store_true", help="sleeping threads beside spinning ones, without a load")
     arguments = parser.parse_args()
     steps, questions = 2 if arguments.quick else 4, 4
     load_before = os.getloadavg()[0]
-    rows, peak = compare(arguments.ranks, steps=steps, questions=questions)
+    compared = spinning if arguments.spinning else compare
+    rows, peak = compared(arguments.ranks, steps=steps, questions=questions)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
-    text = f"""# A step beside a busy program
+    if arguments.spinning:
+        title, columns = "Threads that sleep while they wait", ["", "spinning, s", "sleeping, s", "sleeping / spinning"]
+        about = f"{2 * steps} steps of {questions} questions × 8 samples with each, nothing beside them; medians."
+    else:
+        title, columns = "A step beside a busy program", ["", "quiet, s", "loaded, s", "loaded / quiet"]
+        about = f"""{steps} steps of {questions} questions × 8 samples, each once alone and once beside a loop that
+keeps one core busy; medians. Goal: at most {GOAL} times as long."""
+    text = f"""# {title}
 
 {machine()}; {packages}; load average {load_before:.1f} at the start.
 SmolLM2-135M with vLLM and ZeRO-3, ranks: {arguments.ranks}, `OMP_NUM_THREADS={os.cpu_count()}`.
-{steps} steps of {questions} questions × 8 samples, each once alone and once beside a loop that keeps one core busy;
-medians. Goal: at most {GOAL} times as long.
+{about}
 
-{markdown(["", "quiet, s", "loaded, s", "loaded / quiet", "min – max"], rows)}
+{markdown([*columns, "min – max"], rows)}
 Peak of a rank: {peak:.2f} GiB.
 """
     print(text)
     if not arguments.quick:
-        target = ROOT / "bench" / "results" / f"load-{slug()}{'-2-ranks' if arguments.ranks == 2 else ''}.md"
+        name = "spinning" if arguments.spinning else "load"
+        target = ROOT / "bench" / "results" / f"{name}-{slug()}{'-2-ranks' if arguments.ranks == 2 else ''}.md"
         target.write_text(text)
         print(f"written to {target}", file=sys.stderr)
 

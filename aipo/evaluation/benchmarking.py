@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from aipo.config import Config, load_config
 from aipo.errors import UserError
 from aipo.evaluation.benchmarks import CHOICE_SUFFIX, EMBEDDED, MATH_SUFFIX, PAPER, Benchmark, load_benchmarks
 from aipo.evaluation.results import (
+    Evaluation,
     Results,
     gains,
     intervention_rows,
@@ -28,6 +29,7 @@ from aipo.evaluation.results import (
     result_rows,
     save_results,
     settings_differ,
+    shared_problems,
     show,
     summarize,
 )
@@ -76,9 +78,7 @@ def run(options: argparse.Namespace) -> None:
     first = distributed.rank() == 0
     with Progress(active=first, console=console) as progress, Evaluator(options, progress) as evaluator:
         job = make_job(options, progress.say)
-        baseline = load_results(options.baseline) if options.baseline else None
-        if baseline and not baseline.results.keys() & {benchmark.name for benchmark in job.benchmarks}:
-            raise UserError(f"--baseline: {options.baseline} has only {', '.join(baseline.results)}")
+        baseline = load_baseline(options.baseline, job.benchmarks) if options.baseline else None
         otf = otf_of_run(job.model.run) if options.otf is None and job.model.run else options.otf
         variants = {"baseline": job}
         if options.intervene:
@@ -105,7 +105,8 @@ def run(options: argparse.Namespace) -> None:
             if baseline:
                 beside = options.baseline if options.baseline.is_dir() else options.baseline.parent
                 against = [beside] if is_evaluation(beside) else []
-            progress.say(f"report: {evaluation_report([*against, folders[name]])}")
+            page = evaluation_report([*against, folders[name]], folders[name] / "report.html")
+            progress.say(f"report: {page}")
         if len(results) > 1:
             show(*intervention_rows(results), "accuracy with and without high-MI tokens", console)
             of = digest([variants[name].settings for name in folders])[:8]
@@ -113,6 +114,16 @@ def run(options: argparse.Namespace) -> None:
             write_atomically(target.with_suffix(".md"), markdown(*intervention_rows(results)))
             draw_bars(results, target.with_suffix(".png"))
             progress.say(f"table and figure: {target}.md, .png")
+
+
+def load_baseline(path: Path, benchmarks: Sequence[Benchmark]) -> Evaluation:
+    """Results to compare with. UserError, before hours of generation, where they are of other problems."""
+    found = load_results(path)
+    try:
+        shared_problems(found.results, {benchmark.name: benchmark for benchmark in benchmarks})
+    except UserError as error:
+        raise UserError(f"--baseline {path}: {error}") from None
+    return found
 
 
 def wanted(intervene: str | None) -> list[str]:

@@ -55,6 +55,10 @@ class Benchmark:
     problems: list[Problem]
     fingerprint: str
 
+    @property
+    def ids(self) -> list[str]:
+        return [problem.id for problem in self.problems]
+
     def items(self, samples: int, seed: int) -> list[Item]:
         """``samples`` items of each problem, with seeds that depend on nothing but their arguments."""
         return [
@@ -64,6 +68,7 @@ class Benchmark:
                 sample,
                 request_seed(seed, f"evaluate {self.name}", problem.id, sample),
                 original=problem,
+                # by its name as well: a copy of the file may have ids of its own
                 text_stays_here=self.name == "gpqa_diamond" or problem.protected,
             )
             for problem in self.problems

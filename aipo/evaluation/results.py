@@ -52,6 +52,10 @@ class Result:
     fingerprint: str  # of the whole set of questions
     correct: Scores
 
+    @property
+    def ids(self) -> list[str]:
+        return list(self.correct)
+
 
 Results = dict[str, Result]  # by benchmark
 
@@ -189,7 +193,7 @@ def save_results(
 ) -> Path:
     """``results.json``, from which :func:`load_results` reads the results again, and ``results.md``."""
     path = folder / "results.json"
-    if path.is_file():  # what an earlier call evaluated here stays, unless it is evaluated again on as much
+    if path.is_file():  # what an earlier call evaluated here stays, where this one did less of it, or nothing
         kept = {name: old for name, old in load_results(path).results.items() if _larger(old, results.get(name))}
         results = {**results, **kept}
     document = {
@@ -205,9 +209,12 @@ def save_results(
 
 
 def _larger(old: Result, new: Result | None) -> bool:
+    """Whether ``old`` has all that ``new`` has, and more: else the newer one counts, as on the screen."""
     if new is None:
         return True
-    return old.fingerprint == new.fingerprint and old.problems * old.samples > new.problems * new.samples
+    as_much = old.problems >= new.problems and old.samples >= new.samples
+    more = old.problems > new.problems or old.samples > new.samples
+    return old.fingerprint == new.fingerprint and as_much and more
 
 
 @dataclass(frozen=True)
@@ -240,21 +247,29 @@ def settings_differ(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {left.get(key)!r:.80} and {right.get(key)!r:.80}" for key in keys]
 
 
-def paired_scores(a: Results, b: Results) -> dict[str, tuple[list[float], list[float]]]:
-    """avg@k of each problem that both have, by benchmark. UserError where there is none, or sets of one name differ."""
-    pairs: dict[str, tuple[list[float], list[float]]] = {}
+def shared_problems(a: Mapping[str, Result | Benchmark], b: Mapping[str, Result | Benchmark]) -> dict[str, list[str]]:
+    """Ids of the problems that both have, by benchmark. UserError where there is none, or sets of one name differ."""
+    shared: dict[str, list[str]] = {}
     for name in (name for name in a if name in b):
         if a[name].fingerprint != b[name].fingerprint:
-            raise UserError(f"{name} has other questions in the two results: evaluate both on the same file")
-        ids = [i for i in a[name].correct if i in b[name].correct]
-        if ids:
-            left, right = ([avg_at_k([side[name].correct[i]]) for i in ids] for side in (a, b))
-            pairs[name] = (left, right)
-    if not pairs:
+            raise UserError(f"{name} has other questions in the two evaluations: evaluate both on the same file")
+        theirs = set(b[name].ids)
+        if ids := [i for i in a[name].ids if i in theirs]:
+            shared[name] = ids
+    if not shared:
         raise UserError(
-            f"the two results have no problem in common ({', '.join(a)}; {', '.join(b)}): evaluate both on the same "
-            "benchmarks"
+            f"the two evaluations have no problem in common ({', '.join(a)}; {', '.join(b)}): evaluate both on the "
+            "same benchmarks"
         )
+    return shared
+
+
+def paired_scores(a: Results, b: Results) -> dict[str, tuple[list[float], list[float]]]:
+    """avg@k of each problem of :func:`shared_problems`, by benchmark."""
+    pairs = {}
+    for name, ids in shared_problems(a, b).items():
+        left, right = ([avg_at_k([side[name].correct[i]]) for i in ids] for side in (a, b))
+        pairs[name] = (left, right)
     return pairs
 
 

@@ -14,8 +14,10 @@ SHARE = 0.5
 
 # commands that only lay a formula out; copies of a question differ in them
 _LAYOUT = re.compile(r"\\(?:left|right|displaystyle|q?quad|[clv]?dots[cbm]?)(?![a-zA-Z])")
-# a Chinese character counts as a word
-_WORD = re.compile(r"[a-z0-9]+|[\u4e00-\u9fff]")
+# Chinese and Japanese put no spaces between words, so each of their characters counts as one
+_HAN = r"\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_KANA = r"\u3041-\u30ff\u31f0-\u31ff\uff66-\uff9f"
+_WORD = re.compile(rf"[^\W_{_HAN}{_KANA}]+|[^\W_]")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Overlap:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Lower-case words and numbers, without LaTeX layout, operators and punctuation."""
+    """Lower-case words and numbers of any script, without LaTeX layout, operators and punctuation."""
     return tuple(_WORD.findall(_LAYOUT.sub(" ", text).lower()))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import islice
@@ -16,10 +17,12 @@ from aipo.problems.embedded import PROBLEMS, embedded_problems
 from aipo.problems.problem import Problem as Problem  # as it is asked for here
 from aipo.problems.problem import Split
 from aipo.problems.readers import rows_of
+from aipo.verify.answers import choice_letter
 
 KINDS = ("math", "choice")
 EMBEDDED = "embedded:"
 LETTERS = "ABCDEFGHIJ"
+GSM8K_MARK = re.compile("^####", re.MULTILINE)  # before the answer, at the end of a worked solution
 
 
 @dataclass(frozen=True)
@@ -163,8 +166,9 @@ def _problem(row: Any, where: str, source: Source, typed: bool, origin: str) -> 
             raise UserError(f"{where}: no {column!r} (fields there: {', '.join(row) or 'none'}); rename or add it")
         if typed and type(value) is int:
             value = str(value)
-        if typed and value is None:
-            raise UserError(f"{where}: {column} is null; fill it or remove the row")
+        if value is None:
+            remedy = "fill it or remove the row" if default is None else "remove it"
+            raise UserError(f"{where}: {column} is null; {remedy}")
         if not isinstance(value, str):
             remedy = "name a column of text or whole numbers" if typed else "put it in quotes"
             raise UserError(f"{where}: {column} is not a string but {value!r:.80}; {remedy}")
@@ -176,12 +180,19 @@ def _problem(row: Any, where: str, source: Source, typed: bool, origin: str) -> 
     kind = text(columns.kind, default=source.kind)
     if kind not in KINDS:
         raise UserError(f"{where}: kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
+    if GSM8K_MARK.search(answer):  # no answer would ever be right
+        raise UserError(
+            f"{where}: {columns.answer} is a worked solution with a line '#### ...', not its answer; let "
+            "python data/prepare.py gsm8k (--from FILE) take it apart, or name another column in columns.answer"
+        )
     # an id from the text, unlike a row number, stays the same when rows are added or reordered
     made_id = hashlib.sha256(question.encode()).hexdigest()[:16]
     number = None if columns.id is None else _at(row, columns.id)
     given_id = str(number) if type(number) is int else text(columns.id, default=made_id)
     options = _ABSENT if columns.options is None else _at(row, columns.options)
     has_options = options is not _ABSENT and not (typed and options is None)
+    if kind == "choice" and not has_options and choice_letter(answer) is None:
+        raise UserError(f"{where}: the answer of a choice names no letter; write the letter, or change the kind")
     return Problem(
         given_id,
         question,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,8 @@ def embedded_model() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / "smollm2-135m-instruct.lock"):
             if not folder.is_dir():
+                for left_over in cache.glob("making-*"):  # by a start that was killed
+                    shutil.rmtree(left_over, ignore_errors=True)
                 with tempfile.TemporaryDirectory(dir=cache, prefix="making-") as work:
                     _convert(_download(Path(work)), Path(work) / "checkpoint")
                     (Path(work) / "checkpoint").rename(folder)

@@ -35,18 +35,26 @@ def read_rows(path: Path) -> Iterator[Row]:
             with path.open(encoding="utf-8-sig", newline="") as file:
                 yield from csv.DictReader(file)
         elif path.suffix in (".json", ".jsonl"):
-            text = path.read_text(encoding="utf-8-sig")
-            # split at "\n" only: splitlines also breaks at characters that JSON strings may hold
-            documents = [text] if text.lstrip().startswith("[") else text.split("\n")
-            for document in documents:
-                if document.strip():
-                    content = json.loads(document, parse_float=Decimal)
-                    yield from content if isinstance(content, list) else [content]
+            yield from _json_rows(path.read_text(encoding="utf-8-sig"))
         else:
             raise UserError(f"{path} is none of {', '.join(SUFFIXES)}: convert it, or name another file")
     except (ValueError, OSError, csv.Error) as error:  # ValueError: not JSON, not UTF-8, not parquet
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read as {path.suffix[1:]} ({reason}): is it whole?") from error
+
+
+def _json_rows(text: str) -> Iterator[Row]:
+    """ValueError for what is not JSON; of an object a line it names the row."""
+    if text.lstrip().startswith("["):
+        yield from json.loads(text, parse_float=Decimal)
+        return
+    # split at "\n" only: splitlines also breaks at characters that JSON strings may hold
+    for row, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield json.loads(line, parse_float=Decimal)
+            except ValueError as error:
+                raise ValueError(f"row {row}: {error}") from error
 
 
 def read_plain(row: Row) -> Problem:

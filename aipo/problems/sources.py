@@ -390,7 +390,8 @@ def _write(report: Report, source: dict[str, str]) -> None:
 
 
 def _unwritable(name: str, path: Path, error: OSError) -> UserError:
-    key = "data.train=" if SOURCES[name].role == "train" else "evaluate.py --benchmarks "
+    role = SOURCES[name].role if name in SOURCES else EMBEDDED[name]
+    key = "data.train=" if role == "train" else "evaluate.py --benchmarks "
     return UserError(
         f"{path} cannot be written ({error.strerror}): write it elsewhere with python data/prepare.py {name} --out "
         f"FOLDER, and read it there with {key}{path_of(name, Path('FOLDER'))}"

@@ -8,6 +8,7 @@ writes it.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -15,9 +16,11 @@ import os
 import random
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
 STEP = re.compile(r"step-\d+", re.ASCII)
+ABANDONED = 3600  # seconds after which a temporary file is one that a kill has left
 PIECE = 2**24  # bytes that are read at a time for a checksum
 
 
@@ -300,12 +304,19 @@ def fsync(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file so that a reader, or a crash, sees the old content or the new, never a part."""
-    temporary = path.with_name(TEMPORARY + path.name)
+    """Replace a file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    Of several processes that write one file at once each has a temporary file of its own, and the last one wins.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     fsync(temporary)
     os.replace(temporary, path)
     fsync(path.parent)
+    for other in path.parent.glob(f"{TEMPORARY}*{glob.escape(path.name)}"):
+        with suppress(OSError):
+            if time.time() - other.stat().st_mtime > ABANDONED:
+                other.unlink()
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -69,6 +69,7 @@ BEFORE_THE_FIRST_STEP = STARTED | {
     "wandb_id.txt",
     "held_out.jsonl",
     "report.html",
+    "comparison.html",
 }
 """What a run may have in its folder when its first step ends; of these the first are there from its start."""
 

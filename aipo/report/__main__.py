@@ -17,7 +17,11 @@ def main() -> int:
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="FOLDER", help="run folders, or one or two evaluations"
     )
-    parser.add_argument("--out", type=Path, help="the file (default: report.html in the first folder)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the file (default: report.html in the folder; of several comparison.html in the first)",
+    )
     options = parser.parse_args()
     write = evaluation_report if all(map(is_evaluation, options.folders)) else report
     print(write(options.folders, options.out))

@@ -135,11 +135,19 @@ def otf(run: Run, _: Sample) -> Advice | None:
 def kappa(run: Run, _: Sample) -> Advice | None:
     values = run.series("mask/kappa")
     uses = run.config.get("mask.rule") in ("threshold", "peaks_only")
-    if len(values) < 10 or not uses or run.config.get("mask.kappa_schedule") == "constant":
+    if len(values) < 10 or not uses or not kappa_moves(run):
         return None
     first, last = values[0][1], values[-1][1]
     words = f"{first:.3g} → {last:.3g} over {len(values)} steps (alarm: it has not moved)"
     return Advice("κ stuck", words, first == last, "mask threshold κ")
+
+
+def kappa_moves(run: Run) -> bool:
+    """Whether the schedule lowers κ; ``plateau`` does so at stalls alone."""
+    config = run.config
+    schedule, stalled = config.get("mask.kappa_schedule"), any(count for _, count in run.series("curriculum/stalls"))
+    falls = schedule != "constant" and (schedule != "plateau" or stalled)
+    return falls and config.get("mask.kappa_start") != config.get("mask.kappa_end")
 
 
 def loops(run: Run, sample: Sample) -> Advice | None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from aipo.errors import UserError
 from aipo.evaluation.results import (
-    Results,
+    Evaluation,
     compare,
     comparison_rows,
     load_results,
@@ -19,7 +18,7 @@ from aipo.evaluation.results import (
 )
 from aipo.record.jsonl import read_jsonl
 from aipo.report.load import Row
-from aipo.report.page import write_page
+from aipo.report.page import default_place, write_page
 
 UNREAD = 60  # answers of a benchmark that are shown
 ENDING = 400  # characters of a completion: its end, where an answer would be
@@ -27,12 +26,10 @@ MARKS = {"correct": "r", "wrong": "", "no_answer": "n"}  # verdict -> class; all
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Shown(Evaluation):
     """A folder of evaluate.py: its numbers, and its completions by benchmark."""
 
     name: str
-    results: Results
-    settings: dict[str, Any]
     rows: dict[str, list[Row]]
 
 
@@ -40,15 +37,15 @@ def is_evaluation(folder: Path) -> bool:
     return (folder / "results.json").is_file()
 
 
-def load_evaluation(folder: Path) -> Evaluation:
+def load_evaluation(folder: Path) -> Shown:
     """UserError where there is no evaluation, or a damaged one."""
     found = load_results(folder / "results.json")
     rows = {name: read_jsonl(folder / f"{name}.jsonl") for name in found.results}
-    return Evaluation(f"{found.model} ({folder.resolve().name})", found.results, found.settings, rows)
+    return Shown(**vars(found), name=f"{found.model} ({folder.resolve().name})", rows=rows)
 
 
 def evaluation_report(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page of the first folder, and of the second against it; returns its path, by default in the last one.
+    """Write the page of the first folder, and of the second against it; returns its path, else of ``default_place``.
 
     UserError for more than two, or for two that have no problem in common.
     """
@@ -57,7 +54,7 @@ def evaluation_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     evaluations = [load_evaluation(folder) for folder in folders]
     both = evaluations if len(evaluations) == 2 else None
     return write_page(
-        out or folders[-1] / "report.html",
+        out or default_place(folders),
         "evaluation.html.j2",
         {},
         title=" against ".join(each.name for each in reversed(evaluations)),
@@ -75,7 +72,7 @@ def evaluation_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     )
 
 
-def benchmark(evaluation: Evaluation, name: str) -> Row:
+def benchmark(evaluation: Shown, name: str) -> Row:
     """The grid of a benchmark, hardest problems last, and what the verifier could not read."""
     result, rows = evaluation.results[name], evaluation.rows[name]
     samples: dict[str, list[Row]] = {}
@@ -113,7 +110,7 @@ def benchmark(evaluation: Evaluation, name: str) -> Row:
     }
 
 
-def flips(a: Evaluation, b: Evaluation) -> list[Row]:
+def flips(a: Shown, b: Shown) -> list[Row]:
     """By benchmark, the problems right in at least half of the samples in one evaluation only."""
     found = []
     for name in paired_scores(a.results, b.results):

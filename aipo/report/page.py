@@ -4,7 +4,7 @@ puts into text nodes; and the page may load nothing (its content security policy
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ def write_page(path: Path, template: str, data: Mapping[str, Any], **values: Any
     except OSError as error:
         raise UserError(f"--out: {path} cannot be written ({error.strerror}): choose another place") from error
     return path
+
+
+def default_place(folders: Sequence[Path]) -> Path:
+    """Where the page goes of itself: a comparison leaves the first folder's own report as it is."""
+    return folders[0] / ("report.html" if len(folders) == 1 else "comparison.html")
 
 
 def read(name: str) -> str:

@@ -11,7 +11,7 @@ from aipo.report import groups
 from aipo.report.advice import advise
 from aipo.report.curves import panels, series
 from aipo.report.load import Run, load_run
-from aipo.report.page import number, percent, write_page
+from aipo.report.page import default_place, number, percent, write_page
 from aipo.report.selected import describe
 from aipo.report.verdict import Verdict, judge
 
@@ -19,7 +19,7 @@ PLAIN = ("name", "runs")  # differ between any two runs
 
 
 def report(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page of the first run, with the others beside it; returns its path, by default in the first's folder.
+    """Write the page of the first run, with the others beside it; returns its path, by default of ``default_place``.
 
     UserError where a folder is no run.
     """
@@ -34,7 +34,7 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
         "figures": {name: figure._asdict() for name, figure in groups.FIGURES.items()},
     }
     return write_page(
-        out or runs[0].folder / "report.html",
+        out or default_place(folders),
         "run.html.j2",
         data,
         title=" · ".join(names(runs)),

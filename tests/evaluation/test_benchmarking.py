@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aipo.errors import UserError
 from aipo.evaluation.benchmarking import make_job, run
+from aipo.evaluation.benchmarks import load_benchmarks
+from aipo.evaluation.results import save_results, summarize
+from aipo.problems.datasets import Problem
 from evaluate import parse
 from tests.tiny import make_tiny
 
@@ -29,6 +35,14 @@ def test_numbers_out_of_range(arguments: list[str], message: str, capsys: pytest
     assert message in capsys.readouterr().err
 
 
+def test_every_option_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsers: list[argparse.ArgumentParser] = []
+    parse_args = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda p, argv: parsers.append(p) or parse_args(p, argv))
+    parse([])
+    assert [action.dest for action in parsers[0]._actions if not action.help] == []
+
+
 def test_numbers_within_range() -> None:
     for top_k in (-1, 0, 20):  # as rollout.top_k
         assert parse(["--top-k", str(top_k), "--seed", "0"]).top_k == top_k
@@ -44,6 +58,31 @@ def test_vllm_on_a_gpu_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("aipo.inputs.triton_lacks", lambda: "no C compiler")
     with pytest.raises(UserError, match="finds no C compiler"):
         make_job(parse(arguments), print)
+
+
+def test_a_baseline_of_other_problems_is_refused_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions, out = tmp_path / "sums.jsonl", tmp_path / "out"
+    questions.write_text('{"question": "1 + 1", "answer": "2"}\n')
+    arguments = ["--model", str(make_tiny(tmp_path / "model")), "--benchmarks", str(questions), "--avg1"]
+    arguments += ["--engine", "hf", "--dtype", "float32", "--max-tokens", "4", "--baseline", str(tmp_path / "before")]
+    (tmp_path / "before").mkdir()
+    monkeypatch.setattr("aipo.evaluation.benchmarking.make_engine", lambda *_, **__: pytest.fail("built an engine"))
+    mine = load_benchmarks([str(questions)])
+    others = {"sums has other questions": replace(mine[0], fingerprint="other")}
+    others["no problem in common"] = replace(mine[0], problems=[Problem("another", "1 + 2", "3")])
+    for message, other in others.items():
+        result = summarize(other, [completion(problem) for problem in other.problems], 1)
+        save_results(tmp_path / "before", {"model": "m", "settings": {}}, {"sums": result})
+        with pytest.raises(UserError, match=f"--baseline {tmp_path / 'before'}: .*{message}"):
+            run(parse([*arguments, "--out", str(out)]))
+    assert not out.exists()
+
+
+def completion(problem: Problem) -> dict[str, Any]:
+    verdict = {"answer": "2", "gold": problem.answer, "correct": True, "verdict": "correct"}
+    return {"id": problem.id, "sample": 0, "tokens": 1, "finish_reason": "stop", **verdict}
 
 
 def test_a_baseline_is_a_file_or_its_folder(tmp_path: Path) -> None:

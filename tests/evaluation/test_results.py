@@ -196,6 +196,14 @@ def test_results_of_earlier_calls_stay(tmp_path: Path) -> None:
     assert loaded["x"].samples == 2
 
 
+@pytest.mark.parametrize("newer", [result([1], [0], [1]), result([0, 0], [0, 0])])
+def test_results_on_more_problems_or_on_as_much_are_the_new_ones(tmp_path: Path, newer: Result) -> None:
+    content = {"model": "m", "settings": {}}
+    save_results(tmp_path, content, {"x": result([1, 1], [0, 0])})
+    save_results(tmp_path, content, {"x": newer})
+    assert load_results(tmp_path).results["x"] == newer
+
+
 def test_comparison_pools_problems() -> None:
     a = {"x": result([0, 0], [1, 0]), "y": result([0, 0])}
     b = {"x": result([1, 1], [1, 0]), "y": result([0, 1])}

@@ -19,6 +19,21 @@ def test_words_forget_layout_case_and_punctuation() -> None:
     assert words("?!") == ()
 
 
+def test_words_of_every_script() -> None:
+    assert words("Найдите x_1") == ("найдите", "x", "1")
+    assert words("한국어 문제 12개") == ("한국어", "문제", "12개")
+    assert words("ペンは々、𠀀 2本") == ("ペ", "ン", "は", "々", "𠀀", "2", "本")
+    assert words("größe") == ("größe",)
+
+
+def test_questions_with_the_same_numbers_are_not_the_same() -> None:
+    apples = problem("사과 3개와 배 5개가 있다. 모두 몇 개인가?")
+    trains = problem("기차가 3시간 동안 5번 멈춘다. 언제 도착하는가?")
+    assert find_overlaps([trains], [apples]) == []
+    russian = problem("Найдите сумму всех корней уравнения")
+    assert [o.share for o in find_overlaps([russian], [russian])] == [1.0]
+
+
 def test_half_of_the_grams_is_enough_and_less_is_not() -> None:
     # 11 words have 4 grams of 8; the first 9 words hold 2 of them, the first 8 hold 1
     question = problem("a b c d e f g h i j k")

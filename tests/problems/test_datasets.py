@@ -26,8 +26,11 @@ def test_rows_become_problems(tmp_path: Path) -> None:
         {"id": "a", "question": " Which? ", "answer": "C", "kind": "choice", "source": "gpqa"},
         "",
         {"id": 60, "question": "2\u2028lines", "answer": "9007199254740993", "ability": "MATH"},
+        {"id": "c", "question": "Which one?", "answer": "(b)", "kind": "choice"},
+        {"id": "d", "question": "Issue number", "answer": "No. #### is it"},
     )
-    first, second = load_problems(spec, split="train").problems
+    first, second, *others = load_problems(spec, split="train").problems
+    assert [problem.answer for problem in others] == ["(b)", "No. #### is it"]
     assert first == Problem("a", "Which?", "C", "choice", "gpqa")
     assert second == Problem("60", "2\u2028lines", "9007199254740993", "math", "")
 
@@ -51,7 +54,12 @@ def test_made_ids_depend_on_the_question_only(tmp_path: Path) -> None:
         ({"question": "x", "answer": ""}, "answer is empty"),
         ({"question": " ", "answer": "1"}, "question is empty"),
         ({"question": "x", "answer": 27.0}, "answer is not a string but 27.0"),
-        ({"question": "x", "answer": None}, "answer is not a string but None"),
+        ({"question": "x", "answer": None}, "answer is null; fill it or remove the row"),
+        ({"question": "x", "answer": "1", "id": None}, "id is null; remove it"),
+        ({"question": "x", "answer": "9 * 2 = 18\n#### 18"}, "answer is a worked solution with a line '#### ...'"),
+        ({"question": "x", "answer": "#### 18"}, "python data/prepare.py gsm8k (--from FILE) take it apart"),
+        ({"question": "x", "answer": "No", "kind": "choice"}, "the answer of a choice names no letter; write"),
+        ({"question": "x", "answer": "AB", "kind": "choice"}, "the answer of a choice names no letter"),
         ({"question": "x", "answer": "1", "id": 3.0}, "id is not a string"),
         ({"question": "x", "answer": "1", "kind": "essay"}, "kind 'essay' is unknown"),
     ],

@@ -60,6 +60,15 @@ def test_resolve_model(tmp_path: Path) -> None:
         resolve_model("embedded:gpt")
 
 
+def test_what_a_killed_start_left_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIPO_CACHE", str(tmp_path))
+    monkeypatch.setattr(embedded, "_download", lambda work: work)
+    monkeypatch.setattr(embedded, "_convert", lambda gguf, out: out.mkdir())
+    (tmp_path / "making-killed" / "checkpoint").mkdir(parents=True)
+    folder = embedded_model()
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
+
+
 @pytest.mark.slow
 def test_no_network_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIPO_CACHE", str(tmp_path))

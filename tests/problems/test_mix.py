@@ -49,7 +49,7 @@ NAMED = Columns(question="problem", answer="solved")
 def test_parquet_says_what_jsonl_says(tmp_path: Path) -> None:
     rows = [
         {"id": "x", "question": " q ", "answer": "1/2", "kind": "math", "solution": "so"},
-        {"id": "y", "question": "r\u2028s", "answer": "9007199254740993", "kind": "choice", "solution": "then"},
+        {"id": "y", "question": "r\u2028s", "answer": "9007199254740993", "kind": "math", "solution": "then"},
     ]
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     one = load_problems(jsonl(tmp_path / "a.jsonl", *rows), split="train")
@@ -64,13 +64,13 @@ def test_whole_numbers_of_parquet_keep_their_digits_and_null_is_no_value(tmp_pat
         question=["q", "r"],
         answer=[9007199254740993, -7],
         id=[None, 5],
-        kind=["choice", None],
+        kind=["math", None],
         options=[None, None],
         solution=[None, "s"],
     )
     first, second = load_problems(Source(path=path), split="train").problems
     assert (first.answer, second.answer) == ("9007199254740993", "-7")
-    assert (first.kind, second.kind, second.id) == ("choice", "math", "5")
+    assert (first.kind, second.kind, second.id) == ("math", "math", "5")
     assert (first.solution, second.solution, first.options) == ("", "s", ())
 
 
@@ -201,13 +201,13 @@ def test_a_mix_keeps_every_question_once(tmp_path: Path) -> None:
     def rows(*pairs: tuple[str, str]) -> list[dict[str, str]]:
         return [{"question": question, "answer": answer, "id": str(i)} for i, (question, answer) in enumerate(pairs)]
 
-    one = jsonl(tmp_path / "one.jsonl", *rows(("a", "1"), ("b", "2"), ("b", "2"), ("c", "3")))
-    two = jsonl(tmp_path / "two.jsonl", *rows(("b", "2"), ("c", "4"), ("d", "5")))
+    one = jsonl(tmp_path / "one.jsonl", *rows(("a", "A"), ("b", "B"), ("b", "B"), ("c", "C")))
+    two = jsonl(tmp_path / "two.jsonl", *rows(("b", "B"), ("c", "4"), ("d", "5")))
     mix = load_mix([TrainSource(path=one, kind="choice"), TrainSource(path=two, name="second")])
     assert list(mix) == ["one", "second"]
     assert mix["one"].problems == [
-        Problem("one/0", "a", "1", "choice", origin="one"),
-        Problem("one/1", "b", "2", "choice", origin="one"),
+        Problem("one/0", "a", "A", "choice", origin="one"),
+        Problem("one/1", "b", "B", "choice", origin="one"),
     ]
     assert mix["second"].problems == [Problem("second/2", "d", "5", origin="second")]
     assert mix["one"].dropped == {"duplicate": 1, "conflicting_answers": 1}

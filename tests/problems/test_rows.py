@@ -43,6 +43,12 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes) -> No
     assert "\n" not in str(caught.value)
 
 
+def test_a_broken_row_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": "1"}\n{"a": "1", "b": "2"\n')
+    with pytest.raises(UserError, match=r"a\.jsonl cannot be read as jsonl \(row 2: Expecting ',' delimiter"):
+        list(read_rows(tmp_path / "a.jsonl"))
+
+
 def test_json_numbers_keep_their_digits(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"a": 27.0, "b": 105263157894736842, "c": 0.1000000000000000000001}')
     (row,) = read_rows(tmp_path / "a.json")

@@ -331,6 +331,8 @@ def test_of_several_at_once_one_fetches(
     [
         ("gpqa_diamond", "evaluate.py --benchmarks FOLDER/gpqa_diamond/gpqa_diamond.jsonl"),
         ("dapo_math_17k", "data.train=FOLDER/dapo_math_17k.jsonl"),
+        ("embedded_train", "data.train=FOLDER/embedded_train.jsonl"),
+        ("embedded_held_out", "evaluate.py --benchmarks FOLDER/embedded_held_out.jsonl"),
     ],
 )
 def test_where_nothing_can_be_written_it_says_how_a_set_is_read_elsewhere(tmp_path: Path, name: str, read: str) -> None:

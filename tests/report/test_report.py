@@ -102,6 +102,13 @@ def found_in(run: Path) -> dict[str, Advice]:
     return {advice.title: advice for advice in advise(load_run(run)) if advice.wrong}
 
 
+def change(run: Path, to: Callable[[float], dict[str, float]]) -> None:
+    """Other metrics in every step, given which share of the run is done."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    changed = [line | (to(line["step"] / 12) if line["step"] else {}) for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+
+
 def test_advice_is_silent_on_a_sound_run(run: Path) -> None:
     sound = advise(load_run(run))
     assert len(sound) == len(RULES) == 13
@@ -111,9 +118,7 @@ def test_advice_is_silent_on_a_sound_run(run: Path) -> None:
 @pytest.mark.parametrize("title", SICK)
 def test_advice_names_what_went_wrong_and_shows_where(run: Path, tmp_path: Path, title: str) -> None:
     sick = shutil.copytree(run, tmp_path / "sick")
-    lines = [json.loads(line) for line in (sick / "metrics.jsonl").read_text().splitlines()]
-    changed = [line | (SICK[title](line["step"] / 12) if line["step"] else {}) for line in lines]
-    (sick / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+    change(sick, SICK[title])
     found = found_in(sick)
     assert set(found) == {title}
     assert found[title].panel in {panel["title"] for panel in panels([load_run(sick)])}
@@ -143,6 +148,24 @@ def test_the_target_of_otf_is_that_of_the_rule(tmp_path: Path) -> None:
     assert not found_in(make_run(tmp_path / "all", mask__rule="all"))
     coins = found_in(make_run(tmp_path / "coins", mask__rule="bernoulli", mask__fraction="0.8"))
     assert coins["OTF far from its target"].words.startswith("30.0 % → 30.0 % of the tokens, target 80 %")
+
+
+@pytest.mark.parametrize(
+    ("keys", "stalls", "stuck"),
+    [
+        ({"mask__kappa_schedule": "plateau"}, 0, False),
+        ({"mask__kappa_schedule": "plateau"}, 1, True),
+        ({"mask__kappa_schedule": "constant"}, 1, False),
+        ({"mask__kappa_end": "0.3"}, 0, False),
+        ({"mask__kappa_schedule": "linear"}, 0, True),
+    ],
+)
+def test_kappa_is_stuck_only_where_it_should_move(
+    tmp_path: Path, keys: dict[str, str], stalls: int, stuck: bool
+) -> None:
+    still = make_run(tmp_path / "still", **keys)
+    change(still, lambda done: {"mask/kappa": 0.3, "curriculum/stalls": float(stalls)})
+    assert ("κ stuck" in found_in(still)) == stuck
 
 
 def test_every_curve_that_advice_points_to_is_there(run: Path) -> None:
@@ -246,7 +269,11 @@ def test_several_runs_are_compared(run: Path, tmp_path: Path) -> None:
     keys = dict(differences(runs))
     assert set(keys) == {"optim.lr", "mask.rule"}
     assert keys["mask.rule"] == ["threshold", "random"]
+    own = report([run]).read_text()
+    assert report([run, other]) == run / "comparison.html"
+    assert (run / "report.html").read_text() == own
     page = report([run, other], tmp_path / "both.html").read_text()
+    assert page == (run / "comparison.html").read_text()
     assert "Where the configs differ" in page
     assert [each["name"] for each in data_of(page)["runs"]] == ["first", "other"]
 
@@ -257,7 +284,10 @@ def test_an_evaluation_has_its_page(tmp_path: Path) -> None:
     marks = re.findall(r'<i class="(\w?)"></i>', alone.split('<table class="marks">')[1])
     assert len(marks) == 80
     assert set(marks) == {"r", "", "n"}
-    both = evaluation_report([a, b]).read_text()
+    (path := a / "report.html").write_text("its own")
+    assert evaluation_report([a, b]) == a / "comparison.html"
+    assert path.read_text() == "its own"
+    both = (a / "comparison.html").read_text()
     assert "b is better" in both
     assert Elements(both).tags.count("script") == 2
     assert "img" not in Elements(both).tags
