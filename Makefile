@@ -52,7 +52,7 @@ data: setup  ## fetch the data sets from the Hugging Face hub and check them; AR
 	python data/prepare.py all $(ARGS)
 
 # NAME: table1 to table4, figure2 to figure4, kappa_decay; SCALE: laptop, or paper; on laptops also recipe, and on beds
-# table1_beds, table1_fork, table1_chain, beds
+# table1_beds, table1_chain, table1_fork, table1_copy, beds
 NAME ?= table1
 SCALE ?= laptop
 reproduce: setup  ## a table or figure of the paper: NAME=table1 SCALE=laptop (hours); ARGS=--dry-run says what it takes

@@ -49,7 +49,7 @@ def say(line: str) -> None:
 def main() -> int:
     options = parse()
     try:
-        from aipo.campaign.cells import check_here, make_plan, write_configs
+        from aipo.campaign.cells import check_here, fetch_benchmarks, make_plan, write_configs
 
         plan = make_plan(options.campaign, options.runs)
         if options.dry_run or options.status:
@@ -82,6 +82,8 @@ def main() -> int:
             made = submit(plan.name, plan.jobs, plan.folder, hours=plan.campaign.hours, at_once=options.workers)
             say(f"submitted as array job {made}" if made else "all runs are there; --collect makes the tables")
             return 0
+        if fetch_benchmarks(plan):
+            plan = make_plan(options.campaign, options.runs)
         return run_here(plan, options.workers)
     except KeyboardInterrupt:
         return 130

@@ -60,3 +60,4 @@ train chain --name chain-wide --conditions "$scores" $(keys chain-wide) optim.lr
 python sweep.py laptop/table1_beds.yaml --workers 2
 python sweep.py laptop/table1_fork.yaml --workers 2
 python sweep.py laptop/table1_chain.yaml --workers 2
+python sweep.py laptop/table1_copy.yaml --workers 2

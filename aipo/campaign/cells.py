@@ -26,12 +26,21 @@ from aipo.inputs import MAY_CHANGE, data_sets, file_digest
 from aipo.labelling import DEPENDS_ON
 from aipo.model.loading import weights_digest
 from aipo.problems.readers import HUB
+from aipo.problems.sources import ensure
 from aipo.record.checkpoints import digest, flatten, run_identity, write_atomically
 from aipo.record.tracker import versions
 
 planned_source = functools.cache(source_version)  # what keys stand for; each command looks whether it is still so
 packages = functools.cache(versions)
 ELSEWHERE = ("embedded:", HUB)
+READ_BY_EVALUATION = (
+    "data.system",
+    "data.examples",
+    "data.suffix",
+    "data.thinking",
+    "model.path",
+    "rollout.max_tokens",
+)
 FREE = [key for key in MAY_CHANGE if not key.startswith("validation.")]  # what is watched must be there to be read
 
 
@@ -42,6 +51,7 @@ class Cell:
     setting: Setting
     key: str
     twins: str  # the same for all seeds
+    backbone: str  # the same for cells whose model, evaluated before training, gives the same figures
     folder: Path
     results: Path | None
     labels: str | None  # the same for cells that share a labelling pass; None without a curriculum
@@ -101,7 +111,9 @@ def write_configs(plan: Plan) -> None:
         job.claim()
     for cell in {cell.key: cell for cell in plan.cells}.values():
         place = {"name": cell.folder.name, "runs": str(cell.folder.parent)}
-        write_atomically(cell.folder / "cell.yaml", dump_config(cell.setting.config.model_copy(update=place)))
+        path, text = cell.folder / "cell.yaml", dump_config(cell.setting.config.model_copy(update=place))
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:  # what runs, or is done, is let alone
+            write_atomically(path, text)
 
 
 def _cell(campaign: Campaign, setting: Setting, runs: Path) -> Cell:
@@ -118,20 +130,21 @@ def _cell(campaign: Campaign, setting: Setting, runs: Path) -> Cell:
     identity = run_identity(config.model_dump(), may_change=FREE, **facts)
     shared = {key: value for key, value in identity.items() if key.startswith((*DEPENDS_ON, *facts))}
     labels = digest(shared) if config.curriculum.enabled else None
+    # of the model as it is nothing of the config matters but what evaluate.py reads
+    asked = (*READ_BY_EVALUATION, "seed", "model", "ranks", "code", "packages")
+    before = {key: identity[key] for key in asked}
     untrained = setting.read == "first" and campaign.evaluate is not None
-    if untrained:  # the model as it is: nothing of the config matters but what evaluate.py reads
-        asked = ("seed", "data.", "model", "rollout.max_tokens", "ranks", "code", "packages")
-        identity = {key: value for key, value in identity.items() if key.startswith(asked)}
+    identity = before if untrained else identity
     key, twins = digest(identity), digest(identity | {"seed": None})
     folder = runs / "cells" / (f"untrained-{key}" if untrained else key)
     results = None
     if campaign.evaluate is not None:
-        files = [_content(name) for name in campaign.evaluate.files]
+        files = [_content(path) for path in (*campaign.evaluate.files, *campaign.evaluate.fetched.values())]
         asked_for = digest([campaign.evaluate.model_dump(), files, planned_source("evaluation")])
         of = f"{setting.read}-{asked_for[:8]}"
         results = folder / "evaluations" / of
         results = results / ("results.json" if setting.intervene == "none" else f"{setting.intervene}/results.json")
-    return Cell(setting, key, twins, folder, results, labels)
+    return Cell(setting, key, twins, digest(before), folder, results, labels)
 
 
 def _job(campaign: Campaign, name: str, cells: Sequence[Cell]) -> Job:
@@ -174,17 +187,17 @@ def _evaluate(campaign: Campaign, cell: Cell, trained: bool) -> list[str]:
     asked, setting, folder = campaign.evaluate, cell.setting, cell.folder
     assert asked is not None
     assert cell.results is not None
-    command = ["--config", str(folder / "cell.yaml")]
-    if trained:
-        command += ["--model", str({"best": folder / "checkpoints" / "best"}.get(str(setting.read), folder))]
+    model = folder / "checkpoints" / "best" if setting.read == "best" else folder
     out = cell.results.parent if setting.intervene == "none" else cell.results.parent.parent
-    command += ["--benchmarks", ",".join(asked.benchmarks), f"--avg={asked.samples}", "--seed", str(setting.seed)]
-    command += ["--engine", asked.engine, "--out", str(out), *asked.options]
-    command += ["--limit", str(asked.limit)] if asked.limit else []
-    if setting.intervene != "none":
-        command += ["--intervene", setting.intervene]
-        command += ["--tokens-from", str(folder)] if asked.tokens_from_run else []
-    return command
+    ours = asked.arguments(
+        config=str(folder / "cell.yaml"),
+        model=str(model) if trained else None,
+        out=str(out),
+        seed=setting.seed,
+        intervene=setting.intervene,
+        run=str(folder),
+    )
+    return [*asked.options, *ours]  # of two of a kind the last holds
 
 
 def size(config: Config, gpus: int) -> dict[str, Any]:
@@ -227,10 +240,10 @@ def _weights(name: str) -> str:
 
 
 def missing_data(plan: Plan, *, offline: bool = True) -> list[str]:
-    """Files that runs and evaluations read and that are not there; ``offline`` also what evaluate.py would fetch."""
+    """Files that runs and evaluations read and that are not there; ``offline`` also what would be fetched."""
     paths = {source.path for cell in plan.cells for source in data_sets(cell.setting.config).values()}
     if asked := plan.campaign.evaluate:
-        paths |= {*asked.files, *(asked.fetched if offline else ())}
+        paths |= {*asked.files, *(asked.fetched.values() if offline else ())}
     return sorted(path for path in paths if not path.startswith(ELSEWHERE) and not Path(path).expanduser().exists())
 
 
@@ -239,6 +252,19 @@ def check_here(plan: Plan, *, offline: bool = False) -> None:
     if missing := missing_data(plan, offline=offline):
         how = "make data, for a bed python -m aipo.beds, or put the file there"
         raise UserError(f"{plan.name}: {', '.join(missing)} not there: {how}")
+
+
+def fetch_benchmarks(plan: Plan) -> bool:
+    """Get the named benchmarks that are not there. Whether any was got: keys go by its questions, so plan again.
+
+    Raises UserError where the hub gives none.
+    """
+    asked = plan.campaign.evaluate
+    absent = [name for name, path in asked.fetched.items() if not Path(path).is_file()] if asked else []
+    for name in absent:
+        ensure(name)
+    _content.cache_clear()
+    return bool(absent)
 
 
 def differences(plan: Plan) -> dict[str, dict[str, Any]]:

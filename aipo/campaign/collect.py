@@ -42,7 +42,7 @@ def collect(plan: Plan) -> tuple[pd.DataFrame, pd.DataFrame]:
         if cell.results is not None:  # the benchmarks are what such a cell is compared by, never its held-out questions
             row |= dict.fromkeys(("accuracy", "before", "mag", "tes"))
             if cell.results.is_file():
-                row |= evaluated(cell, backbone.get((setting.panel, setting.seed)), row.get("otf"))
+                row |= evaluated(cell, backbone.get(cell.backbone), row.get("otf"))
         runs.append(row)
     return pd.DataFrame(runs), pd.DataFrame(curves)
 
@@ -64,7 +64,8 @@ def figures(cell: Cell, log: Sequence[dict[str, Any]], more: Sequence[str], metr
     before, value = at(log, metric, "first"), at(log, metric, read)
     mag = None if before is None or value is None else value - before
     cell_json = cell.folder / "cell.json"
-    found: dict[str, Any] = {"accuracy": value, "before": before, "mag": mag, "best_step": _best(log, metric)}
+    best = _best(_points(log, metric))
+    found: dict[str, Any] = {"accuracy": value, "before": before, "mag": mag, "best_step": best and best[0]}
     if read != "first":  # else nothing of the training is meant
         found |= {
             "otf": None if otf is None else 100 * otf,
@@ -82,18 +83,24 @@ def figures(cell: Cell, log: Sequence[dict[str, Any]], more: Sequence[str], metr
 
 def at(log: Sequence[dict[str, Any]], metric: str, read: Read | int) -> float | None:
     """The metric where it is meant to be read, of a share in percent; None where it was not measured."""
-    points = [(line["step"], line[metric]) for line in log if line.get(metric) is not None]
+    points = _points(log, metric)
     if isinstance(read, int):
         points = [point for point in points if point[0] == read]
-    if not points:
+    best = _best(points)
+    if best is None:
         return None
-    value = {"first": points[0][1], "best": max(v for _, v in points)}.get(str(read), points[-1][1])
+    _, value = {"first": points[0], "best": best}.get(str(read), points[-1])
     return 100 * value if SHARES.search(metric) else value
 
 
-def _best(log: Sequence[dict[str, Any]], metric: str) -> int | None:
-    points = [(line[metric], -line["step"]) for line in log if line.get(metric) is not None]
-    return -max(points)[1] if points else None
+def _points(log: Sequence[dict[str, Any]], metric: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[metric]) for line in log if line.get(metric) is not None]
+
+
+def _best(points: Sequence[tuple[int, float]]) -> tuple[int, float] | None:
+    """The highest, the earliest of equals; as of checkpoints, not that of step 0 where there is a later one."""
+    trained = [point for point in points if point[0] > 0] or points
+    return max(trained, key=lambda point: point[1], default=None)
 
 
 def evaluated(cell: Cell, before: float | None, otf: float | None) -> dict[str, Any]:
@@ -107,10 +114,10 @@ def evaluated(cell: Cell, before: float | None, otf: float | None) -> dict[str, 
     return found | {"tes": training_efficiency(mag, otf) if mag is not None and otf else None}
 
 
-def _backbone(plan: Plan) -> dict[tuple[str, int], float]:
-    """Accuracy before training by panel and seed, where a condition asks for it."""
+def _backbone(plan: Plan) -> dict[str, float]:
+    """Accuracy before training by ``Cell.backbone``, where a condition asks for it."""
     return {
-        (cell.setting.panel, cell.setting.seed): 100 * average(load_results(cell.results).results)
+        cell.backbone: 100 * average(load_results(cell.results).results)
         for cell in plan.cells
         if cell.setting.read == "first" and cell.setting.intervene == "none" and cell.results and cell.results.is_file()
     }

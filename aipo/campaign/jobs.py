@@ -29,7 +29,7 @@ BAD_INPUT = 2  # exit code of train.py and evaluate.py where the user must mend 
 POLL = 0.02  # seconds between two looks at a command
 _LIBC = ctypes.CDLL(None)
 ROOT = Path(__file__).resolve().parents[2]
-APART = ("campaign", "plan", "report")  # folders of aipo/ that change no number of a run
+APART = ("beds", "campaign", "credit", "plan", "replay.py", "report")  # of aipo/, what changes no number of a run
 SCRIPTS = {"training": "train.py", "evaluation": "evaluate.py"}
 What = Literal["training", "evaluation"]
 
@@ -173,7 +173,11 @@ def run_job(
             if stopped():  # what train.py and evaluate.py hold: a run that outlives a killed campaign ends its step
                 return "stopped"
             time.sleep(0.2)
-        return _run(job, {**os.environ, **job.environment, **environment}, stopped)
+        _settle(job)
+        try:
+            return _run(job, {**os.environ, **job.environment, **environment}, stopped)
+        finally:
+            _settle(job)
 
 
 def _run(job: Job, environment: dict[str, str], stopped: Callable[[], bool]) -> Literal["done", "failed", "stopped"]:
@@ -210,6 +214,24 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def _put_aside(metrics: Path, result: Path) -> None:
+    """The figures of a run that is trained again. Its metrics also stay: from a checkpoint it goes on with them."""
+    with suppress(FileNotFoundError):
+        shutil.copyfile(metrics, f"{metrics}.earlier")
+    os.replace(result, f"{result}.earlier")  # last: as long as it is there, so are the metrics
+
+
+def _settle(job: Job) -> None:
+    """Figures that were put aside come back, unless the run came to its end again. Other campaigns have them."""
+    for work in (work for work in job.work if work.what == "training"):
+        for path in (job.place / "metrics.jsonl", Path(work.result)):
+            earlier = Path(f"{path}.earlier")
+            if work.done:
+                earlier.unlink(missing_ok=True)
+            elif earlier.exists():
+                os.replace(earlier, path)
+
+
 def _do(job: Job, work: Work, environment: dict[str, str], stopped: Callable[[], bool]) -> int:
     """Run one command; its exit code, negative for a signal."""
     with (job.place / "cell.log").open("ab") as log:
@@ -219,10 +241,8 @@ def _do(job: Job, work: Work, environment: dict[str, str], stopped: Callable[[],
             return BAD_INPUT
         log.flush()
         began, fresh = time.monotonic(), not (job.place / "checkpoints" / "latest").exists()
-        figures = [job.place / "metrics.jsonl", Path(work.result)] if work.done else []
-        earlier = {path: path.read_bytes() for path in figures if path.exists()}
-        if earlier:  # trained before, but its model is gone: all again
-            Path(work.result).unlink()
+        if work.done and work.what == "training":  # but its model is gone: all again
+            _put_aside(job.place / "metrics.jsonl", Path(work.result))
         process = subprocess.Popen(
             work.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
             preexec_fn=_end_with_parent,
@@ -237,8 +257,6 @@ def _do(job: Job, work: Work, environment: dict[str, str], stopped: Callable[[],
                 process.wait(POLL)
     if code == 0 and fresh and work.what == "training":
         _note(job.place / "cell.json", job.facts | {"seconds": time.monotonic() - began, "cores": cores()})
-    for path, content in earlier.items() if code else ():  # other campaigns have them
-        path.write_bytes(content)
     return code
 
 
@@ -261,6 +279,7 @@ def _last_words(job: Job) -> str:
 
 
 def _note(path: Path, content: Any) -> None:
+    """Of a folder of cells, whose lock is held: no other writes there."""
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text(json.dumps(content) + "\n")
     os.replace(temporary, path)
@@ -274,10 +293,12 @@ def failure(job: Job) -> str:
 
 def save_jobs(jobs: list[Job], folder: Path) -> Path:
     """A file named by its content: a list that waits in a queue is never written over by another."""
-    content = [asdict(job) for job in jobs]
+    from aipo.record.checkpoints import write_atomically  # imported here: it brings torch
+
+    text = json.dumps([asdict(job) for job in jobs])
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"jobs-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]}.json"
-    _note(path, content)
+    path = folder / f"jobs-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+    write_atomically(path, f"{text}\n")
     return path
 
 

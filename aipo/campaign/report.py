@@ -22,7 +22,9 @@ def write_report(plan: Plan) -> str:
     campaign, rows, made = plan.campaign, entries(plan.campaign, runs), comparisons(plan.campaign, runs)
     scale = note(plan, runs, machine())
     text = f"# {campaign.title or plan.name}\n\n{scale}\n\n{markdown(campaign, rows)}\n"
-    text += "Mean over seeds with its 95 % bootstrap interval; best bold, second underlined.\n"
+    text += "Mean over seeds with its 95 % bootstrap interval; best bold, second underlined"
+    some = any(0 < e.seeds < e.asked for part in rows.values() for line in part.values() for e in line)
+    text += "; (1 of 3): of so many seeds only.\n" if some else ".\n"
     if any(made.values()):
         tests = max(sum(c.p == c.p for c in part.values()) for part in made.values())
         text += f"\n## Against {campaign.control}\n\n{comparison_markdown(campaign, made)}\n"

@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterator
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +43,11 @@ FIGURES = {
     "memory": "peak GiB",
 }
 """What is known of every run, and its heading; ``accuracy`` is the metric that conditions are compared by"""
+OURS = (
+    "config", "model", "benchmarks", "samples", "limit", "seed", "engine", "gpus", "out", "compare", "intervene",
+    "tokens_from",
+)  # fmt: skip
+"""Options of evaluate.py that are the campaign's to set, or leave no results where it looks for them"""
 LOWER_IS_BETTER = ("otf", "cost_share", "best_step", "tokens", "seconds", "minutes", "memory", "steps")
 
 
@@ -65,15 +70,24 @@ class Evaluation(Section):
         return [name for name in self.benchmarks if name.endswith(".jsonl")]
 
     @property
-    def fetched(self) -> list[str]:
-        """Files of the named benchmarks: evaluate.py fetches what is not there."""
+    def fetched(self) -> dict[str, str]:
+        """The named benchmarks with their files, which can be had where they are not there."""
         named = [ALIASES.get(name, name) for name in self.benchmarks if name not in (*self.files, EMBEDDED)]
-        return [str(path_of(name)) for name in named]
+        return {name: str(path_of(name)) for name in named}
 
     @property
     def names(self) -> list[str]:
         """Of the benchmarks, in results and as columns."""
         return [Path(name).stem if name in self.files else ALIASES.get(name, name) for name in self.benchmarks]
+
+    def arguments(self, *, config: str, model: str | None, out: str, seed: int, intervene: str, run: str) -> list[str]:
+        """Of evaluate.py, without ``options``. ``run`` is where tokens are taken from."""
+        made = ["--config", config, *(["--model", model] if model else [])]
+        made += ["--benchmarks", ",".join(self.benchmarks), f"--avg={self.samples}", "--seed", str(seed)]
+        made += ["--engine", self.engine, "--out", out, *(["--limit", str(self.limit)] if self.limit else [])]
+        if intervene != "none":
+            made += ["--intervene", intervene, *(["--tokens-from", run] if self.tokens_from_run else [])]
+        return made
 
 
 class Condition(Section):
@@ -166,6 +180,8 @@ class Campaign(Section):
             raise ValueError("must be keys with lists of values: {mask.kappa_start: [0.1, 0.2]}")
         axes: dict[str, dict[str, Any]] = {}
         for axis, values in value.items():
+            if values in ([], {}):
+                raise ValueError(f"{axis} has no values")
             if isinstance(values, list):
                 name = str(axis).rpartition(".")[2]
                 axes[axis] = {f"{name}={_text(each)}": _condition({axis: each}) for each in values}
@@ -188,7 +204,8 @@ class Campaign(Section):
     @field_validator("plots", mode="before")
     @classmethod
     def _plots(cls, value: Any) -> Any:
-        return [{"kind": plot} if isinstance(plot, str) else plot for plot in value or ()]
+        plots = [value] if isinstance(value, str | dict) else value or ()  # one alone
+        return [{"kind": plot} if isinstance(plot, str) else plot for plot in plots]
 
     @model_validator(mode="after")
     def _fits(self) -> Campaign:
@@ -201,7 +218,10 @@ class Campaign(Section):
             known = [*PAPER, *ALIASES, EMBEDDED]
             if name not in known and not name.endswith(".jsonl"):
                 raise ValueError(f"evaluate: benchmarks: {name} is no JSONL file and unknown{_near(name, known)}")
-        known = [*FIGURES, *(self.evaluate.names if self.evaluate else ())]
+        scored = self.evaluate.names if self.evaluate else []
+        if twice := [name for name in scored if scored.count(name) > 1]:
+            raise ValueError(f"evaluate: benchmarks: {twice[0]} is named twice: leave one out, or rename a file")
+        known = [*FIGURES, *scored]
         for name in self.columns:
             if name not in known and "/" not in name:
                 raise ValueError(f"columns: {name} is unknown{_near(name, known)}; others are names in metrics.jsonl")
@@ -213,14 +233,6 @@ class Campaign(Section):
                     raise ValueError(f"printed: {name} is no condition{_near(name, names)}")
                 if len(figures) != len(self.columns):
                     raise ValueError(f"printed: {name} has {len(figures)} figures for {len(self.columns)} columns")
-        for name, condition in self.variants().items():
-            if condition.intervene != "none" and self.evaluate is None:
-                raise ValueError(f"conditions: {name}: intervene is of an evaluation: say evaluate: {{benchmarks: []}}")
-            read = condition.read or self.read
-            if self.evaluate is not None and isinstance(read, int):
-                raise ValueError(f"conditions: {name}: read: {read} with evaluate: say first, last or best")
-            if condition.intervene != "none" and self.evaluate and self.evaluate.tokens_from_run and read == "first":
-                raise ValueError(f"conditions: {name}: tokens_from_run with read: first has no run to take them from")
         for plot in self.plots:
             if plot.kind == "forest" and self.control is None and len(names) > 1 and "plots" in self.model_fields_set:
                 raise ValueError("plots: forest shows differences from control: name one")
@@ -290,17 +302,16 @@ def settings(campaign: Campaign, path: Path) -> Iterator[Setting]:
 
 
 def _check(campaign: Campaign, condition: Condition, config: Config) -> None:
-    """UserError for what cannot be evaluated, read or drawn of such a run."""
+    """UserError for what cannot be run, evaluated, read or drawn of a condition with all that is common to it."""
     read, steps, every = condition.read or campaign.read, config.optim.steps, config.validation.every
+    config.check_world_size(campaign.gpus)
+    if campaign.evaluate is not None:
+        _check_evaluation(campaign.evaluate, read, condition.intervene)
+    elif condition.intervene != "none":
+        raise UserError("intervene is of an evaluation: say evaluate: {benchmarks: [...]}")
     seldom = campaign.metric.startswith("validation/") and isinstance(read, int) and read % every and read != steps
     if isinstance(read, int) and (seldom or read > steps):
         raise UserError(f"read: {read} is not measured: of {steps} steps every {every}th and the last are validated")
-    intervene = [] if condition.intervene == "none" else ["--intervene", condition.intervene]
-    try:
-        with redirect_stderr(io.StringIO()) as said:
-            parse_evaluation([*intervene, *(campaign.evaluate.options if campaign.evaluate else ())])
-    except SystemExit:
-        raise UserError(f"evaluate: options: {said.getvalue().strip().rpartition('error: ')[2]}") from None
     for key in (plot.key or "" for plot in campaign.plots if plot.kind == "heatmap"):
         flat = flatten(config.model_dump(mode="json"))
         match flat.get(key):
@@ -309,8 +320,30 @@ def _check(campaign: Campaign, condition: Condition, config: Config) -> None:
         raise UserError(f"plots: heatmap: {key or 'none'} is no key with two numbers{_near(key, list(flat))}")
 
 
+def _check_evaluation(asked: Evaluation, read: Read | int, intervene: str) -> None:
+    """UserError for what evaluate.py would refuse, and for options that move its results or lose against ours."""
+    if isinstance(read, int):
+        raise UserError(f"read: {read} with evaluate: say first, last or best")
+    if intervene != "none" and asked.tokens_from_run and read == "first":
+        raise UserError("tokens_from_run with read: first has no run to take them from")
+    ours = asked.arguments(config="CONFIG", model="MODEL", out="OUT", seed=0, intervene=intervene, run="RUN")
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            own, given = parse_evaluation(ours), parse_evaluation([*ours, *asked.options])
+    except SystemExit as end:
+        why = said.getvalue().strip().rpartition("error: ")[2] if end.code else "--help evaluates nothing"
+        raise UserError(f"evaluate: options: {why}") from None
+    for name in OURS:
+        if getattr(own, name) != getattr(given, name):
+            option = {"samples": "avg"}.get(name, name).replace("_", "-")
+            raise UserError(f"evaluate: options: --{option} is the campaign's to set")
+
+
 def _config(campaign: Campaign, condition: Condition, seed: int) -> Config:
-    overrides = [f"{key}={json.dumps(value)}" for key, value in (condition.keys | {"seed": seed}).items()]
+    values = condition.keys | {"seed": seed}
+    # as they are written: escaped, a sign such as an emoji is two that YAML takes for none; str is for dates
+    overrides = [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in values.items()]
     return load_config(condition.config or campaign.base, overrides, method=condition.method)
 
 

@@ -28,6 +28,7 @@ class Entry:
     low: float
     high: float
     seeds: int
+    asked: int  # seeds of the campaign
     printed: float | None = None
     rank: int = 0  # 1 the best of its panel, 2 the second
 
@@ -38,6 +39,8 @@ class Entry:
             shown = f"{self.mean:,.{digits}f}"
         else:
             shown = f"{self.mean:,.{digits}f} [{self.low:,.{digits}f}, {self.high:,.{digits}f}]"
+        if 0 < self.seeds < self.asked:
+            shown += f" ({self.seeds} of {self.asked})"
         return shown if self.printed is None else f"{shown} ({self.printed:g})"
 
 
@@ -48,26 +51,30 @@ def entries(campaign: Campaign, runs: pd.DataFrame) -> Rows:
     rows: Rows = {}
     for panel in campaign.panels or [""]:
         columns = [values_of(runs, panel, column) for column in campaign.columns]
-        part = {name: [_entry(values.get(name, {})) for values in columns] for name in campaign.variants()}
+        part = {
+            name: [_entry(values.get(name, {}), len(campaign.seeds)) for values in columns]
+            for name in campaign.variants()
+        }
         for i, column in enumerate(campaign.columns):
             printed = campaign.printed.get(panel, {})
             for name, line in part.items():
                 line[i] = replace(line[i], printed=printed[name][i] if name in printed else None)
-            _rank(part, i, lower=column in LOWER_IS_BETTER)
+            _rank(part, i, digits(column), lower=column in LOWER_IS_BETTER)
         rows[panel] = part
     return rows
 
 
-def _entry(by_seed: dict[int, float]) -> Entry:
+def _entry(by_seed: dict[int, float], asked: int) -> Entry:
     values = list(by_seed.values())
     if not values:
-        return Entry(math.nan, math.nan, math.nan, 0)
-    return Entry(float(np.mean(values)), *bootstrap_interval(values, 0), len(values))
+        return Entry(math.nan, math.nan, math.nan, 0, asked)
+    return Entry(float(np.mean(values)), *bootstrap_interval(values, 0), len(values), asked)
 
 
-def _rank(part: dict[str, list[Entry]], column: int, *, lower: bool) -> None:
-    """Mark the best and the second of a column, equal ones alike, as they are shown."""
-    shown = {name: round(line[column].mean, 1) for name, line in part.items() if not math.isnan(line[column].mean)}
+def _rank(part: dict[str, list[Entry]], column: int, places: int, *, lower: bool) -> None:
+    """Mark the best and the second of a column, equal ones alike, as they are shown with so many decimal places."""
+    means = {name: line[column].mean for name, line in part.items()}
+    shown = {name: round(mean, places) for name, mean in means.items() if not math.isnan(mean)}
     order = sorted(set(shown.values()), reverse=not lower)[:2]
     for name, value in shown.items():
         if len(order) > 1 and value in order:
@@ -112,7 +119,9 @@ def latex(campaign: Campaign, rows: Rows, note: str) -> str:
 
 
 def _escape(text: str) -> str:
-    special = {sign: f"\\{sign}" for sign in "&%$#_{}"} | {"\\": r"\textbackslash{}", "κ": r"$\kappa$", "–": "--"}
+    special = {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    special |= {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
+    special |= {"κ": r"$\kappa$", "–": "--"}
     return "".join(special.get(sign, sign) for sign in text)
 
 

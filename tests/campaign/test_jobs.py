@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from typing import Any
 
 import pytest
 
-from aipo.campaign.jobs import Job, Work, failure, load_jobs, run_job, save_jobs, source_version
+from aipo.campaign.jobs import APART, SCRIPTS, Job, Work, failure, load_jobs, run_job, save_jobs, source_version
 from aipo.campaign.local import run_jobs, slots
 from aipo.campaign.slurm import SCRIPT, submit
 from aipo.errors import UserError
+from tests.test_house import imports
 
 ROOT = Path(__file__).parents[2]
 CORES = sorted(os.sched_getaffinity(0))
@@ -67,7 +69,8 @@ def test_a_failure_is_tried_again_but_not_a_mistake_of_the_user(code: int, start
 
 def test_code_that_was_changed_since_the_plan_computes_nothing(tmp_path: Path) -> None:
     """Else its results lie under the key of the code before."""
-    for name in ("train.py", "evaluate.py", "aipo/evaluation/scoring.py", "aipo/campaign/jobs.py"):
+    apart = ("aipo/campaign/jobs.py", "aipo/credit/table.py", "aipo/beds/worlds.py", "aipo/replay.py")
+    for name in ("train.py", "evaluate.py", "aipo/evaluation/scoring.py", *apart):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
 
@@ -75,11 +78,11 @@ def test_code_that_was_changed_since_the_plan_computes_nothing(tmp_path: Path) -
         return [source_version("training", tmp_path), source_version("evaluation", tmp_path)]
 
     found = [of_both()]
-    for name in ("aipo/campaign/jobs.py", "evaluate.py", "aipo/evaluation/scoring.py"):
+    for name in (*apart, "evaluate.py", "aipo/evaluation/scoring.py"):
         (tmp_path / name).write_text("x = 1")
         found.append(of_both())
     assert [[a == b for a, b in zip(*pair)] for pair in itertools.pairwise(found)] == [
-        [True, True], [True, False], [False, False],
+        *[[True, True]] * len(apart), [True, False], [False, False],
     ]  # fmt: skip
     (tmp_path / "aipo" / ".#scoring.py").symlink_to("me@here.1:2")  # Emacs, as long as the file is edited
     (tmp_path / "aipo" / ".#scoring.py~").touch()
@@ -94,6 +97,17 @@ def test_code_that_was_changed_since_the_plan_computes_nothing(tmp_path: Path) -
     assert "the code was changed since this was planned: start the campaign again" in failure(before)
     assert (one.place / "cell.log").read_text().count("$ ") == 1
     assert run_job(now) == "done"
+
+
+def test_what_is_apart_is_imported_by_no_run() -> None:
+    """But for the plan of a dry run, and reports."""
+    graph, found = imports(), set()
+    left = {name for script in SCRIPTS.values() for name in re.findall(r"aipo\.[\w.]+", (ROOT / script).read_text())}
+    while left:
+        found |= left
+        left = {name for each in left for name in graph.get(each, ())} - found
+    assert {"aipo.mi", "aipo.trainer", "aipo.evaluation.scoring"} < found
+    assert {name.split(".")[1] for name in found} & {name.removesuffix(".py") for name in APART} == {"plan", "report"}
 
 
 def test_each_worker_has_cores_and_gpus_of_its_own(tmp_path: Path) -> None:
@@ -260,6 +274,29 @@ def test_a_run_that_is_trained_again_in_vain_stays_there_for_others(tmp_path: Pa
     assert run_job(replace(more, retries=1)) == "failed"
     assert trained.state() == "done"
     assert metrics.read_text() == '{"step": 4}\n'
+
+
+def test_a_kill_while_a_model_is_trained_again_leaves_the_earlier_figures(tmp_path: Path) -> None:
+    script = (
+        "test -f broken && { rm broken; echo 1 > metrics.jsonl; kill -9 $PPID; exit 1; }; mkdir final; echo x >> done"
+    )
+    trained = job(tmp_path, "a", script)
+    metrics = trained.place / "metrics.jsonl"
+    assert run_job(trained) == "done"
+    metrics.write_text('{"step": 4}\n')
+    (trained.place / "broken").touch()
+    more = evaluated(trained, "score")
+    child = multiprocessing.get_context("fork").Process(target=run_job, args=(more,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    until(lambda: metrics.read_text() == "1\n")
+    assert run_job(trained) == "done"  # of a campaign that has no need of the model
+    assert metrics.read_text() == '{"step": 4}\n'
+    assert (trained.place / "done").read_text() == "x\n"
+    (trained.place / "ready-score").touch()
+    assert run_job(more) == "done"
+    assert not list(trained.place.glob("*.earlier"))
 
 
 def test_an_evaluation_that_fails_stops_no_other(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from aipo.config.data import Source
 from aipo.errors import UserError
 
 MINIMAL = "base: tiny.yaml\nconditions:\n  all: {mask.rule: all}\n  random: {mask: {rule: random, fraction: 0.3}}\n"
+EVALUATE = MINIMAL + "evaluate: {benchmarks: [embedded]"
 
 
 def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
@@ -38,6 +40,17 @@ def test_a_source_of_data_is_a_value_as_in_a_config_file(tmp_path: Path) -> None
     assert dotted.validation == nested.validation == Source(path="x.jsonl", rows=10)
     assert nested.suffix == "Why?"
     assert common.validation == Source(path="a.jsonl")
+
+
+def test_any_text_is_a_value_as_in_a_config_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "base: tiny.yaml\nseeds: 1\ngrid: {data.suffix: [Think 🤔 τ, 2024-05-01]}\n")
+    assert [each.config.data.suffix for each in settings(load_campaign(path), path)] == ["Think 🤔 τ", "2024-05-01"]
+
+
+def test_a_plot_alone_needs_no_list(tmp_path: Path) -> None:
+    for text in ("forest", "{kind: forest}"):
+        campaign = load_campaign(write(tmp_path, f"{MINIMAL}control: all\nplots: {text}\n"))
+        assert [plot.kind for plot in campaign.plots] == ["forest"]
 
 
 def test_a_grid_crosses_and_the_nearest_wins(tmp_path: Path) -> None:
@@ -80,8 +93,26 @@ def test_from_takes_what_it_does_not_say(tmp_path: Path) -> None:
         ("conditions: {}\n", "mine.yaml: base is required"),
         (MINIMAL.replace("tiny.yaml", "tinny.yaml"), "did you mean tiny.yaml?"),
         (MINIMAL.replace("mask.rule: all", "method: grppo"), "all: --method grppo is unknown: did you mean grpo?"),
-        (MINIMAL.replace("mask.rule: all", "intervene: drop"), "conditions: all: intervene is of an evaluation"),
-        (MINIMAL + "evaluate: {benchmarks: [embedded]}\nread: 20\n", "say first, last or best"),
+        (MINIMAL.replace("mask.rule: all", "intervene: drop"), "mine.yaml: all: intervene is of an evaluation"),
+        (MINIMAL + "common: {intervene: drop}\n", "mine.yaml: all: intervene is of an evaluation"),
+        (EVALUATE + "}\nread: 20\n", "say first, last or best"),
+        (EVALUATE + "}\ncommon: {read: 2}\n", "mine.yaml: all: read: 2 with evaluate: say first, last or best"),
+        (EVALUATE + "}\npanels: {A: {}, B: {read: 2}}\n", "mine.yaml: B: all: read: 2 with evaluate"),
+        (EVALUATE + ", tokens_from_run: true}\ncommon: {read: first, intervene: drop}\n", "no run to take them from"),
+        (MINIMAL + "evaluate: {benchmarks: [math, math500]}\n", "evaluate: benchmarks: math500 is named twice"),
+        (MINIMAL + "evaluate: {benchmarks: [a/x.jsonl, b/x.jsonl]}\n", "x is named twice: leave one out, or rename"),
+        (EVALUATE + ", options: [--out, x]}\n", "all: evaluate: options: --out is the campaign's to set"),
+        (EVALUATE + ", options: [--se, '1']}\n", "evaluate: options: --seed is the campaign's"),
+        (EVALUATE + ", options: [--avg8]}\n", "evaluate: options: --avg is the campaign's"),
+        (EVALUATE + ", options: [--model, x]}\nread: first\n", "evaluate: options: --model is the campaign's"),
+        (EVALUATE + ", options: [--engine, hf]}\n", "evaluate: options: --engine is the campaign's"),
+        (EVALUATE + ", options: [--intervene, both]}\n", "evaluate: options: --intervene is the campaign's"),
+        (EVALUATE + ", options: [--compare, a, b]}\n", "evaluate: options: --compare is the campaign's"),
+        (EVALUATE + ", options: [--help]}\n", "evaluate: options: --help evaluates nothing"),
+        (MINIMAL + "gpus: 3\n", "rollout.questions_per_step (4, 4 an update) is not divisible by the 3 processes"),
+        (MINIMAL + "grid: {mask.kappa_start: []}\n", "mine.yaml: grid: mask.kappa_start has no values"),
+        (MINIMAL + "grid: {cuts: {}}\n", "mine.yaml: grid: cuts has no values"),
+        (MINIMAL + "plots: forrest\n", "mine.yaml: plots.0.kind: input should be"),
         (MINIMAL + "evaluate: {benchmarks: [embeded]}\n", "embeded is no JSONL file and unknown; did you mean emb"),
         (MINIMAL + "plots: [{kind: heatmap, key: curriculum.cutz}]\n", "two numbers; did you mean curriculum.cuts?"),
         (MINIMAL + "plots: [{kind: heatmap, key: mask.fraction}]\n", "mask.fraction is no key with two numbers"),
@@ -132,7 +163,7 @@ def test_the_paper_by_name(name: str, scale: str) -> None:
 def test_campaigns_of_our_own_can_be_read() -> None:
     folder = CONFIG_FOLDER / "campaigns" / "laptop"
     own = {path.stem for path in folder.glob("*.yaml")} - set(NAMED)
-    assert own >= {"beds", "recipe", "table1_beds", "table1_fork", "table1_chain"}
+    assert own >= {"beds", "recipe", "table1_beds", "table1_fork", "table1_chain", "table1_copy"}
     for name in own:
         made = list(settings(load_campaign(folder / f"{name}.yaml"), folder / f"{name}.yaml"))
         assert len({each.seed for each in made}) >= 3
@@ -180,6 +211,10 @@ def test_the_document_names_every_key_and_its_example_works(tmp_path: Path) -> N
     assert len(example.splitlines()) == 7  # a comment with its name, and six lines
     path = write(tmp_path, example)
     assert len(list(settings(load_campaign(path), path))) == 9
+    (grid,) = re.findall(r"`(grid: {cuts: .*)`", text)
+    path = write(tmp_path, f"base: tiny.yaml\n{grid}\n")
+    made = {each.condition: each.config for each in settings(load_campaign(path), path)}
+    assert (made["low"].curriculum.bucket_by, made["low"].curriculum.cuts) == ("count", (5, 15))
 
 
 @pytest.mark.slow

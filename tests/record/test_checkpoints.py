@@ -207,7 +207,7 @@ def test_all_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
         *(f"fsync {name}" for name in ("rank0.pt", "weights", "trainer.json", "manifest.json", ".tmp-step-000001"))
     }
     parent = f"fsync {tmp_path.name}"
-    assert events[named + 1 :] == [parent, "fsync .tmp-latest", "rename to latest", parent]
+    assert events[named + 1 :] == [parent, f"fsync .tmp-{os.getpid()}-latest", "rename to latest", parent]
 
 
 @pytest.mark.slow
