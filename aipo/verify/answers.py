@@ -19,7 +19,8 @@ MAX_CHARS = 2000  # a longer answer is compared as text only: no real one comes 
 
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace belongs to the content
-_ANSWER_LINE = re.compile(r"^[ \t*_#>-]*(?:final[ \t]+)?answer[ \t*_]*:[ \t*_]*(.*)$", re.IGNORECASE | re.MULTILINE)
+_ANSWER_LINE = re.compile(r"^[ \t*_#>-]*(?:final[ \t]+)?answer[ \t*_]*[:：][ \t*_]*", re.IGNORECASE | re.MULTILINE)
+_DISPLAY = re.compile(r"\\\[.*?\\\]|\$\$.*?\$\$", re.DOTALL)
 _MATH = re.compile(
     r"\$\$([^$]+)\$\$|(?<!\\)\$((?:[^$\n\\]|\\.)+)\$|\\\(((?:[^\\]|\\[^()])+)\\\)|\\\[((?:[^\\]|\\[^\[\]])+)\\\]"
 )
@@ -34,16 +35,20 @@ _LISTED = re.compile(
 )
 _NEXT_ITEM = re.compile(r"\s*(?:,|,?\s*\b(?:and|or)\b)\s*")
 _LAST_NUMBER = re.compile(r"(?<![\w.])-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?(?:\s*\\?%)?")
+_SHUT = r"""(?:[\s})\]$*_.。'"`]|\\[)\]])*"""  # behind a letter
 _LETTER = re.compile(
-    r"(?:\\[a-z]++|[\s{(\[$*_])*+"  # wrapping: \text{, (, $, **; possessive, so that \alpha is no answer a
-    r"(?:([A-Z])(?=[\s}\])$*_]*(?:$|[.,:;(-]))|([A-Z])(?=[)\]])|([a-z])(?=[\s})\]$*_.]*$))"  # B · B) text · b
+    r"""(?:\\[a-z]++|\\?[(\[]|[\s{$*_'"`])*+"""  # wrapping: \text{, (, \(, $, **; possessive, so that \alpha is no a
+    rf"(?:([A-Z])(?={_SHUT}(?:$|[.,:;(–—-]))|([A-Z])(?=[)\]])|([a-z])(?={_SHUT}$))"  # B · B) text · b
 )
 
+_BETWEEN = r"""(?:[\s})\]$*_.'"`:,;(–—-]|\\[()\[\]])"""  # two letters
 _TAKEN_BACK = r"(?:or|nor|not|no|wait|actually|incorrect|wrong)"
 _ALTERNATIVE = re.compile(  # behind a letter: A or B; A. no; A, B, C; A) 12 or B) 13
-    rf"[\s).:,;(-]*(?i:{_TAKEN_BACK}|and|but|maybe|perhaps|false|is|isn't|if|then|to|vs)\b"
-    r"|[\s)}\]$*.:,;/&|(-]*(?:\\[a-z]+\s*[{(]*\s*)*[A-Z]\b(?!')(?=[\s)}\]$*]*(?:$|[,;/&|.:)(]|and\b|or\b))"
-    rf"|.*?(?:\b{_TAKEN_BACK}\b|[,;/&|])[^A-Za-z]*(?:\\[a-z]+[^A-Za-z]*)?(?:[A-Z][^A-Za-z]*(?:$|[,;)])|[A-J][.:)] )"
+    rf"{_BETWEEN}*(?i:{_TAKEN_BACK}|and|but|maybe|perhaps|false|is|isn't|if|then|to|vs)\b"
+    rf"|(?:{_BETWEEN}|[/&|])*(?:\\[a-z]+\s*[{{(]*\s*)*(?:(?<=')[A-Z]'|[A-Z]\b(?!'))"
+    r"""(?=(?:[\s)}\]$*"`]|\\[)\]])*(?:$|[,;/&|.:)(]|and\b|or\b))"""
+    rf"|.*?(?:\b{_TAKEN_BACK}\b|[,;/&|])[^A-Za-z]*(?:\\[a-z]+[^A-Za-z]*)?"
+    r"(?:[A-Z][^A-Za-z]*(?:$|[,;)])|[A-J](?:[.:)]| [–—-]) )"
     r"|[,;/ ]+\(?[b-j]\)?(?:$|[,;/ ])",
     re.DOTALL,
 )
@@ -75,8 +80,7 @@ def extract_answer(response: str, kind: str = "math", *, lenient: bool = False, 
     if box and (kind == "math" or line is None or box.start() > line.start()):
         answer = _last_boxes(text) if several else _box_content(text, box.end())
     elif line:
-        rest = line.group(1).strip(" \t\r*_") or text[line.end() :].lstrip().partition("\n")[0]
-        answer = rest.strip(" \t\r*_").rstrip(".")
+        answer = _first_line(text[line.end() :].lstrip()).strip(" \t\r*_").rstrip(".。")
     else:
         answer = _last_expression(text) if lenient and kind == "math" else None
     if answer is None:
@@ -122,6 +126,13 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
     return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
 
 
+def _first_line(text: str) -> str:
+    """With the whole of a display that begins there."""
+    display = _DISPLAY.match(text)
+    end = display.end() if display else 0
+    return text[:end] + text[end:].partition("\n")[0]
+
+
 def _box_content(text: str, start: int) -> str | None:
     """From just behind an opening brace to its partner; None if it has none."""
     depth = 1
@@ -142,8 +153,9 @@ def _last_boxes(text: str) -> str | None:
         if not (box.start() - end <= 40 and _NEXT_BOX.fullmatch(text, end, box.start())):
             items = []
         content = _box_content(text, box.end())
-        if content is None:
-            return None
+        if content is None:  # no answer if it is the last one
+            items = []
+            continue
         items.append(_bare(content))
         end = box.end() + len(content) + 1
     return ", ".join(items) if items else None
@@ -183,7 +195,7 @@ _SYMBOLS = {
     "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅕": r"\frac{1}{5}",
     "⅙": r"\frac{1}{6}", "⅛": r"\frac{1}{8}", "…": r"\dots ", "€": r"\euro ",
     "£": r"\pounds ", "¥": r"\yen ", "₹": r"\rupee ", "¢": r"\text{cents}", "≡": r"\equiv ", "∀": r"\forall ",
-    "∨": r"\lor ", "∧": r"\land ",
+    "∨": r"\lor ", "∧": r"\land ", "γ": r"\gamma ", "\u03a9\u2126": r"\Omega ",
 }  # fmt: skip
 _UNICODE = str.maketrans({char: latex for chars, latex in _SYMBOLS.items() for char in chars})
 _ROOT = re.compile(r"√ ?(\d+(?:\.\d+)?|[A-Za-z])")  # √12 is the root of 12; TeX's \sqrt 12 is that of 1
@@ -195,7 +207,7 @@ _SYNONYMS = {
     "rbrack": "]", "varnothing": r"\emptyset", "ldots": r"\dots", "cdots": r"\dots", "dotsc": r"\dots",
     "backslash": r"\setminus", "smallsetminus": r"\setminus", "vee": r"\lor", "wedge": r"\land", "degree": r"^\circ",
     "infin": r"\infty", "imath": "i", "jmath": "j", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "colon": ":",
-    "bar": r"\overline", "R": r"\mathbb{R}", "textdollar": r"\$",
+    "bar": r"\overline", "bigcup": r"\cup", "bigcap": r"\cap", "R": r"\mathbb{R}", "textdollar": r"\$",
     "lg": r"\log_{10}", "cent": r"\text{cents}", "nexists": r"\text{DNE}", "implies": r"\Rightarrow",
     "forall": r"\text{ for all }", "texteuro": r"\euro", "textsterling": r"\pounds", "pound": r"\pounds",
 }  # fmt: skip
@@ -209,28 +221,36 @@ _FUNCTIONS = "a(?:rc)?(?:sin|cos|tan)h?|arc(?:cot|sec|csc)|ar(?:sin|cos|tan)h|si
 _FUNCTIONS += "|sin|cos|tan|cot|sec|csc|coth|sech|csch"
 _BARE_FUNCTIONS = "(?:a(?:rc)?)?(?:sin|cos|tan)h?|coth?|sech?|csch?|log|ln|exp"
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?(?: (?=\{))?")
+_CURRENCY = "(dollar|pound|euro|yen|rupee)s?(?![A-Za-z]) ?"
+_AMOUNT = r"(-?(?:[.,]?\d)++(?: ?\\cdot ?10 ?\^ ?\{?\d+\}?)?+(?: ?\\text ?\{ ?(?:thousand|[a-z]+illion) ?\})?+)"
+_AMOUNT += r"(?= ?(?:$|[,;.)]|/ ?\\text|\\text|(?:and|or|per)(?![a-z])))"  # and no more of it
 _RULES = [
     (re.compile(pattern), new)
     for pattern, new in [
         # space and delimiters; a separator between digits only where three digits follow: 10,\!080 1\,234, not 1, 234
-        (r"(?<=\d)(?:\{,\}|,?\\[,!; :]|~) ?(?=\d{3}(?!\d))", ""),
+        (r"(?<=\d)(?:\{,\}|,?\\!|\\[,; :]|~) ?(?=\d{3}(?!\d))", ""),
         (r"\\(?:left|right) ?\.(?!\d)", ""),
         (r"\\[,;:!> ]|~", " "),
-        (r"(?:\\text ?\{ ?)?(?:\\\$|(?:US ?\$|USD ?))(?: ?\})? ?(-?[\d.,]*\d)", r"\1\\text{dollars}"),
-        (r"(?:\\text ?\{ ?)?\\(pound|euro|yen|rupee)s?(?: ?\})? ?(-?[\d.,]*\d)", r"\2\\text{\1}"),
-        (r"(?:\\text ?\{ ?)?\\(pound|euro|yen|rupee)s?(?![A-Za-z])(?: ?\})?", r"\\text{\1}"),
-        (r'\\\$|\$|\\[()\[\]]|"', ""),
+        # the sign of a currency goes behind its amount, or away where it stands in front of something else: \$100x
+        (r"(?:US ?)?\\\$|US ?\$|USD(?= ?\}? ?-?\.?\d)", r"\\dollar "),
+        (rf"(\\text ?\{{ ?)?\\{_CURRENCY}(?(1) ?\}}) ?{_AMOUNT}", r"\3\\text{ \2}"),
+        (rf"(\\text ?\{{ ?)?\\{_CURRENCY}(?(1) ?\}}) ?(?=-?\.?\d|\\frac)|\\dollar ?", ""),
+        (rf"(\\text ?\{{ ?)?\\{_CURRENCY}(?(1) ?\}})", r"\\text{\2}"),
+        (r'\$|\\[()\[\]]|"', ""),
         (r"\{ ?([:,;]) ?\}", r"\1"),
         (r"\\(?:text)?color ?\{[a-zA-Z]*\}", ""),
         (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
         # one spelling of percent and degrees
+        (r"\\text ?\{ ?degrees? (Celsius|Fahrenheit) ?\}", r"^\\circ \1"),
         (r"\\text ?\{ ?(?:\\?%|per ?cent(?:age)?|pct) ?\}|\\%|(?<![A-Za-z])(?:per ?cent(?:age)?|pct)(?![A-Za-z])", "%"),
         (r"\^ ?\{ ?\\circ ?\}|\\text ?\{ ?(?:degrees?|deg) ?\}|(?<=[\d}]) ?degrees?(?![A-Za-z])", r"^\\circ "),
         (r" ?\^ ?\\circ", r"^\\circ"),
+        (r"(?<=\d) ?(\\text ?\{ ?)?\\Omega ?(?(1)\})$", r"\\text{ohm}"),
         # what calculators and programs write
         (r"\.\.\.", r"\\dots "),
         (rf"\\text ?\{{ ?(?:({_FUNCTIONS}) ?\}}|(max|min) ?\}}(?= ?[(\\]))", r"\\\1\2 "),
-        (r"(?<=\d)\.(?:\((\d+)\)|\\dot ?\{(\d)\})", r".\\overline{\1\2}"),
+        (r"(?<=\d)\.\((\d+)\)", r".\\overline{\1}"),
+        (r"(?<=\d)(\.\d*)\\dot ?\{(\d)\}(?:(\d*)\\dot ?\{(\d)\})?", r"\1\\overline{\2\3\4}"),
         (r"(?<=[\w)}\]]) ?\*\* ?(?=[\w({\[\\-])", "^"),
         (r"(?<=[\w)}\]]) ?\* ?(?=[\w({\[\\])", r"\\cdot "),
         (r"<=", r"\\leq "),
@@ -267,7 +287,7 @@ def tidy(text: str) -> str:
     text = _COMMAND.sub(lambda command: _SYNONYMS.get(command.group(1), "\\" + command.group(1)), _one_space(text))
     for pattern, new in _RULES:
         text = pattern.sub(new, text)
-    return _LEADING.sub("", _one_space(text)).rstrip(".,;:*\\ ")
+    return _LEADING.sub("", _one_space(text)).rstrip(".,;:*\\ 。")
 
 
 def _one_space(text: str) -> str:

@@ -27,6 +27,8 @@ from aipo.verify.wording import plain_words
 _CHOICE = re.compile(  # (B) 25 says B, and 25
     r"(?:\\text ?\{ ?\(([A-E])\)[.:]? ?\} ?|\(([A-E])\) )((?:(?!\\text|\\l?or|\bor\b|and|[,;]).)+)"
 )
+_ONE_TEXT = re.compile(r"^\\text ?\{ ?([^{}]*[^{} ]) ?\}$")
+_E = re.compile(r"-?\d+e[+-]\d+")
 
 
 def equal(gold: str, answer: str) -> bool:
@@ -51,9 +53,10 @@ def _any_same(golds: list[str], answers: list[str]) -> bool:
 
 
 def _readings(text: str) -> list[str]:
-    """(B) 25 says B, and 25."""
-    match = _CHOICE.fullmatch(text)
-    return [text, match.group(1) or match.group(2), match.group(3)] if match else [text]
+    """(B) 25 says B, and 25; 2e-1 may be a number, or 2e - 1."""
+    if match := _CHOICE.fullmatch(_ONE_TEXT.sub(r"\1", text)):
+        return [text, match.group(1) or match.group(2), match.group(3)]
+    return [text, text.replace("e", " e ")] if _E.fullmatch(text) else [text]
 
 
 def same(gold: Node, answer: Node) -> bool:
@@ -121,14 +124,14 @@ def _same_many(gold: Node, answer: Node) -> bool:
     if "set" in kinds and kinds & {"tuple", "square"}:  # Math-Verify takes {1, 2} for (1, 2); {(1, 2)} is (1, 2)
         items, other = (gold.items, answer) if gold.kind == "set" else (answer.items, gold)
         return len(items) == 1 and (same(items[0], other) if other is answer else same(other, items[0]))
-    if kinds == {"tuple", "square"} and len(gold.items) == 2:
+    if kinds in ({"tuple", "square"}, {"list", "square"}) and len(gold.items) == 2:
         return False  # intervals
     if _assigns(gold) != _assigns(answer) and not (_named(gold) and _named(answer)):  # x = 1, y = 2 for (1, 2)
         values = [
             tuple(item.value if isinstance(item, Named) else item for item in many.items) for many in (gold, answer)
         ]
         return "set" not in kinds and _in_order(*values)
-    if kinds & {"tuple", "square"}:
+    if kinds & {"tuple", "square"} and not (_assigns(gold) and _assigns(answer)):
         return _in_order(gold.items, answer.items)
     rest = list(_distinct(answer.items))
     for item in _distinct(gold.items):
@@ -205,7 +208,7 @@ def _as_set(node: Node) -> Set:
             return Union(*map(_as_set, parts)) if both is sympy.S.EmptySet else both
         case Range(name, ()):
             return {"R": sympy.S.Reals, "Z": sympy.S.Integers, "N": sympy.S.Naturals, "empty": sympy.S.EmptySet}[name]
-        case Many("tuple" | "square", (low, high)):
+        case Many("tuple" | "square", (low, high)) if not _named(node):
             return _interval(low, high, node.kind == "tuple", node.kind == "tuple")
         case Many("list" | "set", items):
             if node.kind == "set" and Range("empty") in items:  # a set with one element

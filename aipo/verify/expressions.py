@@ -20,6 +20,7 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy, l
 from math_verify import verify
 from sympy import I, Symbol, oo
 
+from aipo.verify.answers import number
 from aipo.verify.functions import with_arguments
 from aipo.verify.notation import Unreadable
 from aipo.verify.sampling import has_steps, points, real_throughout
@@ -35,6 +36,8 @@ _FOR_THE_PARSER = [
     for pattern, new in [
         (r"(?<=\d)(?<![\^_]\d) ?(?=\()|(?<=\)) ?(?=[\d(])", r"\\cdot "),  # it reads 2(3) as the mixed number 5
         (r"(?<![\d.])\.(?=\d)", "0."),
+        (r"\\(gamma|Gamma(?! ?\())(?![A-Za-z])", r"\\mathit{\1}"),  # or both are Euler's constant
+        (r"\\log ?_ ?e(?![A-Za-z])", r"\\ln "),
         (r"\\pi ?(?=\()", r"\\pi \\cdot "),  # or it is a function
         # combinations as others write them; behind a number it takes the result for the rest of a mixed number
         (
@@ -66,6 +69,8 @@ def expression(text: str) -> Any:
     """A tidy text as a sympy expression or matrix, unevaluated, without floats. Raises Unreadable."""
     if _COMPUTED_AT_ONCE.search(text) or _UNCLEAR.search(text):
         raise Unreadable
+    if plain := number(text):  # the parser takes 1e6 for a product
+        return sympy.Rational(plain.value.numerator, plain.value.denominator)
     text = with_arguments(text)
     for pattern, new in _FOR_THE_PARSER:
         text = pattern.sub(new, text)

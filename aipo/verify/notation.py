@@ -156,6 +156,7 @@ _UNIT_VECTOR = re.compile(
 )
 _POINT = re.compile(r"([A-Z]'?) ?(?=\()")
 _BRACKET = re.compile(r"[(\[]|\\[{l]|, ")
+_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!,?\d)")
 _POSITIVE = re.compile(r"\\mathbb\{R\} ?(?:\^ ?\{? ?\+ ?\}?|_ ?\{ ?> ?0 ?\})(?:\^\+)?")
 _ABSOLUTE, _LETTER = re.compile(r"\|([^|]*)\|"), re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 _NOUN = re.compile(r"\d+ ?\\text ?\{ ?([a-z ]+) ?\}")
@@ -196,7 +197,7 @@ def read(text: str) -> Node:
         return Named(name, Value(f"{''.join(filter(None, modulus))}{letter}+{rest}", letter=letter))
     text = _RATIO.sub(r"\1:", text)
     if not _BRACKET.search(text):
-        text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 1,500\pi
+        text = _GROUPED.sub(lambda match: match.group().replace(",", ""), text)  # 1,500\pi
     if label := re.fullmatch(r"\\text ?\{([^{}]*)\}", text):  # \text{7 apples}, \text{A and D}
         labels = re.split(r",? (?:and|or) |,", label.group(1).strip())
         if labels[0][:1].isdigit():
@@ -256,6 +257,8 @@ def _relation(text: str) -> Node:
     first, last = parts[0], parts[-1]
     named = _NAME.fullmatch(first)
     if set(operators) <= {"=", r"\in"}:
+        if r"\in" not in operators and (values := _assigned(first, last) or _assigned(last, first)):
+            return values
         equation = Relation("=", f"({first})-({last})", last)
         if named:
             return _name(first, read(last), equation)
@@ -297,6 +300,20 @@ def _name(name: str, value: Node, relation: Relation | None) -> Node:
     if isinstance(value, Many) and value.kind == "list":  # x = 1 \pm 2
         return Many("list", tuple(Named(name, item) for item in value.items))
     return Named(name, value, relation)
+
+
+def _assigned(names: str, values: str) -> Node | None:
+    """(x, y) = (1, 2) as x = 1, y = 2."""
+    left, right = _components(names), _components(values)
+    if len(left) != len(right) or len(left) < 2 or not all(map(_NAME.fullmatch, left)):
+        return None
+    nodes = tuple(_relation(f"{name} = {value}") for name, value in zip(left, right))
+    return Many("tuple", nodes) if all(isinstance(node, Named) for node in nodes) else None
+
+
+def _components(text: str) -> list[str]:
+    whole = _inside(text)
+    return split(whole[1], {","})[0] if whole and (whole[0], whole[2]) == ("(", ")") else []
 
 
 def _bound(left: str, operator: str, right: str) -> Named | None:
@@ -358,7 +375,7 @@ def _group(text: str) -> Node:
         described, _ = split(content, {"|", ":"})
         if len(described) == 2 and split(described[1], _RELATIONS)[1]:  # {x | x > 1}
             return read(described[1])
-        node = read(content)
+        node = read(re.sub(r"(?<=\d),(?=\d)", ", ", content))  # {100,200} are two
         return Many("set", node.items if isinstance(node, Many) and node.kind == "list" else (node,))
     parts, _ = split(content, {",", ";"})
     if len(parts) == 1:
@@ -398,6 +415,7 @@ def _matrix(text: str) -> Node | None:
 # --- words, bases, values -----------------------------------------------------------------------------------------
 
 _BASED = re.compile(r"\(?([0-9A-F]*[0-9][0-9A-F]*)\)? ?(?:_ ?\{? ?\(?(?:base )?(\w+)\)? ?\}?|\(?(?:in )?base (\w+)\)?)")
+_VARIABLE = re.compile(r"[\d}](?: [A-Za-z]| ?\\text ?\{ ?[AK] ?\})(?: ?\^ ?\S+)?$")
 _WORDS = re.compile(r"\(?(?:(?:an?|the) )?([A-Za-z][A-Za-z0-9 '.,!?()-]*)", re.IGNORECASE)
 
 
@@ -417,4 +435,4 @@ def _single(text: str) -> Node:
             return Value(letters)
         return Words(letters, plain if r"\text" not in text and len(letters) <= 4 else "")
     value, unit = split_unit(text)
-    return Value(value, unit, text if unit and re.search(r"[\d}] [A-Za-z](?: ?\^ ?\S+)?$", text) else "")
+    return Value(value, unit, text if unit and _VARIABLE.search(text) else "")

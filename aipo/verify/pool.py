@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -155,7 +155,7 @@ class _Worker:
 
 
 class Verifier:
-    """A pool of workers. ``stats`` counts the verdicts so far. Thread-safe.
+    """A pool of workers. Thread-safe.
 
     Args:
         workers: processes at most, each on at most one core; one starts where an answer would have to wait for it.
@@ -167,7 +167,6 @@ class Verifier:
         if workers < 1:
             raise ValueError(f"workers must be at least 1, not {workers}")
         self.timeout = timeout
-        self.stats: Counter[Verdict] = Counter()
         self._memory_mb = memory_mb
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._pending: dict[tuple[tuple[str, ...], float], Future[Any]] = {}
@@ -198,7 +197,7 @@ class Verifier:
             if first is not future:
                 first.add_done_callback(lambda done: self._follow(done, future))
         if verdict is not None:
-            self._resolve(future, verdict)
+            future.set_result(verdict)
         return future
 
     def call(self, function: str, problem: Problem, completion: str) -> Future[Outcome]:
@@ -234,14 +233,15 @@ class Verifier:
             self._jobs.put(job)
         return first
 
-    def _follow(self, done: Future[Any], future: Future[Any]) -> None:
+    @staticmethod
+    def _follow(done: Future[Any], future: Future[Any]) -> None:
         if done.cancelled():
             future.cancel()
         elif future.set_running_or_notify_cancel():
             if error := done.exception():
                 future.set_exception(error)
             else:
-                self._resolve(future, done.result())
+                future.set_result(done.result())
 
     def close(self) -> None:
         """Kill the workers. Futures still queued are cancelled, running ones fail. May be called twice."""
@@ -299,7 +299,7 @@ class Verifier:
             else:
                 self._forget(job, verdict if settled and isinstance(verdict, Verdict) else None)
                 if verdict is not None:
-                    self._resolve(job.future, verdict)
+                    job.future.set_result(verdict)
         self._drop(slot)
 
     def _forget(self, job: _Job, verdict: Verdict | None = None) -> None:
@@ -330,12 +330,6 @@ class Verifier:
         worker, self._workers[slot] = self._workers[slot], None
         if worker is not None:
             worker.kill()
-
-    def _resolve(self, future: Future[Any], outcome: Outcome) -> None:
-        if isinstance(outcome, Verdict):
-            with self._lock:
-                self.stats[outcome] += 1
-        future.set_result(outcome)
 
 
 _default: Verifier | None = None

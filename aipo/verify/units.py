@@ -20,8 +20,11 @@ _TABLE = """
     euro 1 eur; yen 1; rupee 1 inr rs
     rad 1 radian; am 1 a.m; pm 1 p.m
     l 1/1000*m3 liter litre; ml 1/1000000*m3 milliliter millilitre; gal 473176473/125000000000*m3 gallon
-    ha 10000*m2 hectare; acre 316160658/78125*m2; mph 1397/3125*m*s-1; kmh 5/18*m*s-1 kph; hz 1*s-1 hertz
+    ha 10000*m2 hectare; acre 316160658/78125*m2; mph 1397/3125*m*s-1; kmh 5/18*m*s-1 kph
+    hz 1*s-1 hertz; khz 1000*s-1; mhz 1000000*s-1; m; nm 1/1000000000 nanometer nanometre
     N 1000*g*m*s-2 newton; J 1000*g*m2*s-2 joule; W 1000*g*m2*s-3 watt; Pa 1000*g*m-1*s-2 pascal; V 1 volt
+    kJ 1000000*g*m2*s-2 kilojoule; cal 4184*g*m2*s-2; eV 1.602176634e-16*g*m2*s-2 electronvolt
+    kPa 1000000*g*m-1*s-2; A 1 ampere amp; K 1 kelvin; mol 1 mole; ohm 1
 """
 _POWER = re.compile(r"([A-Za-z.]+)(-?\d)?")
 _Size = tuple[Fraction, Counter[str]]  # in terms of the first units of the lines, and the powers of those
@@ -67,13 +70,16 @@ _THINGS = """
     strawberry berry peach plum melon mango coconut nut muffin donut doughnut bagel burger calorie pint quart
     serving share stock bill note job task shift red blue green white black yellow small large big total
     different distinct possible real positive odd even whole valid such ordered unordered in all of the a an
-    each per th st nd rd altogether
+    each per th st nd rd altogether children loaf loaves mouse mice knife knives leg row
 """
 _COUNTED = set(_THINGS.split())
+_COUNTERS = "[个元人名种次条只本张块天年岁件组对枚颗棵位]"
+_ONLY_IN_TEXT = {"A", "K", "nm"}  # else variables
 _TEXT = r"\\text ?\{[^{}]*(?:\{-?\d\}[^{}]*)*\} ?(?:\^ ?(?:\d|\{ ?-?\d ?\}))?"
 _IN_TEXT = re.compile(rf"(.*?[^\s\\/]) ?((?:(?:\\cdot ?|/ ?)?{_TEXT} ?)+)")
 _BARE = re.compile(r"(.*[\d}])( ?)((?:[A-Za-z]++\.?[ /]?)++(?:\^ ?(?:\d|\{-?\d\}))?)")
-_DEGREES = re.compile(r"(.*)\^\\circ ?(?:(?:\\text)? ?\{? ?[CF] ?\}?)?")
+_DEGREES = re.compile(r"(.*)\^\\circ ?(?:(?:\\text)? ?\{? ?([CF])(?:elsius|ahrenheit)? ?\}?)?")
+_COUNTER = re.compile(rf"(.*\d) ?(\\text ?\{{ ?)?{_COUNTERS} ?(?(2)\}})")
 _VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 
 
@@ -84,9 +90,11 @@ def split_unit(text: str) -> tuple[str, str]:
     """
     if text.endswith("%"):
         return text[:-1].strip(), "%"
+    if match := _COUNTER.fullmatch(text):
+        return match.group(1), ""
     if match := _DEGREES.fullmatch(text):
         inside = re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text)  # the degrees of an argument
-        return (text, "") if inside else (match.group(1).strip(), "deg")
+        return (text, "") if inside else (match.group(1).strip(), "deg" + (match.group(2) or ""))
     if match := _IN_TEXT.fullmatch(text):
         value, name = match.groups()
         letter = re.fullmatch(r"\\text ?\{ ?([A-Za-z]) ?\}", name.strip())
@@ -109,7 +117,7 @@ def split_unit(text: str) -> tuple[str, str]:
 
 def conversion(one: str, other: str) -> Fraction | None:
     """How many of the second unit make the first; None if they do not measure the same or are unknown."""
-    if one == other:
+    if one == other or {one, other} in ({"deg", "degC"}, {"deg", "degF"}):
         return Fraction(1)
     if not one or not other:
         return None
@@ -170,7 +178,7 @@ def _is_unit(name: str, *, spaced: bool) -> bool:
     if len(words) > 1 and "/" not in name and all(len(word) == 1 for word in words):  # 2 m g
         return False
     return all(
-        ((_known(word) or word in _PREFIX) and (spaced or len(word) > 1))
+        ((_known(word) or word in _PREFIX) and (spaced or len(word) > 1) and word not in _ONLY_IN_TEXT)
         or (spaced and len(word) > 2 and re.search("[aeiouy]", word))
         for word in words
     )
@@ -178,7 +186,7 @@ def _is_unit(name: str, *, spaced: bool) -> bool:
 
 def _one_spelling(name: str) -> str:
     """Of m/s^2, metres per second squared, m s^{-2}: m s-2; "" of 7 red apples, "?squid" of 7 squid."""
-    words = re.findall(r"[^\s{}~/^\\.-]+", name.lower())
+    words = re.findall(r"[^\s{}~/^\\.-]+", name.lower().removeprefix("more "))
     if re.search(r"(?<![A-Za-z^{-])\d|[^A-Za-z0-9 ./^{}*~-]|\^ ?\{? ?0", name):  # 5 \text{6}, 5 \text{!}
         return "?" + "".join(words)
     name = re.sub(r" per |/", " / ", f" {name} ").replace("*", " ")

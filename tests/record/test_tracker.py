@@ -184,8 +184,8 @@ def test_lines_are_read_one_at_a_time(tmp_path):
     assert [next(lines), next(lines)] == [{"step": 0}, {"step": 1}]  # what comes later is not looked at yet
     with pytest.raises(UserError, match=r"m\.jsonl, row 4 is damaged"):
         next(lines)
+    path.write_text('{"step": 0}\n{"step"\n')
     with pytest.raises(UserError, match=r"m\.jsonl, row 2 is damaged"):
-        path.write_text('{"step": 0}\n{"step"\n')
         JsonlLog(path)
 
 

@@ -43,6 +43,10 @@ from aipo.verify.answers import (
         ("Answer: 3\nFinal answer: $5$.", "5"),
         ("**Answer:**\n\n$5$\n", "5"),
         ("Answer:\n", None),
+        ("Answer：5。", "5"),
+        ("Answer:\n\\[\n5\n\\]\nor so", "\\[\n5\n\\]"),
+        ("**Answer:** $$\n5\n$$", "$$\n5\n$$"),
+        ("Answer:\n$$5$$ or\n$$6$$", "$$5$$ or"),
         ("Answer: 3\n" + r"\boxed{5}", "5"),
         (r"\boxed{5}" + "\nAnswer: 3", "5"),
         (r"<think>\boxed{3}</think> \boxed{5}", "5"),
@@ -92,6 +96,13 @@ def test_lenient_takes_the_last_formula_or_number(response: str, answer: str | N
         ("Answer: B) 4.2 eV", "B"),
         ("Answer: b", "B"),
         ("Answer: $B$", "B"),
+        (r"Answer: \(B\)", "B"),
+        (r"**Answer:** \( B \)", "B"),
+        (r"**Answer: \(\text{B}\)**", "B"),
+        (r"Answer: \[B\]", "B"),
+        ("Answer:\n\\[\nB\n\\]", "B"),
+        (r"\boxed{\(B\)}", "B"),
+        ("Answer：B。", "B"),
         (r"Answer: \boxed{B}", "B"),
         (r"\boxed{\text{B}}", "B"),
         (r"\boxed{\textbf{(B)}}", "B"),
@@ -125,6 +136,8 @@ def test_a_choice_is_the_last_letter_on_an_answer_line_or_in_a_box(response: str
         ),
         *("A B C D", "A, maybe B", "A is wrong", "A) 12 or B) 13", "A. foo, B. bar", "a, b", r"\text{A, B}"),
         r"\text{(A)} \text{ or } \text{(B)}",
+        *(r"\(A\), \(B\)", r"\(A\) or \(B\)", r"\[A\]: no", "A – B", "A — not sure", "A – foo, B – bar", "a – b"),
+        *("'A', 'B'", "'A'. 'B'", "'A' – or 'B'", "`A`, `B`", "`A`. `B`", '"A" - "B"'),
     ],
 )
 def test_a_letter_among_others_is_no_choice(text: str) -> None:
@@ -144,6 +157,8 @@ def test_a_letter_among_others_is_no_choice(text: str) -> None:
             "A. $x = 2B$",
             "A: yes",
         ),
+        *(r"\(A\)", r"\( \mathbf{A} \). 12", r"\[\text{(A)}\]", "A – text", "A — 3, 4 and 5", "A – New York, NY"),
+        *("'A'", '"A"', "`A`", "`A`: text", "A。", "a"),
         *("(a)", "A, because it is larger", "A) 3, 4 and 5", "A) vitamin D deficiency", "A. New York, NY"),
     ],
 )
@@ -158,6 +173,8 @@ def test_what_an_option_says_may_stand_behind_its_letter(text: str) -> None:
         (r"$x=\boxed{4}$ \text{ or } $x_2 = \boxed{11}$.", "4, 11"),
         (r"\boxed{7} is no root. \boxed{4}, \boxed{11}", "4, 11"),
         (r"\boxed{4} and \boxed{11", None),
+        (r"We write \boxed{ as asked. So \boxed{4, 11}", "4, 11"),
+        (r"\boxed{7}, \boxed{ and \boxed{4}, \boxed{11}", "4, 11"),
         (r"\boxed{\boxed{4}}", r"\boxed{4}"),
         ("Answer: 5", "5"),
     ],
@@ -216,7 +233,12 @@ def test_gold_answers_come_with_and_without_a_box() -> None:
         (["1234", "1,234", r"1\,234", "1{,}234", r"1,\!234", "1234.0", "+1234", r"\text{1234}", "1234."], "1234"),
         (["3/2", r"1\frac{1}{2}", "1 1/2", "1.5", r"1 \frac 12"], "3/2"),
         (["320000", r"3.2 \times 10^5", "3.2e5", r"3.2\cdot10^{5}"], "320000"),
-        ([r"\frac{1}{6}", r"0.1\overline{6}", r"0.1666\ldots", "0.1666..."], "1/6"),
+        ([r"\frac{1}{6}", r"0.1\overline{6}", r"0.1666\ldots", "0.1666...", r"0.1\dot{6}"], "1/6"),
+        ([r"\frac{4}{11}", r"0.\overline{36}", "0.(36)", r"0.\dot{3}\dot{6}"], "4/11"),
+        ([r"\frac17", r"0.\dot{1}4285\dot{7}"], "1/7"),
+        (["5", "5.", "5。"], "5"),
+        (["100, 200, 300", r"100,\ 200,\,300"], "100, 200, 300"),
+        (["3/2", r"\$1\frac12", r"\text{\$}\frac32", r"\text{\$1.50}"], "3/2"),
         ([r"2\sqrt{3}", r"2 \sqrt 3", "2√3", r"\displaystyle 2\sqrt{3}", "2sqrt(3)"], r"2\sqrt{3}"),
         ([r"(1,2)", r"\left( 1, 2 \right)", "( 1 , 2 )", "（1，2）"], "(1,2)"),
         ([r"30^\circ", r"30^{\circ}", "30°", "30 degrees", r"30\text{ degrees}"], r"30^\circ"),
@@ -336,7 +358,8 @@ def test_text_settles_numbers_and_leaves_the_rest(gold: str, answer: str, equal:
 
 
 @pytest.mark.parametrize(
-    "unit", [r"\frac{", "{", "}", r"\sqrt[", "1,", " ", r"\text{", "½", "√", r"{\choose", "1 ", "."]
+    "unit",
+    [r"\frac{", "{", "}", r"\sqrt[", "1,", " ", r"\text{", "½", "√", r"{\choose", "1 ", ".", r"\$", r"\$1", "1,111,"],
 )
 def test_normal_forms_of_nonsense_are_quick(unit: str) -> None:
     for text in ((unit * MAX_CHARS)[:MAX_CHARS], "{" + (unit * MAX_CHARS)[: MAX_CHARS - 2] + "}", unit * 100_000):

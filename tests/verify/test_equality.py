@@ -23,6 +23,11 @@ fractions, decimals, powers
     \frac{1}{2} ≅ 0.5 ≅ \frac{2}{4} ≅ \frac12 ≅ 1/2 ≅ \frac{-1}{-2} ≅ 2^{-1} ≅ \left(\frac{1}{2}\right)
     1\frac{1}{2} ≅ \frac32 ≅ 1 1/2 ≅ 1.5
     6.72 \times 10^{-5} ≅ 0.0000672 ≅ 6.72e-5
+    10^6 ≅ 1e6 ≅ 1.0e+6
+    1e-3 ≅ 10^{-3} ≅ x = 10^{-3}
+    1.024e3 ≅ 2^{10}
+    [0, 10^6) ≅ [0, 1e6)
+    2e-1 ≅ -1+2e ≅ 0.2
     2^{2024} ≅ 4^{1012} ≅ 2 \cdot 2^{2023}
     5! ≅ 120 ≅ \binom{10}{3} ≅ {10 \choose 3}
     2.71 ≅ \approx 2.71 ≅ = 2.71 ≅ **2.71** ≅ \ 2.71
@@ -33,6 +38,7 @@ surds, logarithms, trigonometry
     \sqrt[3]{8} ≅ 2 ≅ \log_2 4 ≅ \ln e^2 ≅ 2(1) ≅ (1)(2)
     \sin 30^\circ ≅ \cos\frac{\pi}{3} ≅ \frac12
     \pi ≅ 180^\circ ≅ 3.141593
+    \ln 2 ≅ \log_e 2 ≅ \log_{e}(2)
 complex
     2i ≅ (1+i)^2 ≅ \sqrt{-4}
     \frac{1-i}{2} ≅ \frac{1}{1+i}
@@ -41,6 +47,10 @@ expressions
     x^2-1 ≅ (x-1)(x+1) ≅ (x+1)(x-1)
     \frac{x}{2} ≅ 0.5x ≅ x/2 ≅ \frac12x
     ab ≅ ba ≅ a \cdot b
+    \frac{\beta+\gamma}{2} ≅ \frac{\gamma+\beta}{2} ≅ (γ+β)/2
+    1-\gamma ≅ -\gamma+1
+    \gamma_1+x^\gamma ≅ x^{\gamma}+\gamma_1
+    24 ≅ \Gamma(5)
     \sqrt{x^2} ≅ |x|
     3R^2 ≅ 3r^2 ≅ 3 r^{2}
     \frac{n!}{(n-2)!} ≅ n(n-1)
@@ -48,17 +58,25 @@ several answers
     4, -7 ≅ -7, 4 ≅ \{-7, 4\} ≅ -7 \text{ and } 4 ≅ x = 4 \text{ or } x = -7 ≅ x_1 = -7, x_2 = 4
     1 \pm \sqrt{2} ≅ 1+\sqrt{2}, 1-\sqrt{2} ≅ \{1-\sqrt2,1+\sqrt2\}
     (1,2) ≅ \left(1, 2\right) ≅ x = 1, y = 2 ≅ (x, y) = (1, 2) ≅ \langle 1, 2 \rangle
-    x=2, y=1 ≅ y=1, x=2
+    x=2, y=1 ≅ y=1, x=2 ≅ (x,y) = (2,1) ≅ (y,x) = (1,2)
+    (x,y)=(1,2) ≅ (1,2) ≅ (y,x)=(2,1) ≅ y=2, x=1 ≅ (1,2)=(x,y) ≅ (x,y)=\left(\frac22,2\right)
+    (1,2), (3,4) ≅ (x,y)=(1,2), (3,4) ≅ (x,y)=(1,2)\text{ and }(x,y)=(3,4)
+    x=1, y=2 \text{ or } x=3, y=4 ≅ y=4, x=3 \text{ or } x=1, y=2 ≅ (x,y)=(3,4) \text{ or } (x,y)=(1,2)
+    (x,y)=(2,\pm3) ≅ (2,\pm3)
     (1,2), (3,4) ≅ (3,4), (1,2) ≅ \{(1,2),(3,4)\}
     \{(1,2)\} ≅ (1,2)
     100,200 ≅ \{200, 100\}
+    \{100,200\} ≅ \{100, 200\} ≅ 100, 200 ≅ \{100,\ 200\}
+    \{5,120,360\} ≅ \{5, 120, 360\}
+    1,2,3,100,200 ≅ 1, 2, 3, 100, 200
+    \{k\pi, k\in\mathbb{Z}\} ≅ k\pi, k\in\mathbb{Z}
     \begin{pmatrix}1\\2\end{pmatrix} ≅ \begin{bmatrix} 1 \\ 2 \end{bmatrix} ≅ \begin{array}{c} 1 \\[2pt] 2 \end{array}
     \begin{pmatrix} 2 & 4 \\ 6 & 8 \end{pmatrix} ≅ 2\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}
 sets of numbers
     (1, 2] ≅ 1 < x \le 2 ≅ x \in (1,2] ≅ 2 \geq x > 1 ≅ \left( 1, \frac{4}{2} \right]
     (-\infty,1)\cup(3,\infty) ≅ x<1 \text{ or } x>3 ≅ (3, \infty) \cup (-\infty, 1)
     (-\infty, 3) \cup (3, \infty) ≅ \mathbb{R} \setminus \{3\} ≅ x \ne 3
-    [0,2] ≅ [0,1] \cup [1,2]
+    [0,2] ≅ [0,1] \cup [1,2] ≅ [0,1]\bigcup[1,2]
     \emptyset ≅ \text{no solution} ≅ \{\} ≅ \text{There are no real solutions}
     (-\infty,\infty) ≅ \mathbb{R} ≅ \text{all real numbers}
     x \ne 2 ≅ \text{all real numbers except } 2
@@ -77,8 +95,15 @@ units, percent, bases
     864 \mbox{ inches}^2 ≅ 864 ≅ 864 \text{ square inches} ≅ 864\text{ in}^2
     60 \text{ mph} ≅ 60 \text{ miles per hour} ≅ 60 \text{ mi}/\text{h}
     12 ≅ 12 \text{ apples} ≅ 12 apples ≅ \text{12 apples} ≅ 12\text{ square units}
+    5 ≅ 5\text{ children} ≅ 5\text{ loaves} ≅ 5\text{ more apples} ≅ 5元 ≅ 5\text{ 个}
+    450\text{ dollars} ≅ US\$450 ≅ \text{US\$}450 ≅ USD 450 ≅ \text{\$450}
+    100x ≅ \$100x
+    \$2.5\text{ million} ≅ 2.5\text{ million} ≅ 2500000 ≅ US\$2.5 \times 10^6 ≅ \$2.5 million
+    2500000 ≅ \$2.5\text{ million} ≅ \$2.5 \times 10^6 ≅ £2.5 \cdot 10^{6}
+    \$5, \$6 ≅ 6\text{ dollars and }5\text{ dollars} ≅ \$5 and \$6
     \$18.90 ≅ 18.90 ≅ \$18.9 ≅ 18.90 \text{ dollars}
     336^\circ ≅ 336 ≅ 336^{\circ} ≅ 336 \text{ degrees} ≅ 336°
+    25^\circ\text{C} ≅ 25 ≅ 25^\circ ≅ 25^{\circ}C ≅ 25\text{ degrees Celsius}
     50\% ≅ 50 \% ≅ 50\text{ percent} ≅ 50.0\%
     2516_8 ≅ 2516_{8} ≅ 2516_{\text{eight}} ≅ (2516)_8 ≅ 2516 \text{ base } 8
     1101_2 ≅ 1101_{(2)} ≅ 1101_{\text{base }2}
@@ -88,6 +113,11 @@ units, percent, bases
     1\text{ L} ≅ 1000\text{ cm}^3 ≅ 1000 mL
     75\text{ cents} ≅ \$0.75 ≅ 75¢
     180^\circ ≅ \pi\text{ rad}
+    0.5\text{ mm} ≅ 5e-4\text{ m}
+    5 ≅ 5\text{ eV} ≅ 5\text{ K} ≅ 5\text{ A} ≅ 5\text{ mol} ≅ 5\text{ nm} ≅ 5\,\Omega ≅ 5\text{ Ω} ≅ 5\text{ MHz}
+    5\text{ kJ} ≅ 5000\text{ J} ≅ 5000\text{ kPa}\cdot\text{L}
+    6mn ≅ 6nm
+    5A ≅ 5\text{ A} ≅ 5 A
     £7 ≅ 7\text{ pounds} ≅ \pounds 7
     3000000 ≅ 3\text{ million}
     1,234 ≅ 1234 ≅ 1{,}234 ≅ 1\,234 ≅ 1,\!234
@@ -120,8 +150,8 @@ what surrounds an answer
     25 ≅ The area is 25. ≅ $25$ ≅ \(25\) ≅ \mathbf{25} ≅ \color{red}{25} ≅ {25}
     25 ≅ \text{The answer is } 25 ≅ \text{Ann is } 25 \text{ years old} ≅ \text{The value of } x \text{ is } 25
     (-1,5) ≅ \text{Vertex: } (-1,5) ≅ \text{Vertex}: (-1,5) ≅ \text{Vertex } (-1,5)
-    25 ≅ \textbf{(B)}\ 25
-    \text{B} ≅ \textbf{(B)}\ 25
+    25 ≅ \textbf{(B)}\ 25 ≅ \textbf{(B) 25} ≅ \text{(B) 25}
+    \text{B} ≅ \textbf{(B)}\ 25 ≅ \textbf{(B) 25}
     \text{B} ≅ \text{Option B} ≅ \text{Choice } B
     f(x)=cx ≅ f(x)=cx\text{ for some constant }c ≅ f(x)=cx \ \forall x\in\mathbb{R}
     f(x)=cx ≅ f(x)=cx, \text{ where $c$ is any real}
@@ -136,12 +166,20 @@ DIFFERENT = r"""
     2^{2024} ≠ 2^{2024} - 1 ≠ 2^{2024} + x
     10^{50}+\sqrt{2} ≠ 10^{50}+\sqrt{3}
     6 ≠ 2(4) ≠ -6 ≠ 6x ≠ 6i ≠ \sqrt{6} ≠ \pm 6 ≠ 6, 7 ≠ 6 \text{ or } 7 ≠ (6, 0) ≠ x > 6 ≠ x \ne 6 ≠ 6^2 ≠ 6m
+    6e ≠ 1e6
+    \gamma ≠ \Gamma ≠ 0.577216 ≠ \alpha ≠ \infty
     2x+1 ≠ 2y+1 ≠ 2x-1 ≠ -2x-1 ≠ x+2
     |x| ≠ x
     x=3 ≠ y=3 ≠ x=-3
     x=1, y=2 ≠ x=2, y=1 ≠ 2, 1
+    (x,y)=(1,2) ≠ (y,x)=(1,2) ≠ (x,y)=(2,1) ≠ x=2, y=1 ≠ (a,b)=(1,2) ≠ 1<x<2 ≠ (1,2]
+    a=2, b=3 ≠ (b,a)=(2,3)
+    (x,y,z)=(1,2,3) ≠ (z,x,y)=(1,2,3)
     (1,2) ≠ \{1,2\} ≠ (2,1) ≠ [1,2] ≠ (1,2] ≠ (1,2,3) ≠ 1
+    \{5,120,360\} ≠ 5120360 ≠ \{5120, 360\}
     \{1,2\} ≠ (1,2) ≠ \{1\} ≠ \{1,2,3\}
+    [-2,7] ≠ -2,7 ≠ x=-2 \text{ or } x=7 ≠ x=-2, y=7
+    [0,1] ≠ 0\text{ and }1
     [0,1) ≠ [0,1] ≠ (0,1] ≠ [0,2)
     x < 2 ≠ x \le 2 ≠ x > 2 ≠ (2, \infty)
     x + y = 1 ≠ 1 ≠ x - y = 1
@@ -151,7 +189,11 @@ DIFFERENT = r"""
     10 ≠ 1000\%
     50\% ≠ 0.5 ≠ \frac12 ≠ 50 ≠ 5\%
     5\text{ cm} ≠ 5\text{ m} ≠ 5\text{ cm}^2 ≠ 5\text{ kg} ≠ 500\text{ mm} ≠ 50
-    \$5 ≠ 5\text{ cents} ≠ £5
+    \$2.5\text{ million} ≠ 2.5\text{ million euros} ≠ 2500000\text{ cents} ≠ \$2.5
+    \$5 ≠ 5\text{ cents} ≠ £5 ≠ \$5\text{ million} ≠ \$5\frac12 ≠ \$5\cdot 10 ≠ \$5x
+    25^\circ\text{C} ≠ 25^\circ\text{F} ≠ 77^\circ F ≠ 25\text{ degrees Fahrenheit} ≠ 26^\circ C
+    5\text{ A} ≠ 5\text{ V} ≠ 5\text{ K}
+    5 ≠ 5A ≠ 5nm ≠ 5\text{ more} ≠ 5\text{ more than } 6 ≠ 5万 ≠ 5倍 ≠ 5或6 ≠ 5不是
     50 ≠ 5\text{ cm}
     3 ≠ 3\text{ million}
     2\text{ h }30\text{ min} ≠ 2.3\text{ hours} ≠ 2\text{ h}
@@ -164,7 +206,7 @@ DIFFERENT = r"""
     x > 3 ≠ -2x > -6 ≠ 2x \ge 6
     ACD ≠ A, C
     1:2:3 ≠ 3:2:1 ≠ 1:2 ≠ (1,2,3)
-    25 ≠ \textbf{(B)}\ 24
+    25 ≠ \textbf{(B)}\ 24 ≠ \textbf{(B) 24} ≠ \text{(B) 25 or 26} ≠ \text{(B) not 25}
     \text{B} ≠ \textbf{(C)}\ 25 ≠ \text{(B)}, \text{(C)} ≠ \text{(B)} \text{ or } \text{(C)} ≠ \text{(B)} or (C)
     (-3,3) ≠ |x| \le 3 ≠ |x| > 3
     20 ≠ (5,2) ≠ Q(5,2)

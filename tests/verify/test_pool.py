@@ -110,8 +110,6 @@ def test_one_answer_is_judged_once_while_it_is_under_way_and_then_remembered() -
         assert [victim.result() for victim in victims] == [Verdict.TIMED_OUT] * 3
         assert pool.submit("5", BOMB, timeout=0.2).done()  # it was given CPU time, however busy the machine
         assert pool.submit("5", "5").result() is Verdict.NO_ANSWER
-        stats = {Verdict.CORRECT: 51, Verdict.WRONG: 1, Verdict.TIMED_OUT: 4, Verdict.NO_ANSWER: 1}
-        assert pool.stats == stats  # every verdict is counted, wherever it comes from
         assert not pool.submit("5", BOMB, timeout=0.4).done()
 
 
@@ -129,7 +127,6 @@ def test_an_answer_that_takes_too_long_is_refused_and_the_next_one_is_not() -> N
             assert pool.submit("5", boxed(answer), timeout=0.3).result() is Verdict.TIMED_OUT
             assert worker.process.poll() == -signal.SIGPROF
         assert pool.submit("x", boxed("0 + x")).result() is Verdict.CORRECT
-        assert pool.stats == {Verdict.CORRECT: 3, Verdict.TIMED_OUT: 2}
 
 
 def test_a_worker_starts_where_an_answer_would_wait_for_it() -> None:
@@ -165,7 +162,6 @@ def test_a_worker_that_dies_costs_one_answer_if_busy_and_none_if_idle() -> None:
         os.kill(idle.process.pid, signal.SIGKILL)
         idle.process.wait()
         assert pool.submit("x", boxed("2x - x")).result() is Verdict.CORRECT
-        assert pool.stats == {Verdict.CORRECT: 3, Verdict.KILLED: 1}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -354,7 +350,6 @@ def test_functions_of_the_user_are_called_and_checked(tmp_path: Path, monkeypatc
     with Verifier(1, timeout=20.0) as pool:
         calls = [pool.call("graders_of_pool:quotes", problem, text) for text in (problem.question, "x", "x")]
         assert [call.result() for call in calls] == [1.0, 0.0, 0.0]
-        assert pool.stats == {}  # of verdicts
         pool.check("graders_of_pool:quotes")
         for name, says in (
             ("no_such_module:f", "ModuleNotFoundError: No module named 'no_such_module'"),
