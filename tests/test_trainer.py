@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from aipo.config import Config, load_config
 from aipo.curriculum import Curriculum
 from aipo.errors import TrainingError
-from aipo.layout import pad
-from aipo.loss import policy_loss
+from aipo.layout import MicroBatch, pad
 from aipo.mask import MaskRule
 from aipo.metrics import Accuracy
 from aipo.mi import coordinate_scores
@@ -29,10 +29,12 @@ from aipo.rollouts import Rollouts
 from aipo.selection import Selection, TokenSelector
 from aipo.sharding import frozen_reference, shard
 from aipo.trainer import Trainer
+from tests.reference import blend, icepop_weights, objective
 from tests.tiny import make_tiny
 
 LENGTHS = [9, 14, 1, 6, 11, 3, 8, 12]  # of 4 questions x 2 rollouts
 MAX_TOKENS = 16
+SEED = 5
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,7 @@ def config_of(model: Path, *overrides: str) -> Config:
     usual = [f"model.path={model}", "model.dtype=float32", "sharding.zero_stage=0", "rollout.samples_per_question=2"]
     usual += ["rollout.questions_per_step=4", f"rollout.max_tokens={MAX_TOKENS}", "loss.kl_beta=0"]
     usual += [
+        f"seed={SEED}",
         "optim.micro_tokens=60",
         "optim.max_grad_norm=1e9",
         "reward.overlong_buffer=1",
@@ -71,7 +74,7 @@ def made(config: Config, model: Path) -> tuple[Trainer, Rollouts]:
         prompts=[prompter.encode(problem.question) for problem in problems],
         completions=completions,
         group_size=2,
-        ids=torch.arange(8),
+        ids=torch.tensor([40, 7, 3, 22, 5, 61, 18, 2]),  # after balancing over ranks they are in no order
         texts=[""] * 8,
         advantages=torch.randn(8, generator=draw),
         used=torch.tensor([True] * 5 + [False] + [True] * 2),
@@ -158,13 +161,53 @@ def test_a_gap_ends_a_job_that_is_stopped_after_every_step(model: Path) -> None:
         assert second.step == 2
 
 
-def test_a_line_has_the_curriculum_of_its_own_step(model: Path) -> None:
-    keys = ["optim.steps=3", "validation.every=99", "tracking.replay=false", "tracking.rollouts_per_step=0"]
-    config = config_of(model, *keys, "guards.max_gap=99")
-    trainer, logged, _ = stepping(config, model)
+QUIET = ["tracking.replay=false", "tracking.rollouts_per_step=0", "guards.max_gap=99"]
+
+
+def test_a_line_has_the_curriculum_and_the_rate_of_its_own_step(model: Path) -> None:
+    keys = ["optim.steps=3", "validation.every=99", "optim.lr=1e-3", "optim.warmup_steps=2"]
+    trainer, logged, _ = stepping(config_of(model, *keys, *QUIET), model)
+    rates: list[float] = []
+    optimizer = trainer.sharded.optimizer  # type: ignore[attr-defined]
+    trainer.progress.update = lambda *_: rates.append(optimizer.param_groups[0]["lr"])  # type: ignore[method-assign]
     assert trainer.train()
+    assert rates == [line["policy/lr"] for line in logged] == pytest.approx([5e-4, 1e-3, 1e-3])
     assert [line["curriculum/clock"] for line in logged] == [0, 1, 2]
     assert [line["curriculum/epoch_easy"] for line in logged] == [0, 1, 1]  # 2 of 3 questions a step
+
+
+def test_a_new_best_is_saved(model: Path) -> None:
+    keys = ["optim.steps=3", "validation.every=1", "checkpoint.every=99"]
+    trainer, _, states = stepping(config_of(model, *keys, *QUIET), model)
+    trainer.curriculum.observe_validation(0.5)
+    found = iter([0.5, 0.6, 0.6])
+    trainer.validate = lambda: {"validation/accuracy": next(found)}  # type: ignore[method-assign]
+    assert trainer.train()
+    assert [state["step"] for state in states] == [2, 3]  # the last is saved anyway
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(model: Path, tmp_path: Path) -> None:
+    """By thresholds that run over the steps, to an end by the tokens generated: 64 a step."""
+    keys = ["mask.scope=running", "optim.steps=9", "optim.generated_tokens=150", "validation.every=99"]
+    config = config_of(model, *keys, *QUIET)
+    whole, expected, _ = stepping(config, model)
+    assert whole.train()
+    assert whole.step == 3
+    first, logged, states = stepping(config, model)
+    first.stop_requested = lambda: True
+    assert not first.train()
+    first.sharded.save(tmp_path)
+    second, later, _ = stepping(config, model)
+    second.tracker.load_state_dict = lambda state: None  # type: ignore[method-assign]
+    second.load_state_dict(states[0])
+    second.sharded.load(tmp_path)
+    assert second.train()
+    assert second.selector.rule.running is not None
+    assert torch.equal(second.selector.rule.running, whole.selector.rule.running)  # type: ignore[arg-type]
+    for line, other in zip(expected, logged + later, strict=True):
+        for key, value in line.items():
+            if not key.startswith(("time/", "speed/")):
+                assert other[key] == pytest.approx(value, rel=1e-6, nan_ok=True), key
 
 
 def test_gold_states_of_the_initial_weights_and_of_other_questions(model: Path) -> None:
@@ -187,21 +230,45 @@ def test_gold_states_of_the_initial_weights_and_of_other_questions(model: Path) 
     assert kept.gold_states([]).shape == (0, usual.shape[1])
 
 
+ANSWERS = ["4", "12 + 7 is 19", r"\frac{1}{2}", "19"]
+
+
+@pytest.mark.parametrize(("pool", "layer"), [("last", 0), ("mean", -1)])
+def test_gold_states_are_those_of_a_plain_forward(model: Path, pool: str, layer: int) -> None:
+    """Against what Hugging Face's own module behind the layer reads: the raw residual stream, the last token's too."""
+    trainer, rollouts = made(config_of(model, f"mi.gold_pool={pool}", f"mi.layer={layer}"), model)
+    questions = [Problem(p.id, p.question, answer) for p, answer in zip(rollouts.problems, ANSWERS)]
+    found = trainer.passes.gold_states(questions)  # (Q, d)
+    plain = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32)
+    behind = plain.model.layers[1] if layer == 0 else plain.model.norm
+    read: list[torch.Tensor] = []
+    behind.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0][0].detach()))
+    for question in questions:
+        plain(torch.tensor([trainer.passes.prompter.encode_gold(question)]))
+    assert len({len(states) for states in read}) > 2
+    expected = torch.stack([states[-1] if pool == "last" else states.mean(0) for states in read])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def whole_sequences(
     config: Config, model: Path, rollouts: Rollouts, mask: torch.Tensor, inclusion: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """Gradient of the loss on all tokens of all used rollouts, one forward pass each, all logits."""
-    reference = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32)
+    """Gradient of the loss, in loops, on all tokens of all used rollouts, one forward pass each, all logits."""
+    reference, rollout = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32), config.rollout
     rows = torch.nonzero(rollouts.used)[:, 0].tolist()
-    flat = []
+    logps, entropies, weights = [], [], []
     for row in rows:
-        prompt, completion = rollouts.prompts[row // 2], rollouts.completions[row].token_ids
-        logits = reference(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]  # (T, V)
-        logp = (logits / config.rollout.temperature).log_softmax(-1)  # (T, V)
-        flat.append(logp.gather(1, torch.tensor(completion)[:, None])[:, 0])
+        prompt, drawn = rollouts.prompts[row // 2], rollouts.completions[row]
+        logits = reference(torch.tensor([[*prompt, *drawn.token_ids]])).logits[0, len(prompt) - 1 : -1]  # (T, V)
+        log_p = (logits / rollout.temperature).log_softmax(-1)  # (T, V)
+        logps.append(log_p.gather(1, torch.tensor(drawn.token_ids)[:, None])[:, 0])
+        entropies.append(-(log_p.exp() * log_p).sum(-1))
+        bounds = rollout.importance_floor, rollout.importance_cap
+        weights.append(torch.tensor(icepop_weights(logps[-1].tolist(), drawn.logprobs, *bounds)))
     lengths = rollouts.lengths[rows]
-    logp = pad(torch.cat(flat), lengths)  # (b, T)
-    loss, _ = policy_loss(
+    logp = pad(torch.cat(logps), lengths)  # (b, T)
+    assert rollout.importance_correction in ("none", "token_mask")
+    objective(
         logp,
         logp.detach(),
         rollouts.advantages[rows],
@@ -210,9 +277,20 @@ def whole_sequences(
         max_length=MAX_TOKENS,
         lengths=lengths,
         inclusion=None if inclusion is None else inclusion[rows][:, : logp.shape[1]],
-    )
-    loss.backward()
+        entropy=pad(torch.cat(entropies), lengths),
+        entropy_weight=config.loss.entropy_weight,
+        importance_weight=pad(torch.cat(weights), lengths) if rollout.importance_correction == "token_mask" else None,
+    ).backward()
     return {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
+
+
+def assert_gradient(trainer: Trainer, expected: dict[str, torch.Tensor]) -> None:
+    """Of the first update: AdamW's first moment has it."""
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for name, parameter in trainer.sharded.names():
+        moment = trainer.sharded.optimizer.state[parameter]["exp_avg"]  # type: ignore[attr-defined]
+        found = moment / (1 - trainer.config.optim.betas[0])
+        assert float((found - expected[name]).abs().max()) < 2e-5 * largest, name
 
 
 RULES = {
@@ -231,6 +309,7 @@ RULES = {
 @pytest.mark.parametrize("rule", RULES)
 def test_what_lies_behind_the_last_selected_token_changes_nothing(model: Path, rule: str, aggregation: str) -> None:
     overrides = [f"loss.aggregation={aggregation}", "rollout.importance_correction=none"]
+    overrides += ["rollout.temperature=0.7", "mi.layer=0"]
     config = config_of(model, *RULES[rule], *overrides)
     trainer, rollouts = made(config, model)
     read = []
@@ -247,13 +326,60 @@ def test_what_lies_behind_the_last_selected_token_changes_nothing(model: Path, r
     chances = (
         trainer.selector.rule.inclusion(rollouts.lengths, selection.mask.shape[1]) if config.mask.reweight else None
     )
-    expected = whole_sequences(config, model, rollouts, selection.mask, chances)
-    largest = max(float(g.abs().max()) for g in expected.values())
+    assert_gradient(trainer, whole_sequences(config, model, rollouts, selection.mask, chances))
     for name, parameter in trainer.sharded.names():
-        moment = trainer.sharded.optimizer.state[parameter]["exp_avg"]  # type: ignore[attr-defined]
-        found = moment / (1 - config.optim.betas[0])
-        assert float((found - expected[name]).abs().max()) < 2e-5 * largest, name
         assert not torch.equal(parameter, before[name])
+
+
+TERMS = {
+    "entropy": ["loss.entropy_weight=0.5", "rollout.importance_correction=none"],
+    "token_mask": ["rollout.importance_correction=token_mask"],
+}
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_the_gradient_of_a_reward_of_entropy_and_of_weighted_tokens(model: Path, terms: str) -> None:
+    keys = ["mask.rule=top_fraction", "mask.fraction=0.5", "rollout.temperature=0.7"]
+    keys += ["rollout.importance_cap=1.5", "rollout.importance_floor=0.8"]
+    config = config_of(model, *keys, *TERMS[terms])
+    trainer, rollouts = made(config, model)
+    logp = trainer.passes.log_probs(rollouts.each_prompt, rollouts.each_completion)  # (B, T)
+    apart = [0.2, -0.4, 0.3, -0.1, 0.6]  # nats to what the engine says: ratios 1.22, 0.67, 1.35, 0.90 and 1.82
+    for row, drawn in enumerate(rollouts.completions):
+        said = [float(logp[row, t]) - apart[t % 5] for t in range(LENGTHS[row])]
+        rollouts.completions[row] = replace(drawn, logprobs=said)
+    selection, sums = trainer.update(rollouts, 0.3, 1.0, Clock())
+    if terms == "token_mask":
+        rows, places = selection.mask.nonzero(as_tuple=True)
+        assert sums["mismatch_dropped"] == sum(t % 5 in (1, 4) for t in places.tolist())
+        assert 0 < sums["mismatch_dropped"] < len(rows)
+    assert_gradient(trainer, whole_sequences(config, model, rollouts, selection.mask))
+
+
+def test_an_update_without_a_selected_token_moves_nothing(model: Path) -> None:
+    """AdamW would go on by its momentum: with this aggregation the sum over no token has a denominator."""
+    trainer, rollouts = made(config_of(model, "loss.aggregation=constant"), model)
+    trainer.update(rollouts, 0.3, 1.0, Clock())
+    before = {name: p.detach().clone() for name, p in trainer.sharded.names()}
+    selection, sums = trainer.update(rollouts, 99.0, 1.0, Clock())
+    assert not selection.mask.any()
+    assert sums["denominator"] == 7 * MAX_TOKENS
+    for name, parameter in trainer.sharded.names():
+        assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("mi_blend", ["none", "additive"])
+def test_a_drawn_mask_is_that_of_its_rollouts(model: Path, mi_blend: str) -> None:
+    """By the run's seed, the step and a rollout's own number, whether it is decided before or in the forward pass."""
+    config = config_of(model, "mask.rule=random", "mask.fraction=0.4", f"advantage.mi_blend={mi_blend}")
+    trainer, rollouts = made(config, model)
+    trainer.step = 3
+    selection, _ = trainer.update(rollouts, 0.3, 1.0, Clock())
+    assert selection.decided == (mi_blend == "none")
+    drawn = MaskRule(config.mask, seed=SEED).select(
+        torch.zeros(8, max(LENGTHS)), torch.tensor(LENGTHS), kappa=0.3, step=3, rollout_ids=rollouts.ids
+    )
+    assert torch.equal(selection.mask, drawn & rollouts.used[:, None])
 
 
 ONCE = {
@@ -306,11 +432,7 @@ def test_what_branches_share_is_trained_once(model: Path, rule: str, aggregation
             denominator += own if aggregation == "all_tokens" else len(chosen)
     assert sums["denominator"] == denominator
     (total / denominator).backward()
-    expected = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
-    largest = max(float(g.abs().max()) for g in expected.values())
-    for name, parameter in trainer.sharded.names():
-        moment = trainer.sharded.optimizer.state[parameter]["exp_avg"]  # type: ignore[attr-defined]
-        assert float((moment / (1 - config.optim.betas[0]) - expected[name]).abs().max()) < 2e-5 * largest, name
+    assert_gradient(trainer, {name: p.grad for name, p in reference.named_parameters() if p.grad is not None})
 
 
 def test_a_mask_that_needs_the_states_is_decided_in_the_forward_that_is_trained(model: Path) -> None:
@@ -358,14 +480,31 @@ def test_the_wrong_gold_twin_by_loops(model: Path, scope: str) -> None:
     assert sums_without["wrong_gold_either"] == 0
 
 
+def all_selected(micro: MicroBatch) -> dict[str, torch.Tensor]:
+    """What a forward pass gives, without one."""
+    mask = torch.ones(int(micro.lengths.sum()), dtype=torch.bool)  # (N,)
+    return {"mask": mask, "logp": torch.zeros(len(mask)), "entropy": torch.zeros(len(mask))}
+
+
+def test_blended_advantages_reach_the_loss(model: Path) -> None:
+    trainer, rollouts = made(config_of(model, "advantage.mi_blend=additive", "advantage.mi_weight=0.5"), model)
+    selection = Selection(trainer.selector, rollouts, None, kappa=0.3, step=0)
+    selection.scores = torch.randn(8, max(LENGTHS), generator=torch.Generator().manual_seed(2))
+    for micro in trainer.passes.update_batches(rollouts)[0]:
+        advantages = trainer.loss_inputs(micro, all_selected(micro), None, selection, rollouts).advantages  # (b, t)
+        for i, row in enumerate(micro.rows.tolist()):
+            scores = selection.scores[row, : LENGTHS[row]].tolist()
+            expected = blend(float(rollouts.advantages[row]), scores, "additive", 0.5)
+            assert advantages[i, : LENGTHS[row]].tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_shaped_advantages_reach_the_loss(model: Path) -> None:
     trainer, rollouts = made(config_of(model), model)
     selection = Selection(trainer.selector, rollouts, None, kappa=0.3, step=0)
     part = trainer.passes.update_batches(rollouts)[0]
     rollouts.token_advantages = torch.arange(8.0 * 14).reshape(8, 14)
     for micro in part:
-        out = {"mask": torch.ones(int(micro.lengths.sum()), dtype=torch.bool)}
-        out["logp"] = out["entropy"] = torch.zeros(len(out["mask"]))
+        out = all_selected(micro)
         inputs = trainer.loss_inputs(micro, out, None, selection, rollouts)
         assert torch.equal(inputs.advantages, rollouts.token_advantages[micro.rows, : int(micro.lengths.max())])
     rollouts.token_advantages = None
@@ -401,9 +540,11 @@ def test_the_kl_is_weighted_by_the_certainty_of_the_initial_model(model: Path, c
 
 
 def test_the_kl_comes_off_the_reward(model: Path) -> None:
-    """Against log-probabilities of whole sequences under Hugging Face's own forward."""
-    config = config_of(model, "loss.kl_beta=0.1", "loss.kl_in=reward")
+    """Against log-probabilities of whole sequences under Hugging Face's own forward; what was cut off is left out."""
+    config = config_of(model, "loss.kl_beta=0.1", "loss.kl_in=reward", "loss.truncated=mask")
     trainer, rollouts = made(config, model)
+    for row in (0, 1, 3, 4, 5):
+        rollouts.completions[row] = replace(rollouts.completions[row], finish_reason="stop")
     rollouts.rewards, rollouts.correct = torch.arange(8.0), torch.zeros(8, dtype=torch.bool)
     rollouts.rewards[5] = torch.nan  # no verdict
     trainer.reference = lambda _micro, mask: (torch.full((int(mask.sum()),), -2.0), torch.zeros(int(mask.sum())))
@@ -417,9 +558,8 @@ def test_the_kl_comes_off_the_reward(model: Path) -> None:
         expected = float("nan") if row == 5 else row - 0.1 * float(logp + 2.0 * len(completion))
         assert float(rollouts.rewards[row]) == pytest.approx(expected, abs=1e-3, nan_ok=True)
     assert found["trained_reward"] == pytest.approx(float(rollouts.rewards.nansum()))
-    assert not rollouts.used[5]
+    assert rollouts.used.nonzero()[:, 0].tolist() == [0, 1, 3, 4]
     selection = Selection(trainer.selector, rollouts, None, kappa=0.3, step=0)
     micro = trainer.passes.update_batches(rollouts)[0][0]
-    out = {"mask": torch.ones(int(micro.lengths.sum()), dtype=torch.bool)}
-    out["logp"] = out["entropy"] = torch.zeros(len(out["mask"]))
-    assert trainer.loss_inputs(micro, out, None, selection, rollouts).logp_ref is None  # not in the loss as well
+    inputs = trainer.loss_inputs(micro, all_selected(micro), None, selection, rollouts)
+    assert inputs.logp_ref is None  # not in the loss as well

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,13 +13,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import skew
 from transformers import Qwen3ForCausalLM
 
 from aipo.advantage import assign
 from aipo.policy import Policy
 from aipo.problems.problem import Problem
 from aipo.record.clock import Clock
+from aipo.record.reporting import reduce_metrics
 from aipo.record.tokens import BYTES_PER_TOKEN, answer_of, recorded_rows, token_texts
+from aipo.rollouts import Rollouts
 from aipo.selection import Selection
 from tests.record.test_reporting import batch
 from tests.test_curriculum import build
@@ -34,24 +38,32 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 TOKENIZER = tiny_tokenizer()
 
 
-def updated(model: Path, *overrides: str) -> tuple[Any, Any, list[dict[str, Any]]]:
-    """A trainer after one update of which everything was recorded, its rollouts, and the rows of the table."""
+def updated(model: Path, *overrides: str) -> tuple[dict[str, float], Rollouts, list[dict[str, Any]]]:
+    """What is logged of one update of which everything was recorded, its rollouts, and the rows of the table."""
     trainer, rollouts = made(config_of(model, "tracking.rollouts_per_step=4", *overrides), model)
     rollouts.rewards = torch.tensor([1.0, 0, 1, 0, 1, 1, 0, 1])
     rollouts.correct = rollouts.rewards == 1
-    selection, _ = trainer.update(rollouts, 0.1, 1.0, Clock())
-    return trainer, rollouts, trainer.recorder.table(selection).to_pylist()
+    selection, sums = trainer.update(rollouts, 0.1, 1.0, Clock())
+    return reduce_metrics(rollouts, sums, {}), rollouts, trainer.recorder.table(selection).to_pylist()
+
+
+def log_probabilities(model: Path, rollouts: Rollouts) -> list[torch.Tensor]:
+    """Of the initial weights under Hugging Face's own forward, a rollout after the other: (T, V) each."""
+    plain = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    found = []
+    for prompt, ids in zip(rollouts.each_prompt, rollouts.each_completion):
+        with torch.no_grad():
+            logits = plain(torch.tensor([[*prompt, *ids]])).logits  # (1, s, V)
+        found.append(logits[0, len(prompt) - 1 : -1].log_softmax(-1))
+    return found
 
 
 def test_figures_are_those_of_the_model(model: Path) -> None:
     _, rollouts, rows = updated(model, "advantage.drop_constant_groups=correctness")
-    plain = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     assert [len(row["tokens"]) for row in rows] == LENGTHS
-    for i, row in enumerate(rows):
-        prompt, ids = rollouts.prompts[i // 2], rollouts.completions[i].token_ids
+    for i, (row, logits) in enumerate(zip(rows, log_probabilities(model, rollouts))):  # (T, V)
+        ids = rollouts.completions[i].token_ids
         assert row["token_ids"] == ids
-        with torch.no_grad():
-            logits = plain(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)  # (T, V)
         for t, selected in enumerate(row["mask"]):
             figures = {name: row[name][t] for name in ("logp", "entropy", "ratio", "mismatch", "weight")}
             if not selected:
@@ -69,6 +81,29 @@ def test_figures_are_those_of_the_model(model: Path) -> None:
             assert None not in row["mi"]
     assert [row["reason"] for row in rows if not row["used"]] == ["all of its group got the same verdict"]
     assert [row["used"] for row in rows] == rollouts.used.tolist()
+
+
+def test_what_is_logged_is_the_mean_of_the_figures(model: Path) -> None:
+    """Those of the policy over selected tokens, MI over all of the update, and its skewness over completions."""
+    logged, rollouts, rows = updated(model)
+    names = ("entropy", "mismatch", "weight", "mi")
+    of = {name: [value for row in rows for value in row[name] if value is not None] for name in names}
+    assert 4 < len(of["entropy"]) < len(of["mi"]) == int(rollouts.lengths[rollouts.used].sum())
+    assert logged["policy/entropy"] == pytest.approx(fmean(of["entropy"]))
+    assert logged["mismatch/kl"] == pytest.approx(fmean(math.exp(nats) - nats - 1 for nats in of["mismatch"]))
+    assert logged["mismatch/gap"] == pytest.approx(fmean(abs(nats) for nats in of["mismatch"]))
+    assert logged["mismatch/weight_mean"] == pytest.approx(fmean(of["weight"]))
+    assert logged["mismatch/weight_max"] == pytest.approx(max(math.exp(nats) for nats in of["mismatch"]))
+    assert logged["mi/mean"] == pytest.approx(fmean(of["mi"]))
+    skewed = [float(skew(row["mi"])) for row in rows if row["used"] and len(row["mi"]) > 1]  # one does not vary
+    assert logged["mi/skew"] == pytest.approx(fmean(skewed), rel=1e-4)
+    losses = [  # the ratio is 1
+        -fmean(a * w for a, w in zip(row["advantage_token"], row["weight"]) if w is not None)
+        for row in rows
+        if any(row["mask"])
+    ]
+    assert logged["loss/total"] == pytest.approx(fmean(losses))
+    assert logged["mask/otf"] == pytest.approx(len(of["entropy"]) / len(of["mi"]))
 
 
 def test_the_ratio_is_the_one_of_the_loss(model: Path) -> None:
@@ -127,10 +162,18 @@ def test_recording_runs_no_forward_of_its_own(model: Path, monkeypatch: pytest.M
 
 def test_several_updates_and_a_measure_that_was_asked_for(model: Path) -> None:
     keys = ["optim.updates_per_batch=2", "mask.rule=top_fraction", "mask.score=entropy", "optim.lr=1e-3"]
-    _, _, rows = updated(model, *keys)
+    _, rollouts, rows = updated(model, *keys)
     assert all(value is not None for row in rows if row["used"] for value in row["entropy"])  # of all tokens
-    ratios = [value for row in rows for value in row["ratio"] if value is not None]
-    assert any(abs(ratio - 1) > 1e-3 for ratio in ratios)  # the second part met changed weights
+    ratios: dict[bool, list[float]] = {True: [], False: []}  # of the first part, and of the second
+    for row, log_p in zip(rows, log_probabilities(model, rollouts)):  # (T, V)
+        for t, ratio in enumerate(row["ratio"]):
+            if ratio is not None:
+                ratios[row["group"] < 2].append(ratio)
+                old = row["logp"][t] - math.log(ratio)
+                assert old == pytest.approx(float(log_p[t, row["token_ids"][t]]), abs=1e-4)
+    assert len(ratios[True]) > 4
+    assert ratios[True] == pytest.approx([1.0] * len(ratios[True]), abs=1e-5)
+    assert any(abs(ratio - 1) > 1e-3 for ratio in ratios[False])  # it met changed weights
 
 
 def test_the_files_of_a_run_stay_in_their_bound(model: Path, tmp_path: Path) -> None:
