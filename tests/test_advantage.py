@@ -144,6 +144,30 @@ def test_what_has_no_verdict_is_as_if_it_had_not_been_drawn(baseline: str, norma
     torch.testing.assert_close(found[~missing], torch.tensor(alone), rtol=1e-4, atol=1e-5)
 
 
+def judged(rewards: Tensor, correct: Tensor | None = None) -> Rollouts:
+    """Groups of four, of which the length limit cut the last."""
+    questions = len(rewards) // 4
+    return Rollouts(
+        problems=[Problem(str(q), "?", "1") for q in range(questions)],
+        prompts=[[1]] * questions,
+        completions=[Completion([1], [0.0], end) for end in ["stop", "stop", "stop", "length"] * questions],
+        group_size=4,
+        ids=torch.arange(len(rewards)),
+        rewards=rewards,
+        correct=rewards == 1 if correct is None else correct,
+    )
+
+
+@pytest.mark.parametrize("normalize", ["none", "std", "mean"])
+@pytest.mark.parametrize("baseline", ["group", "leave_one_out", "batch"])
+def test_an_update_has_the_advantages_that_its_config_asks_for(baseline: Any, normalize: Any) -> None:
+    rollouts = judged(REWARDS)
+    assign(rollouts, AdvantageConfig(baseline=baseline, normalize=normalize))
+    expected = reference.group_advantages(REWARDS.tolist(), 4, baseline, normalize)
+    torch.testing.assert_close(rollouts.advantages, torch.tensor(expected))
+    assert rollouts.used.all()
+
+
 @pytest.mark.parametrize(
     ("drop", "truncated", "used"),
     [
@@ -154,16 +178,8 @@ def test_what_has_no_verdict_is_as_if_it_had_not_been_drawn(baseline: str, norma
     ],
 )
 def test_which_rollouts_an_update_reads(drop: Any, truncated: str, used: list[int]) -> None:
-    ends = ["stop", "stop", "stop", "length"] * 3
-    rollouts = Rollouts(
-        problems=[Problem(str(q), "?", "1") for q in range(3)],
-        prompts=[[1]] * 3,
-        completions=[Completion([1], [0.0], end) for end in ends],
-        group_size=4,
-        ids=torch.arange(12),
-        rewards=torch.tensor([0.9, NAN, 0.0, 0.1, 0.1, 0.0, 0.1, 0.0, NAN, 0.1, NAN, NAN]),
-        correct=torch.tensor([True] + [False] * 11),
-    )
+    rewards = torch.tensor([0.9, NAN, 0.0, 0.1, 0.1, 0.0, 0.1, 0.0, NAN, 0.1, NAN, NAN])
+    rollouts = judged(rewards, correct=torch.tensor([True] + [False] * 11))
     assign(rollouts, AdvantageConfig(drop_constant_groups=drop), truncated=truncated)
     assert rollouts.used.int().tolist() == used
     assert rollouts.advantages[9] == 0

@@ -60,6 +60,16 @@ def test_kappa_by_hand():
     assert kappa_at(10, start=0.5, end=0.0, decay_steps=20, stalls=1, stall_drop=0.1) == pytest.approx(0.15)
 
 
+def test_kappa_of_a_run_by_hand():
+    own = make(kappa_start=0.5, kappa_end=0.2, kappa_decay_steps=40, stall_patience=1)
+    assert [own.kappa(t) for t in (0, 10, 20, 40, 90)] == pytest.approx([0.5, 0.425, 0.35, 0.2, 0.2])
+    for _ in range(2):  # the first best, and a stall
+        own.observe_validation(0.5)
+    assert [own.kappa(t) for t in (0, 10, 38)] == pytest.approx([0.45, 0.375, 0.2])
+    of_all_steps = make(kappa_start=0.5, kappa_end=0.2, total_steps=60)
+    assert [of_all_steps.kappa(t) for t in (20, 60)] == pytest.approx([0.4, 0.2])
+
+
 def test_buckets_by_hand():
     assert [bucket_of(n) for n in (0, 15, 16, 25, 26, 40)] == [0, 0, 1, 1, 2, 2]
     assert [bucket_of(n, (5, 15)) for n in (5, 6, 16)] == [0, 1, 2]
@@ -93,6 +103,7 @@ def test_peak_label():
     sparse = torch.zeros(1024)
     sparse[10:1000:100] = 1.0
     assert peak_label(sparse, MaskConfig(), "rate", probe_tokens=1024) == 5.0
+    assert peak_label(sparse, MaskConfig(), "rate", probe_tokens=256) == 6.0  # 3 of those 256, not of all
     assert peak_label(torch.zeros(0), MaskConfig(), "rate") == 0
 
 
@@ -205,6 +216,11 @@ def test_stalls_lower_kappa_and_advance_the_clock_up_to_t2():
     curriculum.observe_validation(0.6)
     assert curriculum.stalls == 2
     assert [curriculum.clock(step) for step in (0, 55, 65, 69, 70, 90)] == [10, 65, 70, 70, 70, 90]
+    flat, stalls = make(stall_patience=2), []
+    for _ in range(7):  # a stall begins a new count, without a new best too
+        flat.observe_validation(0.5)
+        stalls.append(flat.stalls)
+    assert stalls == [0, 0, 1, 1, 2, 2, 3]
 
 
 def test_relabel_moves_questions_between_buckets():

@@ -105,8 +105,9 @@ class ScriptedPasses(Passes):
         return {"entropy": unsure, "certainty": 1 - unsure}
 
     def log_probs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
-        """A gold answer is the likelier the longer what stands before it."""
-        return torch.tensor([[-1.0 / len(p)] * max(map(len, completions)) for p in prompts])
+        """Anything is the likelier the longer what stands before it, and the shorter it is itself."""
+        width = max(map(len, completions))
+        return torch.tensor([[-len(c) / len(p)] * width for p, c in zip(prompts, completions, strict=True)])
 
 
 class Phase:
@@ -257,9 +258,23 @@ def test_continuations_are_counted(prompter: Prompter) -> None:
 
     overrides = ["dynamic.enabled=false", "reward.rule=continuations", "mask.rule=prefix", "reward.continuations=4"]
     made = generation(prompter, right, config(*overrides))
+    judge, batches = made.collector.rewarder.collect, 0
+
+    def without_some(pending: Sequence[Any]) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """No verdict on a wrong continuation of the first rollout, on all of the last, and on the sixth itself."""
+        nonlocal batches
+        batches += 1
+        rewards, correct, metrics = judge(pending)
+        missing = [5] if batches == 1 else [1, 28, 29, 30, 31]
+        rewards[missing], correct[missing] = torch.nan, False
+        return rewards, correct, metrics
+
+    made.collector.rewarder.collect = without_some  # type: ignore[method-assign]
     rollouts, _ = made.rollouts(0, lambda step, count: problems([7, 8]), clock, prefix=0.35)
     assert rollouts.correct.tolist() == [True, False, False, False] * 2
-    assert rollouts.rewards.tolist() == [3.0, 2.0, 2.0, 2.0] * 2
+    # 2 of 3 judged count as 2 2/3 of 4
+    expected = torch.tensor([1 + 4 * 2 / 3, 2, 2, 2, 3, torch.nan, 2, torch.nan])
+    torch.testing.assert_close(rollouts.rewards, expected, equal_nan=True)
     engine: Any = made.collector.engine
     asked = engine.seen[2 * N :]
     assert len(asked) == 2 * N * 4
@@ -283,7 +298,8 @@ def test_a_reward_of_certainty_is_no_verdict(prompter: Prompter) -> None:
     for batch in (rollouts, waited, kept, Rollouts.joined([rollouts.take([]), waited])):
         batch.used = torch.ones(4, dtype=torch.bool)
         made.policy_rewards(batch, None)
-        assert batch.rewards.isfinite().all()
+        # a certainty of 1 a token, and of 0 at the fourth: the mean over a completion's own tokens
+        assert batch.rewards.tolist() == pytest.approx([1 - 1 / n for n in batch.lengths.tolist()])
         assert by_source(batch) == {"rollouts of numbers": 4, "judged of numbers": 2, "correct of numbers": 1}
 
 
@@ -335,14 +351,18 @@ def test_branches_in_rounds(prompter: Prompter, prefix: str, tmp_path: Path) -> 
     assert again.lineage == rollouts.lineage
 
 
-def test_the_filter_keeps_the_quota(prompter: Prompter) -> None:
-    overrides = ["dynamic.enabled=false", "branch.enabled=true", "branch.base=2", "branch.total=6", "branch.beta=0"]
-    made = generation(prompter, lambda number, place: place % 2 == 0, config(*overrides))
+@pytest.mark.parametrize(("beta", "kept"), [(0.0, [2, 3, 4, 5]), (30.0, [0, 1, 2, 4])])
+def test_the_filter_keeps_the_best(prompter: Prompter, beta: float, kept: list[int]) -> None:
+    """Two rollouts and four branches, each three tokens longer, the wrong ones a little longer still. To these passes
+    what is long says most about the answer and owes most to the question."""
+    overrides = ["dynamic.enabled=false", "branch.enabled=true", "branch.base=2", "branch.total=6"]
+    made = generation(prompter, lambda number, place: place % 2 == 0, config(*overrides, f"branch.beta={beta}"))
     rollouts, _ = made.rollouts(0, lambda step, count: problems([7]), clock, prefix=1.0)
     engine: Any = made.collector.engine
     assert len(engine.seen) == 6
     assert (rollouts.group_size, len(rollouts.rewards)) == (N, N)
     assert int(rollouts.lengths.sum()) + rollouts.extra_tokens == engine.tokens
+    assert [[request.seed for request in engine.seen].index(seed) for seed in rollouts.ids.tolist()] == kept
 
 
 def test_dynamic_sampling_of_branches_counts_all_that_was_drawn(prompter: Prompter) -> None:
@@ -351,29 +371,6 @@ def test_dynamic_sampling_of_branches_counts_all_that_was_drawn(prompter: Prompt
     rollouts, _ = made.rollouts(0, Questions(), clock, prefix=1.0)
     engine: Any = made.collector.engine
     assert int(rollouts.lengths.sum()) + rollouts.extra_tokens == engine.tokens
-
-
-def test_questions_of_a_batch_and_joining() -> None:
-    whole = Rollouts(
-        problems=problems(range(3)),
-        prompts=[[0], [1], [2]],
-        completions=[Completion([i], [0.0], "stop") for i in range(6)],
-        group_size=2,
-        ids=torch.arange(6),
-        rewards=torch.arange(6.0),
-        correct=torch.arange(6) % 2 == 0,
-        texts=[str(i) for i in range(6)],
-        extra_tokens=5,
-    )
-    part = whole.take(whole.rows_of([2, 0]))
-    assert [p.id for p in part.problems] == ["q2", "q0"]
-    assert part.texts == ["4", "5", "0", "1"]
-    assert part.rewards.tolist() == [4, 5, 0, 1]
-    both = Rollouts.joined([whole.take(whole.rows_of([2])), whole.take(whole.rows_of([0]))])
-    assert vars(both).keys() == vars(part).keys()
-    assert (both.texts, both.prompts, both.ids.tolist()) == (part.texts, part.prompts, part.ids.tolist())
-    assert Rollouts.joined([whole, whole]).extra_tokens == 10
-    assert whole.take(whole.rows_of([])).completions == []
 
 
 def test_empty_share(tmp_path: Path, prompter: Prompter) -> None:

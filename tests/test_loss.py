@@ -631,8 +631,10 @@ def test_sequence_mask_by_hand() -> None:
     weight, sums = importance_weights(OURS, ENGINE, SELECTED, rule="sequence_mask", cap=2.0)
     assert weight[SELECTED].tolist() == [1, 1, 0, 0, 1]
     assert sums["mismatch_weight"].item() == 3
-    lower, _ = importance_weights(ENGINE, OURS, SELECTED, rule="sequence_mask", cap=2.0)  # 1/3 is below 1/2
-    assert lower[SELECTED].tolist() == [1, 1, 0, 0, 1]
+    for cap, kept in ((2.9, 0), (3.1, 1)):  # 3 is beyond and within, and so is 1/3
+        for ours, engine in ((OURS, ENGINE), (ENGINE, OURS)):
+            weight, _ = importance_weights(ours, engine, SELECTED, rule="sequence_mask", cap=cap)
+            assert weight[SELECTED].tolist() == [1, 1, kept, kept, 1]
 
 
 def test_icepop_by_hand() -> None:
@@ -681,18 +683,21 @@ def test_importance_reads_selected_tokens_only_and_carries_no_gradient(rule: str
     assert all(v.item() == 0 for v in empty_sums.values())
 
 
-def test_k3_is_cut_where_it_would_drown_a_batch() -> None:
+@pytest.mark.parametrize("far", [29.0, -29.0])
+def test_k3_is_cut_where_it_would_drown_a_batch(far: float) -> None:
+    """The initial model finds the first token e^29 times as likely, or as unlikely."""
     logp = torch.tensor([[-30.0, -1.0]], requires_grad=True)
     loss, metrics = policy_loss(
         logp,
         logp.detach(),
         torch.zeros(1),
         torch.ones(1, 2, dtype=torch.bool),
-        logp_ref=torch.tensor([[-1.0, -2.0]]),
+        logp_ref=torch.tensor([[-30.0 + far, -2.0]]),
         kl_beta=1.0,
     )
     usual = math.exp(-1.0) + 1.0 - 1  # untouched
-    assert metrics["kl"] == pytest.approx((math.exp(20.0) - 20.0 - 1 + usual) / 2)
+    cut = math.copysign(20.0, far)
+    assert metrics["kl"] == pytest.approx((math.exp(cut) - cut - 1 + usual) / 2)
     loss.backward()
     assert logp.grad is not None
     assert logp.grad[0].tolist() == pytest.approx([0.0, (1 - math.exp(-1.0)) / 2])

@@ -47,11 +47,6 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(table, k):
     assert pass_at_k(table, k) == pytest.approx(slow)
 
 
-@given(tables)
-def test_pass_at_1_is_avg(table):
-    assert pass_at_k(table, 1) == pytest.approx(avg_at_k(table))
-
-
 def test_maj_at_k_by_hand():
     assert maj_at_k([["7", "7", "8"]], [[1, 1, 0]]) == 1.0
     assert maj_at_k([["7", "8", "8"]], [[1, 0, 0]]) == 0.0
@@ -104,6 +99,14 @@ def test_bootstrap_against_all_resamples():
     assert sum(m <= high + 1e-9 for m in means) / 27 >= 0.75 > sum(m < high - 1e-9 for m in means) / 27
 
 
+def test_resamples_of_many_problems_are_drawn_in_parts():
+    """Of 130 problems a million numbers hold 7,692 resamples: two parts, which are those of one draw of all."""
+    scores = np.random.default_rng(7).random(130)
+    drawn = np.random.default_rng(3).integers(130, size=(10_000, 130))
+    means = [statistics.fmean(scores[row]) for row in drawn]
+    assert bootstrap_interval(scores, seed=3, level=0.9) == pytest.approx(tuple(np.quantile(means, [0.05, 0.95])))
+
+
 def test_a_wider_level_is_a_wider_interval():
     scores = [0, 0.25, 0.5, 1, 1, 0.75]
     inner, outer = (bootstrap_interval(scores, seed=0, level=level) for level in (0.8, 0.99))
@@ -153,7 +156,7 @@ def test_paired_bootstrap_sees_what_unpaired_intervals_hide():
     b = [score + 0.02 + 0.01 * (i % 2) for i, score in enumerate(a)]
     found = paired_bootstrap(a, b)
     assert found.real
-    assert found.p < 0.001
+    assert found.p == 2 / 10_001  # no resample reaches 0, which is not to say that none would
     assert bootstrap_interval(a, 0)[1] > bootstrap_interval(b, 0)[0]
     swapped = paired_bootstrap(b, a)
     assert (swapped.low, swapped.high) == (pytest.approx(-found.high), pytest.approx(-found.low))

@@ -50,6 +50,13 @@ def hsic_by_loops(x: list[float], y: list[float], sigma: float) -> float:
     return float(np.trace(k @ h @ l @ h)) / (n - 1) ** 2
 
 
+def median_by_loops(x: Tensor) -> float:
+    """Of the non-zero distances of all pairs of rows, the middle one (of two the lower), over sqrt(2)."""
+    rows = x.tolist()
+    distances = sorted(math.dist(a, b) for i, a in enumerate(rows) for b in rows[:i] if a != b)
+    return distances[(len(distances) - 1) // 2] / math.sqrt(2)
+
+
 # --- HSIC ---------------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +161,19 @@ def test_batches_draws_and_choices():
         fast_hsic(x, y, num_features=8, sigma=0.0)
 
 
+@pytest.mark.parametrize("center", [True, False])
+def test_the_median_is_of_each_variable_and_of_each_set_by_itself(center):
+    """Of whole vectors: their first coordinate varies least."""
+    x, y = normal(2, 10, 3) * torch.tensor([0.1, 1.0, 3.0]), 7 * normal(2, 10, 2, seed=1)
+    x[1] *= 4
+    options: dict[str, Any] = {"num_features": 32, "center": center}
+    found, exact = fast_hsic(x, y, sigma="median", **options), exact_hsic(x, y, sigma="median")
+    for i in range(2):
+        unit = x[i] / median_by_loops(x[i]), y[i] / median_by_loops(y[i])
+        torch.testing.assert_close(found[i], fast_hsic(*unit, sigma=1.0, **options), rtol=1e-4, atol=0)
+        torch.testing.assert_close(exact[i], exact_hsic(*unit, sigma=1.0), rtol=1e-4, atol=0)
+
+
 def test_median_bandwidth():
     # Distances 1, 2, 3 (and one zero, left out): the median is 2.
     points = torch.tensor([[0.0], [0.0], [1.0], [3.0]])
@@ -230,6 +250,17 @@ def test_coordinate_scores_of_bad_tokens_are_zero():
         assert (coordinate_scores(hidden, bad_gold, **options) == 0).all()
     assert coordinate_scores(hidden[:, :1], gold[:1], **options).tolist() == [0.0] * len(hidden)
     assert coordinate_scores(hidden[:0], gold, **options).shape == (0,)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_the_median_of_coordinates_is_of_all_states_and_of_the_gold_state(center):
+    """Each with its own, the tokens with one for all of them: 66 and 22 scalars."""
+    hidden, gold = planted(tokens=3, d=22)
+    hidden, gold = hidden * torch.tensor([[0.2], [1.0], [3.0]]), 5 * gold
+    unit = hidden / median_by_loops(hidden.reshape(-1, 1)), gold / median_by_loops(gold[:, None])
+    options: dict[str, Any] = {"num_features": 32, "center": center, "seed": 2}
+    scores = coordinate_scores(hidden, gold, sigma="median", **options)
+    torch.testing.assert_close(scores, plain_scores(*unit, sigma=1.0, **options).float(), rtol=1e-4, atol=1e-7)
 
 
 def test_median_makes_coordinate_scores_scale_free():

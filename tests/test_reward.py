@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -187,6 +186,7 @@ def graded(functions: None) -> Iterator[Rewarder]:
         "length": RewardConfig(function="graders:length", overlong_buffer=20),
         "weighed": RewardConfig(function="graders:length", overlong_buffer=20, correctness=0.8, format=0.2),
         "picky": RewardConfig(function="graders:picky", overlong_buffer=20),
+        "dapo": RewardConfig(signed=True, overlong=0.8, overlong_buffer=20),
     }
     rewarder = Rewarder(configs, max_tokens=100)
     yield rewarder
@@ -222,10 +222,14 @@ def test_what_a_function_raises_names_the_rollout(graded: Rewarder, text: str, s
 
 
 def test_each_origin_has_its_own_reward(graded: Rewarder) -> None:
-    origins = ["length", "", "mixed", "length", "else"]
+    origins = ["length", "", "mixed", "length", "else", "dapo", "dapo", "dapo"]
     problems = [Problem(str(i), "four", "5", origin=origin) for i, origin in enumerate(origins)]
-    rewards, _, _ = score(graded, problems, ["ab", r"\boxed{5}", r"\boxed{5}", "abcd", r"\boxed{6}"], [90] * 5)
-    torch.testing.assert_close(rewards, torch.tensor([0.5, 1.0, 0.5 + 0.5 * 0.5, 1.0, 0.0]))
+    texts = ["ab", r"\boxed{5}", r"\boxed{5}", "abcd", *[r"\boxed{6}"] * 2, r"\boxed{5}", r"\boxed{5}"]
+    rewards, correct, _ = score(graded, problems, texts, [90] * 7 + [100])
+    # DAPO's: -1 or 1, less 0.8 of how far the last 20 tokens of 100 were used
+    dapo = [-1 - 0.8 * 0.5, 1 - 0.8 * 0.5, 1 - 0.8]
+    torch.testing.assert_close(rewards, torch.tensor([0.5, 1.0, 0.5 + 0.5 * 0.5, 1.0, 0.0, *dapo]))
+    assert correct[5:].tolist() == [False, True, True]  # whatever is taken off
 
 
 @pytest.mark.usefixtures("functions")
@@ -269,20 +273,15 @@ def test_a_busy_machine_changes_no_reward() -> None:
     texts = [r"\boxed{2\sqrt{2}}", r"\boxed{2\sqrt{3}}", "nothing", "0.1", "0.095", "0.09"]
     texts += [r"\boxed{\sum_{n=1}^{10^9} n!}", "1000"]
 
-    def scored(around: AbstractContextManager[None]) -> tuple[list[float], list[bool], dict[str, float], float]:
+    def scored(around: AbstractContextManager[None]) -> tuple[list[float], list[bool], dict[str, float]]:
         rewarder = Rewarder(configs, max_tokens=100)
         score(rewarder, problems[3:5], ["0", "0.01"], [9] * 2)  # workers have started
         with around:
-            start = time.monotonic()
-            assert score(rewarder, problems[3:5], texts[3:5], [9] * 2)[0].tolist() == [1.0, 1.0]
-            took = time.monotonic() - start
             rewards, correct, metrics = score(rewarder, problems, texts, [9] * 8)
         rewarder.close()
-        return rewards.nan_to_num(-1.0).tolist(), correct.tolist(), metrics, took
+        return rewards.nan_to_num(-1.0).tolist(), correct.tolist(), metrics
 
-    rewards, correct, metrics, _ = scored(nullcontext())
+    rewards, correct, metrics = scored(nullcontext())
     assert rewards == [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, -1.0, -1.0]
     assert metrics["reward/timed_out"] == 0.25
-    again = scored(load())
-    assert again[:3] == (rewards, correct, metrics)
-    assert again[3] > limit  # or the machine was not busy
+    assert scored(load()) == (rewards, correct, metrics)

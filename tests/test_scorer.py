@@ -38,31 +38,34 @@ def batch(d: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, gold, LENGTHS
 
 
-def test_pointwise_scores_by_loops():
+@pytest.mark.parametrize("center", [True, False])
+def test_pointwise_scores_by_loops(center):
     hidden, gold, lengths = batch()
     paired = gold.repeat_interleave(lengths, 0)
-    scores = batch_scores(hidden, gold, lengths, estimator="pointwise", num_features=16, sigma=2.0, seed=3)
+    options: dict[str, Any] = {"num_features": 16, "sigma": 2.0, "seed": 3, "center": center}
+    scores = batch_scores(hidden, gold, lengths, estimator="pointwise", **options)
     phi_of = FourierFeatures.draw("random", 4, 16, 3)
     x, y = phi_of(hidden.double(), 2.0), phi_of(paired.double(), 2.0)
-    x, y = x - x.mean(0), y - y.mean(0)
+    if center:
+        x, y = x - x.mean(0), y - y.mean(0)
     n = len(x)
     covariance = torch.stack([torch.outer(x[i], y[i]) for i in range(n)]).sum(0) / (n - 1)
     expected = torch.stack([x[i] @ covariance @ y[i] for i in range(n)])
     torch.testing.assert_close(scores, expected.float(), rtol=1e-4, atol=1e-7)
-    hsic = fast_hsic(hidden, paired, num_features=16, sigma=2.0, seed=3)
+    hsic = fast_hsic(hidden, paired, **options)
     assert scores.mean().item() == pytest.approx(hsic.item() * (n - 1) / n, rel=1e-4)
 
 
-def test_position_scores_by_loops():
+@pytest.mark.parametrize("center", [True, False])
+def test_position_scores_by_loops(center):
     hidden, gold, lengths = batch()
-    scores = batch_scores(hidden, gold, lengths, estimator="position", num_features=16, sigma=2.0, seed=3)
+    options: dict[str, Any] = {"num_features": 16, "sigma": 2.0, "seed": 3, "center": center}
+    scores = batch_scores(hidden, gold, lengths, estimator="position", **options)
     scores = scores.split(lengths.tolist())
     states = hidden.split(lengths.tolist())
     for t in range(6):
         running = [i for i in range(4) if lengths[i] > t]
-        expected = fast_hsic(
-            torch.stack([states[i][t] for i in running]), gold[running], num_features=16, sigma=2.0, seed=3
-        )
+        expected = fast_hsic(torch.stack([states[i][t] for i in running]), gold[running], **options)
         for i in running:
             assert scores[i][t].item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-9)
     assert scores[2][5] == 0  # a single rollout is left there
@@ -218,10 +221,15 @@ def test_median_bandwidth_is_agreed_on_by_ranks():
 # --- the object ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("sigma", [2.0, "median"])
 @pytest.mark.parametrize("normalize", ["none", "layernorm", "zscore"])
-def test_coordinate_scorer_takes_each_rollout_with_its_own_gold(normalize):
+def test_coordinate_scorer_takes_each_rollout_with_its_own_gold(normalize, sigma, center):
+    """And with its own medians, of its states and of its gold state."""
     hidden, gold, lengths = batch(d=64)
-    scorer = make(normalize=normalize, num_features=16, sigma=2.0, seed=4)
+    scale = torch.tensor([[1.0], [0.3], [2.0], [4.0]])
+    hidden, gold = hidden * scale.repeat_interleave(lengths, 0), gold * scale.flip(0)
+    scorer = make(normalize=normalize, num_features=16, sigma=sigma, center=center, seed=4)
     assert scorer.local
     scores = scorer.score(hidden, gold, lengths).split(lengths.tolist())
     for rollout, (states, answer) in enumerate(zip(hidden.split(lengths.tolist()), gold)):
@@ -231,7 +239,10 @@ def test_coordinate_scorer_takes_each_rollout_with_its_own_gold(normalize):
         elif normalize == "zscore":
             mean, std = states.mean(0), states.var(0, correction=0).sqrt()
             states, answer = (states - mean) / std, (answer - mean) / std
-        expected = coordinate_scores(states, answer, num_features=16, sigma=2.0, seed=4)
+        if sigma == "median":
+            states = 2.0 * states / median_bandwidth(states.reshape(-1, 1))
+            answer = 2.0 * answer / median_bandwidth(answer[:, None])
+        expected = coordinate_scores(states, answer, num_features=16, sigma=2.0, center=center, seed=4)
         torch.testing.assert_close(scores[rollout], expected, rtol=1e-3, atol=1e-7)
 
 

@@ -223,7 +223,7 @@ _BARE_FUNCTIONS = "(?:a(?:rc)?)?(?:sin|cos|tan)h?|coth?|sech?|csch?|log|ln|exp"
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?(?: (?=\{))?")
 _CURRENCY = "(dollar|pound|euro|yen|rupee)s?(?![A-Za-z]) ?"
 _AMOUNT = r"(-?(?:[.,]?\d)++(?: ?\\cdot ?10 ?\^ ?\{?\d+\}?)?+(?: ?\\text ?\{ ?(?:thousand|[a-z]+illion) ?\})?+)"
-_AMOUNT += r"(?= ?(?:$|[,;.)]|/ ?\\text|\\text|(?:and|or|per)(?![a-z])))"  # and no more of it
+_AMOUNT += r"(?= ?(?:$|[,;.)]|(?:/ ?)?\\text|(?:and|or|per)(?![a-z])))"  # and no more of it
 _RULES = [
     (re.compile(pattern), new)
     for pattern, new in [

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
+from aipo.config import load_config
 from aipo.errors import UserError
 from aipo.evaluation.benchmarks import Benchmark
-from aipo.evaluation.scoring import CompletionFiles, complete, pending, requests_for
+from aipo.evaluation.scoring import CompletionFiles, Validator, Watched, complete, pending, requests_for
+from aipo.metrics import accuracy_summary
 from aipo.problems.datasets import Problem, fingerprint
 from aipo.problems.prompts import Prompter
+from aipo.record.progress import Progress
 from aipo.rollout.base import Completion, Request, Sampling
+from aipo.rollout.collect import Collector, request_seed
 from aipo.rollout.hf import HfEngine
 from aipo.verify import Verifier
 from tests.tiny import make_tiny
@@ -270,3 +278,144 @@ def test_names_with_odd_characters(tmp_path: Path) -> None:
     files.close()
     assert len(files.merge("my[1]*?")) == 1
     assert files.merge("my1") == []
+
+
+# --- validation during training -----------------------------------------------------------------------------------
+
+SAID = {  # of each question the two samples: what is said, and whether the length limit cut it
+    "p0": [("1", False), ("2", False)],
+    "p1": [("2", False), ("2", False)],
+    "p2": [("9", True), ("no verdict", False)],
+    "p3": [("9", False), ("4", False)],
+    "secret/gpqa_diamond/p4": [("9", False), ("9", False)],
+}
+HELD_OUT = [*PROBLEMS[:4], Problem("secret/gpqa_diamond/p4", "What is 4 + 1?", "5")]
+
+
+class Drawn:
+    """An engine that says what stands in ``SAID``, the last request first."""
+
+    asleep = True
+
+    def __init__(self, prompter: Prompter, seed: int) -> None:
+        self.prompter, self.calls = prompter, list[str]()
+        self.sampling: list[Sampling] = []
+        self.of_seed = {
+            request_seed(seed, stream, question, sample): said
+            for stream in ("validation", "watch/other")
+            for question, samples in SAID.items()
+            for sample, said in enumerate(samples)
+        }
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling, *, on_done: Any) -> list[Completion]:
+        self.calls.append("generate")
+        self.sampling.append(sampling)
+        done = []
+        for request in requests:
+            text, cut = self.of_seed[request.seed]
+            ids = self.prompter.tokenizer.encode(text)
+            done.append(Completion(ids, [0.0] * len(ids), "length" if cut else "stop"))
+        for i in reversed(range(len(done))):
+            on_done(i, done[i])
+        return done
+
+    def sleep(self) -> None:
+        self.calls.append("sleep")
+
+    def sync(self, weights: Any) -> None:
+        self.calls.append(f"sync {weights}")
+
+
+class Judge:
+    """A rewarder for which right is what equals the answer; what says so has no verdict."""
+
+    def submit(self, problem: Problem, text: str, length: int, sample: int) -> float:
+        return math.nan if text == "no verdict" else float(text == problem.answer)
+
+    def collect(self, pending: Sequence[float]) -> tuple[Tensor, Tensor, dict[str, float]]:
+        rewards = torch.tensor(pending)
+        return rewards, rewards == 1, {}
+
+
+def validator(prompter: Prompter) -> tuple[Validator, Drawn]:
+    keys = ["rollout.max_tokens=9", "rollout.temperature=0.7", "validation.samples=2"]
+    keys += ["validation.temperature=0.3", "validation.top_p=0.8", "validation.top_k=7"]
+    config, engine = load_config("tiny.yaml", keys), Drawn(prompter, seed=3)
+    collector = Collector(engine, prompter, Judge(), seed=3)  # type: ignore[arg-type]
+    passes: Any = SimpleNamespace(
+        wake=lambda asked: asked.calls.append("wake"), sharded=SimpleNamespace(full_parameters=lambda: "weights")
+    )
+    progress = Progress(active=False)
+    watched = {"other": Watched(HELD_OUT[1:3], 2, every=3)}
+    return Validator(collector, passes, progress, config, HELD_OUT, watched), engine
+
+
+def test_a_validation_by_hand(prompters: dict[str, Prompter]) -> None:
+    """Right are 1, 2, 0, 1 and 0 of two: 4 of 10, one of which has no verdict, and one was cut."""
+    made, engine = validator(prompters["math"])
+    accuracy, metrics = made.validate()
+    assert engine.sampling == [Sampling(9, temperature=0.3, top_p=0.8, top_k=7)]
+    assert engine.calls == ["wake", "generate"]
+    assert (accuracy.value, accuracy.problems, accuracy.samples) == (0.4, 5, 10)
+    tokens = [len(engine.prompter.tokenizer.encode(text)) for samples in SAID.values() for text, _ in samples]
+    assert metrics == pytest.approx(
+        {
+            "validation/accuracy": 0.4,
+            "validation/accuracy_low": accuracy.low,
+            "validation/accuracy_high": accuracy.high,
+            "validation/length_mean": sum(tokens) / 10,
+            "validation/truncated": 0.1,
+            "validation/no_verdict": 0.1,
+        }
+    )
+    assert accuracy.low < 0.4 < accuracy.high
+    right = [[True, False], [True, True], [False, False], [False, True], [False, False]]
+    questions = [*(f"What is {i} + 1?" for i in range(4)), None]  # GPQA's text stays out of logs
+    assert made.answers == [
+        {"id": problem.id, "question": question, "right": each}
+        for problem, question, each in zip(HELD_OUT, questions, right)
+    ]
+
+
+def test_ranks_validate_what_one_does(prompters: dict[str, Prompter], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of unequal shares: the same figures, from rows in the order of the questions."""
+    shares: list[Any] = []
+    rows: list[list[list[bool]]] = []  # that an interval is drawn from: another order is another interval
+    monkeypatch.setattr(
+        "aipo.evaluation.scoring.accuracy_summary", lambda each: rows.append(each) or accuracy_summary(each)
+    )
+    alone, _ = validator(prompters["math"])
+    expected = alone.validate()
+
+    class Gathers(Exception): ...
+
+    def first(share: Any) -> None:
+        shares.append(share)
+        raise Gathers
+
+    monkeypatch.setattr("aipo.distributed.world_size", lambda: 2)
+    for gather in (first, lambda share: shares):  # what each rank has to say, then what it makes of all
+        monkeypatch.setattr("aipo.distributed.gather_objects", gather)
+        for rank in range(2):
+            monkeypatch.setattr("aipo.distributed.rank", lambda rank=rank: rank)
+            made, _ = validator(prompters["math"])
+            if gather is first:
+                with pytest.raises(Gathers):
+                    made.validate()
+            else:
+                assert made.validate() == expected
+                assert made.answers == alone.answers
+    assert rows[0] == rows[1] == rows[2] == [each["right"] for each in alone.answers]
+    assert [ids for ids, _, _ in shares] == [["p0", "p2", HELD_OUT[4].id], ["p1", "p3"]]
+
+
+def test_what_is_watched_leaves_nothing_behind(prompters: dict[str, Prompter]) -> None:
+    made, engine = validator(prompters["math"])
+    assert made.watch(2, last=False) == {}
+    assert engine.calls == []
+    for step, last in ((3, False), (4, True)):
+        metrics = made.watch(step, last=last)
+        assert (metrics["watch/other/accuracy"], metrics["watch/other/no_verdict"]) == (0.5, 0.25)
+        assert all(name.startswith("watch/other/") for name in metrics)
+    assert engine.calls == ["wake", "generate", "sleep", "sync weights"] * 2
+    assert made.answers == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import ExitStack
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -96,10 +97,10 @@ def test_an_engine_that_sleeps_holds_no_weights_until_a_sync_brings_them(folder,
     before = engine.generate(REQUESTS, SAMPLING)
     for weight in engine._model.parameters():
         weight.data = weight.data.clone()  # no longer a part of the file, as on a GPU
-    engine._device = torch.device("cuda")  # for two calls
+    device, engine._device = engine._device, torch.device("cuda")  # for two calls
     engine.sleep()
     engine.sleep()
-    engine._device = torch.device("cpu")
+    engine._device = device
     assert all(p.untyped_storage().nbytes() == 0 for p in engine._model.parameters())
     with pytest.raises(RuntimeError, match="sleeps"):
         engine.generate(REQUESTS, SAMPLING)
@@ -362,6 +363,19 @@ def test_no_latent_changes_nothing(folder, rule):
     assert mixed[3].token_ids == plain[3].token_ids
     assert [c.logprobs for c in mixed[:3]] != [c.logprobs for c in plain[:3]]
     assert engine.generate(REQUESTS, SAMPLING) == plain  # no hook is left behind
+
+
+def test_a_residual_is_added_after_each_of_the_last_four_layers():
+    layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(6))
+    model: Any = SimpleNamespace(base_model=SimpleNamespace(layers=layers))
+    injection = injection_for("residual")
+    states = torch.ones(len(PROMPTS), 1, 64)
+    added = 0.4 * 0.5 ** (2 / 3) * injection.z @ injection.projections.residual.T  # at token 2, half as much every 3
+    with injection.hooks(model, 2):
+        for i, layer in enumerate(layers):
+            torch.testing.assert_close(layer(states)[:, 0] - 1, added if i >= 2 else torch.zeros_like(added))
+            assert i < 2 or torch.equal(layer((states, 7))[0], layer(states))  # a layer that returns more
+    assert all(layer(states) is states for layer in layers)
 
 
 def test_latents_that_cannot_be_used(folder):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from aipo.config import load_config
 from aipo.errors import TrainingError, UserError
+from aipo.rollout import server
 from aipo.rollout.server import (
     ServerEngine,
     ask,
@@ -103,7 +104,13 @@ def test_an_unfit_server_is_refused_in_one_line(url, answers, path, answer, word
     ("path", "words"), [("/version", "no vLLM server answers"), ("/inference/v1/generate", "takes no token ids")]
 )
 def test_a_server_that_only_listens_is_refused(url, answers, path, words, monkeypatch):
-    monkeypatch.setattr("aipo.rollout.server.ANSWER_S", 0.2)
+    call = server.call
+
+    def impatient(url, asked, body, *, timeout, **options):
+        assert timeout == server.ANSWER_S  # what answers may take its time
+        return call(url, asked, body, timeout=0.2 if f"/{asked}" == path else timeout, **options)
+
+    monkeypatch.setattr(server, "call", impatient)
     answers[path] = never = threading.Event()
     try:
         with pytest.raises(UserError, match=words):
