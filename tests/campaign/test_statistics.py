@@ -59,13 +59,6 @@ def test_power_is_that_of_the_noncentral_t(effect: float, seeds: int, level: flo
     assert power(effect, seeds, level) == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.slow
-def test_power_is_what_simulation_shows() -> None:
-    samples = np.random.default_rng(0).normal(1.2, 1, size=(2_000, 4))
-    shown = float(np.mean([paired_p(row) < 0.05 for row in samples]))
-    assert power(1.2, 4) == pytest.approx(shown, abs=0.03)
-
-
 @pytest.mark.parametrize("differences", [[1.0, 2.0, 3.5], [0.5, -0.4, 1.0], [5.0, 4.0, 7.0, 6.0]])
 def test_needed_seeds_are_the_fewest(differences: list[float]) -> None:
     found = seeds_needed(differences)
@@ -94,6 +87,7 @@ def test_a_difference_is_one_that_every_seed_shows() -> None:
     assert better.adjusted == pytest.approx(2 * better.p)
     assert better.low <= better.difference <= better.high
     assert not noisy.told_apart
-    assert noisy.needed is not None
-    assert noisy.needed > 3
+    # at the level that each of two comparisons has, of which a single one would need fewer
+    assert noisy.needed == seeds_needed([15.0, -2.0, 15.0], level=0.025)
+    assert noisy.needed != seeds_needed([15.0, -2.0, 15.0])
     assert compare({"a": {0: 1.0}}, "gone") == {}

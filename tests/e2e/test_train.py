@@ -216,6 +216,7 @@ def test_a_resumed_run_keeps_the_dtype_that_auto_chose(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Begun where oneDNN is held to AVX2, which has no bfloat16, and gone on with where it is not."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a GPU would have it
     few = ["model.dtype=auto", "optim.steps=2", "curriculum.enabled=false", "sharding.zero_stage=0"]
     few.append("rollout.engine=hf")
     small = arguments(model, data, tmp_path, "moved", *few)

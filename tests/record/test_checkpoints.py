@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -251,34 +250,6 @@ def test_a_kill_before_each_change_on_disk(tmp_path, monkeypatch):
             break
     assert child.exitcode == 0
     assert n > 15  # the kill has met every stage
-
-
-@pytest.mark.slow
-def test_kills_at_random_moments(tmp_path):
-    rng = random.Random(0)
-    done = -1
-    for _ in range(15):
-
-        def train(first: int = done + 1) -> None:
-            store = CheckpointStore(tmp_path, keep_last=2)
-            store.rewind(first - 1)
-            for step in range(first, 10**6):
-                store.save(step, shard(step, size=200_000))
-
-        child = in_child(train)
-        time.sleep(rng.uniform(0.02, 0.12))
-        assert child.is_alive()
-        assert child.pid is not None
-        os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        found = resolve(tmp_path, "auto")
-        if found is not None:
-            assert damage(found) is None
-            step = json.loads((found / "trainer.json").read_text())["step"]
-            assert set((found / "weights" / "rank0.pt").read_bytes()) == {step % 256}
-            assert step >= done
-            done = step
-    assert done > 0
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):

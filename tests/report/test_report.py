@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from aipo.errors import UserError
@@ -22,7 +23,7 @@ from aipo.report.evaluation_report import evaluation_report
 from aipo.report.load import load_run, read_rollouts
 from aipo.report.page import visible
 from aipo.report.run_report import differences, report
-from aipo.report.selected import describe, peaks, places, run_lengths, words
+from aipo.report.selected import density, describe, peaks, places, run_lengths, words
 from aipo.report.verdict import judge
 from tests.report.folders import HOSTILE, make_evaluation, make_run, rollout
 
@@ -193,10 +194,28 @@ def test_statistics_of_a_recorded_run(run: Path) -> None:
     found = describe(load_run(run))
     assert found is not None
     assert found["steps"] == [1, 2, 11, 12]
-    assert sum(found["density"]["counts"]) == found["density"]["pairs"] if found["density"] else True
+    assert found["density"] is None  # so few tokens have an entropy
     ((bucket, shares),) = found["peaks"]["buckets"]  # all of its questions are easy
     assert bucket == "easy"
     assert [sum(part) for part in shares] == pytest.approx([1, 1], abs=1e-3)
+
+
+def test_density_of_information_and_entropy() -> None:
+    """Counted on a grid that ends with a quantile of each, and what lies beyond at its edge."""
+    rows = [rollout(["a"] * 60, seed) for seed in range(4)]
+    pairs = [(mi, h) for row in rows for mi, h in zip(row["mi"], row["entropy"]) if h is not None]
+    found, spans = density(rows), [np.quantile(values, [0.005, 0.995]) for values in zip(*pairs)]
+    assert found is not None
+    counts = np.zeros((found["size"], found["size"]), int)  # entropy, mi
+    for pair in pairs:
+        cells = [int((value - low) / (high - low) * len(counts)) for value, (low, high) in zip(pair, spans)]
+        x, y = (min(max(cell, 0), len(counts) - 1) for cell in cells)
+        counts[y, x] += 1
+    assert found["counts"] == counts.ravel().tolist()
+    assert sum(found["counts"]) == found["pairs"] == len(pairs) > 50
+    assert [found["mi"], found["entropy"]] == [pytest.approx(list(span)) for span in spans]
+    assert found["correlation"] == pytest.approx(np.corrcoef(*zip(*pairs))[0, 1], abs=6e-4)
+    assert density(rows[:1]) is None  # of too few
 
 
 def test_peaks_are_counted_by_bucket(run: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -32,6 +33,7 @@ from aipo.problems.datasets import Problem
 from aipo.record.reporting import reduce_metrics
 from aipo.rollout.base import Completion
 from aipo.rollouts import Rollouts
+from aipo.tokens.attention import AttentionEntropy, attention_weights
 from aipo.tokens.early_exit import postfix_ids
 from aipo.tokens.table import MEASURES, RULES, batch_mean_std, mask_ranking, measure, needed, token_advantages
 from tests.tiny import make_tiny
@@ -79,8 +81,11 @@ def policy_of(path: Path) -> Policy:
     return Policy(model, temperature=1.0)
 
 
-def batches() -> list[Any]:
-    return [*micro_batches([PROMPTS[i // 2] for i in range(4)], COMPLETIONS, budget=12, packing=False), filler()]
+def batches(rows: Sequence[int] = range(4)) -> list[Any]:
+    made = micro_batches([PROMPTS[i // 2] for i in rows], [COMPLETIONS[i] for i in rows], budget=12, packing=False)
+    for micro in made:
+        micro.rows = torch.tensor(rows)[micro.rows]
+    return [*made, filler()]
 
 
 def plain_logits(path: Path, ids: list[int]) -> torch.Tensor:
@@ -122,15 +127,13 @@ def test_information(path: Path, rollouts: Rollouts) -> None:
     policy = policy_of(path)
     here = passes(path, policy, config("advantage.tokens=information", "advantage.stride=1"))
     postfix = postfix_ids(here.prompter.tokenizer, thinking=False)
-    rollouts.used[1] = False
-    every = batches()
-    for micro in every:  # as a rollout that takes no part in the update stands in no micro-batch
-        assert micro.rows.numel() <= 4
-    signals, sums = measure({"information"}, here, every, rollouts)
+    signals, sums = measure({"information"}, here, batches([0, 2, 3]), rollouts)  # the second takes no part
     found = signals["information"]
     assert sums["exit_tokens"] > sum(map(len, COMPLETIONS))
+    assert found[1].isnan().all()
     for row, ids in enumerate(COMPLETIONS):
-        for t in range(len(ids)):
+        assert found[row, len(ids) :].isnan().all()
+        for t in range(len(ids) if row != 1 else 0):
             after = [
                 entropy(plain_logits(path, [*PROMPTS[row // 2], *ids[: t + more], *postfix])[-1]) for more in (0, 1)
             ]
@@ -172,7 +175,7 @@ def test_the_policys_entropy_is_measured_once(path: Path, rollouts: Rollouts) ->
 def test_residual_and_attention(path: Path, rollouts: Rollouts) -> None:
     policy = policy_of(path)
     add_adapters(policy.model, rank=2, alpha=4.0, targets=("all-linear",), seed=0)
-    here = passes(path, policy, config("lora.rank=2", "advantage.tokens=residual"))
+    here = passes(path, policy, config("lora.rank=2", "advantage.tokens=residual", "advantage.layers=[0]"))
     before = measured("residual", here, rollouts)
     assert before[0].tolist() == [0.0] * 4  # B is 0 at the start
     with torch.no_grad():
@@ -183,9 +186,12 @@ def test_residual_and_attention(path: Path, rollouts: Rollouts) -> None:
     assert (after[0] > 0).all()
     assert after[2, 1:].isnan().all()
     attention = measured("attention", here, rollouts)
-    inside = torch.arange(4) < LENGTHS[:, None]
-    assert ((attention >= 0) & (attention <= 1))[inside].all()
-    assert attention[~inside].isnan().all()
+    assert attention[torch.arange(4) >= LENGTHS[:, None]].isnan().all()
+    for row, ids in enumerate(COMPLETIONS):  # test_attention.py has the entropies themselves
+        (micro,) = micro_batches([PROMPTS[row // 2]], [ids], budget=1, packing=False)
+        with torch.no_grad(), AttentionEntropy(policy, micro.predictors, layers=(0,)) as alone:
+            policy(micro)
+        torch.testing.assert_close(attention[row, : len(ids)], alone.entropy, atol=1e-5, rtol=0)
 
 
 def test_unevenness_is_of_what_was_measured(path: Path, rollouts: Rollouts) -> None:
@@ -241,10 +247,10 @@ def test_shapes_are_the_formulas_over_the_batch(rollouts: Rollouts) -> None:
     values = torch.tensor([[1.0, 2, 3, 4], [2, 2, 0, 0], [5, 0, 0, 0], [1, 1, 2, 0]])
     values[torch.arange(4) >= LENGTHS[:, None]] = float("nan")
     mean, std = batch_mean_std(values)
-    settings = config("advantage.tokens=entropy", "mask.rule=all")
+    settings = config("advantage.tokens=entropy", "mask.rule=all", "advantage.alpha=0.3", "advantage.phi=1.2")
     ranking, shaped = (each(rollouts, {"entropy": values}, settings) for each in (mask_ranking, token_advantages))
     assert ranking is None
-    expected = reallocate_by_entropy(rollouts.advantages, values, LENGTHS, mean=mean, std=std)
+    expected = reallocate_by_entropy(rollouts.advantages, values, LENGTHS, mean=mean, std=std, alpha=0.3, phi=1.2)
     assert shaped is not None
     assert torch.equal(shaped, expected)
     settings = config("mask.rule=quadrant", "mask.score=entropy")
@@ -258,6 +264,11 @@ def test_shapes_are_the_formulas_over_the_batch(rollouts: Rollouts) -> None:
     assert shaped is not None
     assert torch.equal(shaped, weight_tokens(rollouts.advantages, values.nan_to_num(0.0), LENGTHS))
     assert shaped[0].mean() == pytest.approx(1.0)
+    settings = config("advantage.tokens=attention", "advantage.strength=2", "advantage.favour=explorers")
+    shaped = token_advantages(rollouts, {"attention": values}, settings)
+    weights = attention_weights(values, LENGTHS, strength=2.0, favour="explorers")
+    assert shaped is not None
+    assert torch.equal(shaped, weight_tokens(rollouts.advantages, weights, LENGTHS))
     rollouts.rewards = torch.tensor([1.0, 0.0, 0.5, 0.25])
     for keys, tail in (([], None), (["advantage.tail=reward", "advantage.normalize=none"], rollouts.rewards)):
         shaped = token_advantages(rollouts, {"energy": values}, config("advantage.tokens=baseline", *keys))
@@ -270,10 +281,13 @@ def test_shapes_are_the_formulas_over_the_batch(rollouts: Rollouts) -> None:
     assert mask_ranking(rollouts, {"certainty": values}, config("mask.score=certainty")) is values
     rollouts.correct = torch.tensor([True, False, True, False])
     arguments = rollouts.advantages, values, rollouts.logp_engine.exp(), rollouts.correct, LENGTHS
-    for keys, weight in (([], 0.01), (["advantage.information_weight=0.3"], 0.3)):  # not the 0.2 of advantage.alpha
+    for keys, alpha, beta in (
+        ([], 0.01, 0.01),  # not the 0.2 of advantage.alpha
+        (["advantage.information_weight=0.3", "advantage.beta=0.05"], 0.3, 0.05),
+    ):
         shaped = token_advantages(rollouts, {"information": values}, config("advantage.tokens=information", *keys))
         assert shaped is not None
-        assert torch.equal(shaped, information_advantages(*arguments, alpha=weight, beta=0.01))
+        assert torch.equal(shaped, information_advantages(*arguments, alpha=alpha, beta=beta))
     published = ["advantage.tokens=information", "advantage.signed=entropy", "advantage.token_norm=l2"]
     other = values.square()  # of the entropy, which is another measure
     shaped = token_advantages(rollouts, {"information": values, "entropy": other}, config(*published))
