@@ -1,7 +1,7 @@
 #!/bin/bash
 # The tables of docs/evidence.md again, from nothing, into runs/evidence (of all methods: runs/campaigns); those of the docs stay
 # in bench/results.
-#   bash bench/evidence.sh    # some eleven hours on two cores; what is done is kept, and the same command goes on
+#   bash bench/evidence.sh    # some thirteen hours on two cores; what is done is kept, and the same command goes on
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"

@@ -158,9 +158,12 @@ def test_killed_at_any_moment_and_resumed(
 
 
 def test_killed_between_a_batch_and_its_step(model: Path, data: Path, tmp_path: Path) -> None:
-    """With a batch drawn ahead, a checkpoint holds it: the resumed run trains on the same rollouts."""
+    """With a batch drawn ahead, a checkpoint holds it: the resumed run trains on the same rollouts. It also holds the
+    statistics of all tokens scored so far, and how many were generated, by which the run ends a step early."""
     ahead = ["rollout.async_depth=1", "optim.steps=6", "curriculum.refresh_every=null"]
+    ahead += ["mask.scope=running", "optim.generated_tokens=800"]
     train(*arguments(model, data, tmp_path, "whole", *ahead))
+    assert len(metrics(tmp_path / "whole")) < 1 + 6
     resumed = [*arguments(model, data, tmp_path, "killed", *ahead), "--resume", "auto"]
     process = subprocess.Popen(
         command(*resumed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -217,8 +220,8 @@ def test_a_resumed_run_keeps_the_dtype_that_auto_chose(
 ) -> None:
     """Begun where oneDNN is held to AVX2, which has no bfloat16, and gone on with where it is not."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a GPU would have it
-    few = ["model.dtype=auto", "optim.steps=2", "curriculum.enabled=false", "sharding.zero_stage=0"]
-    few.append("rollout.engine=hf")
+    few = ["model.dtype=auto", "optim.steps=2", "curriculum.enabled=false", "curriculum.refresh_every=null"]
+    few += ["sharding.zero_stage=0", "rollout.engine=hf"]
     small = arguments(model, data, tmp_path, "moved", *few)
     with monkeypatch.context() as old_machine:
         old_machine.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
