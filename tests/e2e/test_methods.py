@@ -22,6 +22,7 @@ pytestmark = pytest.mark.e2e
 
 METHODS = sorted(path.stem for path in (CONFIG_FOLDER / "methods").glob("*.yaml"))
 AHEAD, QUADRANT = "aipo+rollout.async_depth=1", "dapo_ft+mask.rule=quadrant"
+GROWING = "pppo+validation.every=1+mask.prefix_start=0.4+mask.prefix_step=0.3+mask.prefix_end=0.6"
 MORE_AHEAD = [
     "dapo+rollout.async_depth=1",
     "pppo+rollout.async_depth=1",
@@ -54,13 +55,13 @@ def runs(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("runs")
     environment = os.environ | {"AIPO_CACHE": str(tmp_path_factory.mktemp("cache"))}
     command = [sys.executable, "tests/e2e/methods_worker.py", str(model), str(data), str(folder)]
-    command += [*METHODS, AHEAD, *MORE_AHEAD, QUADRANT]
+    command += [*METHODS, AHEAD, *MORE_AHEAD, QUADRANT, GROWING]
     done = processes.run(command, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return folder
 
 
-@pytest.mark.parametrize("method", [*METHODS, AHEAD, *MORE_AHEAD, QUADRANT])
+@pytest.mark.parametrize("method", [*METHODS, AHEAD, *MORE_AHEAD, QUADRANT, GROWING])
 def test_a_method_trains(method: str, runs: Path, model: Path) -> None:
     lines = metrics(runs / method)
     assert [line["step"] for line in lines] == [0, 1, 2]
@@ -97,6 +98,7 @@ def test_what_each_rule_leaves_in_the_log(runs: Path) -> None:
     assert 0.2 < first["mask/otf"] < 0.45  # a fraction of 0.32, at least one token a completion
     assert 0.05 < last(runs, "pppo")["mask/otf"] < 0.35  # its prefixes
     assert last(runs, "pppo")["mask/cost_share"] < 0.05  # continuations are generated too
+    assert [line["mask/prefix"] for line in metrics(runs / GROWING)[1:]] == [0.4, 0.6]  # nothing right is a stall
     assert last(runs, "dapo")["dynamic/tries"] >= 1
     assert "dynamic/tries" not in last(runs, "grpo")
     assert last(runs, "intuitor")["reward/trained"] != last(runs, "intuitor")["reward/correct"]
