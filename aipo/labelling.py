@@ -76,7 +76,7 @@ def label(
     kappa, sampling = config.mask.kappa_start, Sampling.of(config.rollout)
     sampling = replace(sampling, max_tokens=min(sampling.max_tokens, config.curriculum.probe_tokens))
     passes.wake(collector.engine)
-    rollouts = collector.collect(problems, sampling, samples=1, stream="label", submit=False)  # right or wrong
+    rollouts = collector.collect(problems, sampling, samples=1, stream="label", submit=False)  # scores alone count
     collector.engine.sleep()
     selection = Selection(selector, rollouts, passes.gold_states(problems), kappa=kappa, step=0)
     selection.score_all(passes.batches_of(rollouts), passes.states)

@@ -200,9 +200,8 @@ def policy_loss(
             ``sequence``, which is not a sum over tokens.
 
     Returns:
-        The loss, () with gradient, and metrics over selected tokens: ``kl`` (unweighted), ``ratio``,
-        ``clip_fraction`` (of tokens where the bound decides) and the count ``selected``. With nothing selected all
-        are 0.
+        The loss, () with gradient, and metrics over selected tokens: ``kl`` (unweighted), ``clip_fraction``
+        (of tokens where the bound decides) and the count ``selected``. With nothing selected all are 0.
 
     Raises:
         ValueError: an unknown rule, or an argument that a rule needs is missing.

@@ -120,6 +120,7 @@ class Rewarder:
             "reward/correct": correct[judged].float().mean().item(),
             "reward/format": formed.float().mean().item(),
             "reward/length": length.mean().item(),
+            "verdicts": float(judged.sum()),  # behind the first two: what they count for among ranks
         }
         for verdict in (Verdict.NO_ANSWER, Verdict.TIMED_OUT, Verdict.KILLED):
             metrics[f"reward/{verdict.value}"] = outcomes.count(verdict) / len(outcomes)

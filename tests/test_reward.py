@@ -109,6 +109,7 @@ def test_score_by_hand(rewarder: Rewarder) -> None:
             "reward/no_answer": 1 / 5,
             "reward/timed_out": 0.0,
             "reward/killed": 0.0,
+            "verdicts": 5.0,
         }
     )
 

@@ -93,9 +93,9 @@ class Config(Section):
                 f"mask.scope: micro_batch decides inside the forward pass, before mi.estimator: {self.mi.estimator} "
                 "has seen the batch: set mask.scope: batch, or mi.estimator: coordinate"
             )
-        if self.mask.rule == "quadrant" and self.mask.score != "entropy":
+        if mask.rule == "quadrant" and mask.score != "entropy":
             raise ValueError("mask.rule: quadrant divides tokens by their entropy: set mask.score: entropy")
-        if self.mask.score == "residual" and self.lora.rank == 0:
+        if mask.score == "residual" and self.lora.rank == 0:
             raise ValueError("mask.score: residual is what the adapters change: set lora.rank (such as 16)")
         return self
 

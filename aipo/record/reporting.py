@@ -54,10 +54,12 @@ def reduce_metrics(rollouts: Rollouts, local: dict[str, float], phases: dict[str
         return total[key] / total[count] if total[count] else 0.0
 
     def mean(key: str) -> float:
-        """Of a mean over each rank's rollouts, or over those with a verdict; a rank without any says nothing."""
-        count = "judged" if key in ("reward/mean", "reward/correct") else "rollouts"
-        parts_of = [(part[key], part[count]) for part, *_ in parts if part[count] and part[key] == part[key]]
-        return sum(v * n for v, n in parts_of) / sum(n for _, n in parts_of) if parts_of else math.nan
+        """Of each rank's mean. All draw equally many rollouts, of which not all have a verdict; what a rank has after
+        they were dealt out anew says nothing of them."""
+        by_verdict = key in ("reward/mean", "reward/correct")
+        weighed = [(part[key], part["verdicts"] if by_verdict else 1.0) for part, *_ in parts if key in part]
+        weighed = [(value, weight) for value, weight in weighed if weight]
+        return sum(v * w for v, w in weighed) / sum(w for _, w in weighed) if weighed else math.nan
 
     sources = sorted(key.removeprefix("rollouts of ") for key in total if key.startswith("rollouts of "))
     seconds = {phase: max(part.get(phase, 0.0) for _, part, *_ in parts) for phase in phases}

@@ -33,7 +33,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from aipo.errors import UserError
-from aipo.record.checkpoints import TEMPORARY, write_atomically
+from aipo.record.checkpoints import TEMPORARY, step_of, write_atomically
 from aipo.record.clock import device_peak
 from aipo.record.jsonl import JsonlLog, iterate_jsonl, read_jsonl, to_line
 from aipo.record.plots import draw_curves, young_garbage
@@ -174,7 +174,7 @@ class Tracker:
         if active:
             (folder / "rollouts").mkdir(parents=True, exist_ok=True)
             for path in (folder / "rollouts").glob("step-*"):  # of steps that are made again
-                if int(path.stem.removeprefix("step-")) > max(resume_step, 0):
+                if step_of(path) > max(resume_step, 0):
                     path.unlink()
             self._metrics = JsonlLog(folder / "metrics.jsonl", keep=lambda line: line["step"] <= resume_step)
             self._answers = JsonlLog(folder / "held_out.jsonl", keep=lambda line: line["step"] <= resume_step)

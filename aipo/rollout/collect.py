@@ -40,7 +40,7 @@ class Collector:
         """``samples`` completions of each problem; the verifier gets each as it ends, :meth:`judge` waits for it.
 
         Args:
-            submit: false leaves that to :meth:`submit`, for rollouts that are to be changed before.
+            submit: false leaves that to :meth:`submit`, for rollouts that are to be changed before, or never judged.
             stream: names the random stream, such as ``step 12``; each request's seed derives from it.
             on_done: called after every completion.
         """

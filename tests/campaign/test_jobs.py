@@ -255,13 +255,18 @@ def test_a_kill_while_a_model_is_removed_leaves_no_half_of_it(tmp_path: Path) ->
     assert sorted(path.name for path in trained.place.iterdir() if path.is_dir()) == []
 
 
-def test_a_run_that_is_trained_again_in_vain_stays_there_for_others(tmp_path: Path) -> None:
-    script = "test -f broken && { echo 1 > metrics.jsonl; exit 1; }; mkdir final; touch done"
-    trained = job(tmp_path, "a", script)
+def broken_when_trained_again(tmp_path: Path, how: str) -> tuple[Job, Path]:
+    """A run that is done, and its metrics, which are written over before the next training ends so."""
+    trained = job(tmp_path, "a", f"test -f broken && {{ echo 1 > metrics.jsonl; {how}; }}; mkdir final; echo x >> done")
     metrics = trained.place / "metrics.jsonl"
     assert run_job(trained) == "done"
     metrics.write_text('{"step": 4}\n')
     (trained.place / "broken").touch()
+    return trained, metrics
+
+
+def test_a_run_that_is_trained_again_in_vain_stays_there_for_others(tmp_path: Path) -> None:
+    trained, metrics = broken_when_trained_again(tmp_path, "exit 1")
     more = evaluated(trained, "score")
     assert (more.again, more.reached, more.state()) == (True, 0, "waiting")
     assert run_job(replace(more, retries=1)) == "failed"
@@ -270,14 +275,7 @@ def test_a_run_that_is_trained_again_in_vain_stays_there_for_others(tmp_path: Pa
 
 
 def test_a_kill_while_a_model_is_trained_again_leaves_the_earlier_figures(tmp_path: Path) -> None:
-    script = (
-        "test -f broken && { rm broken; echo 1 > metrics.jsonl; kill -9 $PPID; exit 1; }; mkdir final; echo x >> done"
-    )
-    trained = job(tmp_path, "a", script)
-    metrics = trained.place / "metrics.jsonl"
-    assert run_job(trained) == "done"
-    metrics.write_text('{"step": 4}\n')
-    (trained.place / "broken").touch()
+    trained, metrics = broken_when_trained_again(tmp_path, "rm broken; kill -9 $PPID; exit 1")
     more = evaluated(trained, "score")
     child = multiprocessing.get_context("fork").Process(target=run_job, args=(more,))
     child.start()

@@ -76,14 +76,12 @@ def test_otf_is_of_what_the_update_read_and_the_cost_share_of_all_that_was_gener
 
 
 def test_means_over_ranks_are_over_all_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank counts by its rollouts, or by its verdicts; one without a verdict says nothing of the reward."""
-    mine = batch("a", "b"), {"reward/mean": 0.5, "reward/format": 1.0, "selected": 6.0, "entropy": 9.0}
+    """Ranks draw alike, whatever they hold when the rollouts are dealt out; one counts by its verdicts in a reward."""
+    mine = batch("a", "b"), {"reward/mean": 0.5, "reward/format": 1.0, "selected": 6.0, "entropy": 9.0, "verdicts": 3.0}
     mine[1].update(mi=2.0, mi_tokens=8.0, mi_skew=1.5, mi_sequences=3.0, weight_max=3.0)
-    one = batch("c"), {"reward/mean": math.nan, "reward/format": 0.25}
-    one[0].rewards[:] = math.nan
-    two = batch("d"), {"reward/mean": 0.8, "reward/format": 0.5, "selected": 3.0, "entropy": 1.0}
+    one = batch("c"), {"reward/mean": math.nan, "reward/format": 0.25, "verdicts": 0.0}
+    two = batch("d"), {"reward/mean": 0.8, "reward/format": 0.5, "selected": 3.0, "entropy": 1.0, "verdicts": 2.0}
     two[1].update(mi=4.0, mi_tokens=2.0, mi_skew=0.5, mi_sequences=1.0, weight_max=1.5)
-    two[0].rewards[0] = math.nan
     shares: list[Any] = []
 
     def gather(share: Any) -> list[Any]:
@@ -92,8 +90,8 @@ def test_means_over_ranks_are_over_all_rollouts(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(distributed, "gather_objects", gather)  # each rank's share, one after the other
     logged = [reduce_metrics(rollouts, dict(sums), {"rollout": 1.0}) for rollouts, sums in (mine, one, two)][-1]
-    assert logged["reward/mean"] == pytest.approx((4 * 0.5 + 1 * 0.8) / 5)
-    assert logged["reward/format"] == pytest.approx((4 * 1.0 + 2 * 0.25 + 2 * 0.5) / 8)
+    assert logged["reward/mean"] == pytest.approx((3 * 0.5 + 2 * 0.8) / 5)
+    assert logged["reward/format"] == pytest.approx((1.0 + 0.25 + 0.5) / 3)
     assert logged["policy/entropy"] == pytest.approx((9 + 1) / (6 + 3))  # a token counts the same on every rank
     assert logged["mi/mean"] == pytest.approx((2 + 4) / (8 + 2))
     assert logged["mi/skew"] == pytest.approx((1.5 + 0.5) / (3 + 1))

@@ -1,5 +1,4 @@
 import gc
-import io
 import json
 import logging
 import os
@@ -14,14 +13,11 @@ import pyarrow.parquet
 import pytest
 import torch
 from filelock import FileLock
-from rich.console import Console
 
 from aipo.errors import UserError
-from aipo.metrics import Accuracy
 from aipo.record import clock
-from aipo.record.jsonl import JsonlLog, iterate_jsonl, read_jsonl
+from aipo.record.jsonl import read_jsonl
 from aipo.record.plots import PANELS, draw_curves
-from aipo.record.progress import Progress, duration, final_table, summarize
 from aipo.record.tracker import (
     Tracker,
     git_state,
@@ -138,55 +134,6 @@ def test_git_state(tmp_path):
 def test_git_state_without_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_state(tmp_path) is None
-
-
-# --- metrics.jsonl
-
-
-def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
-    log = JsonlLog(tmp_path / "m.jsonl", keep=lambda line: line["step"] <= -1)
-    log.append({"step": 0, "loss": float("nan"), "reward": torch.tensor(0.5), "text": "κ"})
-    assert (tmp_path / "m.jsonl").read_text() == '{"step": 0, "loss": null, "reward": 0.5, "text": "κ"}\n'
-
-
-@pytest.mark.parametrize("tail", ["", '{"step": 5, "rew', '{"step": 5, "κ'])
-def test_resume_cuts_later_and_half_written_lines(tmp_path, tail):
-    path = tmp_path / "m.jsonl"
-    log = JsonlLog(path, keep=lambda line: line["step"] <= -1)
-    for step in range(5):
-        log.append({"step": step})
-    log.close()
-    with path.open("a") as file:
-        file.write(tail)
-    assert [line["step"] for line in read_jsonl(path)] == [0, 1, 2, 3, 4]
-    again = JsonlLog(path, keep=lambda line: line["step"] <= 2)
-    again.append({"step": 3, "again": 1})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        *({"step": step} for step in range(3)),
-        {"step": 3, "again": 1},
-    ]
-    JsonlLog(path, keep=lambda line: line["step"] <= -1)
-    assert path.read_bytes() == b""
-
-
-def test_a_line_cut_inside_a_character(tmp_path):
-    path = tmp_path / "m.jsonl"
-    path.write_bytes(b'{"step": 0}\n' + '{"step": 1, "κ'.encode()[:-1])
-    JsonlLog(path, keep=lambda line: line["step"] <= 9).append({"step": 1})
-    assert [line["step"] for line in read_jsonl(path)] == [0, 1]
-
-
-def test_lines_are_read_one_at_a_time(tmp_path):
-    path = tmp_path / "m.jsonl"
-    assert [*iterate_jsonl(path)] == []  # not there
-    path.write_text('{"step": 0}\n\n{"step": 1}\n{"step"\n')
-    lines = iterate_jsonl(path)
-    assert [next(lines), next(lines)] == [{"step": 0}, {"step": 1}]  # what comes later is not looked at yet
-    with pytest.raises(UserError, match=r"m\.jsonl, row 4 is damaged"):
-        next(lines)
-    path.write_text('{"step": 0}\n{"step"\n')
-    with pytest.raises(UserError, match=r"m\.jsonl, row 2 is damaged"):
-        JsonlLog(path)
 
 
 # --- the tracker
@@ -379,184 +326,6 @@ def test_drawing_leaves_no_garbage_behind(tmp_path):
     tracker.draw()
     assert gc.isenabled()
     assert (tmp_path / "curves" / "curves.png").exists()
-
-
-# --- progress
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def progress(total: int, *, terminal: bool = False, active: bool = True) -> tuple[Progress, io.StringIO, Clock]:
-    file, clock = io.StringIO(), Clock()
-    console = Console(file=file, force_terminal=terminal, width=160, color_system=None, legacy_windows=False)
-    return Progress(total, active=active, console=console, clock=clock), file, clock
-
-
-METRICS = {"reward/mean": 0.41249, "mask/otf": 0.2137, "speed/tokens_per_s": 411.6, "loss/kl": 0.0}
-
-
-def test_a_file_gets_a_plain_line_a_step():
-    shown, file, clock = progress(50)
-    shown.update(1, METRICS)
-    clock.now = 5.0
-    shown.update(2, {**METRICS, "validation/accuracy": 0.52})
-    clock.now = 10.0
-    shown.update(3, {"reward/mean": 0.5, "validation/accuracy": None})
-    shown.close()
-    assert file.getvalue().splitlines() == [
-        "step 1/50 · reward 0.412 · OTF 21.4% · tokens/s 412",
-        "step 2/50 · ETA 4m00s · reward 0.412 · OTF 21.4% · tokens/s 412 · held-out 52.0%",
-        "expected in all: 4m05s, 5.0 s a step",
-        "step 3/50 · ETA 3m55s · reward 0.500 · OTF 21.4% · tokens/s 412 · held-out 52.0%",
-    ]
-
-
-def test_eta_follows_the_last_steps_of_this_process():
-    shown, file, clock = progress(1000)
-    for step in range(500, 600):  # resumed at 500; the first half slow, the second fast
-        clock.now += 100.0 if step < 550 else 1.0
-        shown.update(step, {})
-    assert file.getvalue().splitlines()[-1] == "step 599/1000 · ETA 6m41s"
-
-
-def test_a_pass_prints_every_tenth_to_a_file():
-    shown, file, clock = progress(1)
-    with shown.task("labelling", total=500) as task:
-        for _ in range(500):
-            clock.now += 0.1
-            task.advance()
-    lines = file.getvalue().splitlines()
-    assert len(lines) == 10
-    assert lines[0] == "labelling 50/500 (10%) · ETA 45s"
-    assert lines[-1] == "labelling 500/500 (100%) · ETA 0s"
-
-
-def test_a_terminal_gets_bars():
-    shown, file, clock = progress(4, terminal=True)
-    with shown:
-        for step in (1, 2):
-            clock.now += 7.0
-            shown.update(step, METRICS)
-        with shown.task("validation", total=10) as task:
-            task.advance(5)
-            assert shown._live is not None
-            shown._live.refresh()
-        shown.say("saved [step-000002]")
-        shown._live.refresh()
-    text = file.getvalue()
-    assert "ETA 14s · reward 0.412 · OTF 21.4% · tokens/s 412" in text
-    assert "2/4" in text
-    assert "validation" in text
-    assert "saved [step-000002]" in text
-
-
-def test_an_evaluation_has_no_training_bar():
-    file = io.StringIO()
-    shown = Progress(console=Console(file=file, force_terminal=True, width=80))
-    with shown, shown.task("completions", total=4) as task:
-        task.advance(2)
-        assert shown._live is not None
-        shown._live.refresh()
-    assert "completions" in file.getvalue()
-    assert "training" not in file.getvalue()
-
-
-def test_other_ranks_are_silent():
-    shown, file, _ = progress(4, terminal=True, active=False)
-    with shown:
-        shown.update(1, METRICS)
-        shown.say("x")
-        with shown.task("labelling", 1) as task:
-            task.advance()
-    assert file.getvalue() == ""
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0s"), (59.7, "1m00s"), (200, "3m20s"), (7500, "2h05m"), (97200, "1d03h")]
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
-
-
-# --- the final table
-
-
-LINES = [
-    {"step": 0, "validation/accuracy": 0.3, "time/validation_s": 4.0},
-    {
-        "step": 1,
-        "mask/otf": 0.1,
-        "mask/cost_share": 0.05,
-        "rollout/used_tokens": 100,
-        "rollout/tokens": 200,
-        "rollout/length_mean": 20.0,
-        "time/mi_s": 1.0,
-        "time/sync_s": 0.1,
-        "reward/no_answer": 0.25,
-        "reward/timed_out": 0.0,
-        "reward/killed": 0.0,
-    },
-    {
-        "step": 2,
-        "mask/otf": 0.4,
-        "mask/cost_share": 0.3,
-        "rollout/used_tokens": 300,
-        "rollout/tokens": 400,
-        "rollout/length_mean": 30.0,
-        "time/mi_s": 2.0,
-        "time/sync_s": 0.3,
-        "reward/no_answer": 0.125,
-        "reward/timed_out": 0.03125,
-        "reward/killed": 0.0625,
-    },
-]
-
-
-def test_final_table(tmp_path):
-    run = tmp_path / "run [1]"
-    run.mkdir()
-    before, after = Accuracy(0.3, 0.25, 0.35, 100, 400), Accuracy(0.5, 0.42, 0.58, 100, 400)
-    peak = {"host": 3 * 2**30}
-    summary = summarize(LINES, before=before, after=after, peak_memory_bytes=peak, run_folder=run)
-    assert summary.otf == pytest.approx((0.1 * 100 + 0.4 * 300) / 400)  # by tokens, not by steps
-    assert summary.cost_share == pytest.approx((0.05 * 200 + 0.3 * 400) / 600)
-    assert summary.length == 25.0
-    assert list(summary.seconds) == ["mi", "sync", "validation"]
-    assert summary.seconds["mi"] == 1.5
-    assert summary.steps == 2
-
-    file = io.StringIO()
-    final_table(summary, console=Console(file=file, width=200))
-    markdown = (run / "summary.md").read_text()
-    for text in (file.getvalue(), markdown):
-        for part in (
-            "30.0 % [25.0, 35.0] (95 %)",
-            "50.0 % [42.0, 58.0] (95 %)",
-            "100 × 4",
-            "32.50 %",
-            "25.0 tokens",
-            "18.8 %",  # without an answer
-            "1.56 % / 3.12 %",  # timed out / killed
-            "1.50 s",
-            "3.0 GiB",
-            str(run),
-        ):
-            assert part in text
-    saved = json.loads((run / "summary.json").read_text())
-    assert saved["after"]["low"] == 0.42
-    assert saved["seconds"]["sync"] == pytest.approx(0.2)
-
-
-def test_final_table_of_a_run_without_steps(tmp_path):
-    accuracy = Accuracy(0.3, 0.25, 0.35, 10, 10)
-    summary = summarize([], before=accuracy, after=accuracy, peak_memory_bytes={}, run_folder=tmp_path)
-    final_table(summary, console=Console(file=io.StringIO()))
-    assert json.loads((tmp_path / "summary.json").read_text())["otf"] is None
 
 
 def test_peak_of_a_device_is_what_was_taken_at_the_end_of_a_phase(monkeypatch):
