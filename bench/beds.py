@@ -1,9 +1,9 @@
 """Train every selection of tokens on a bed, over many seeds:  python bench/beds.py chain [--seeds 8] [--conditions a,b]
 
 All through train.py's own path, one run after the other in this process. Each finished run is a line of
-beds-NAME.jsonl in bench/results, and is not made again: the command may be stopped and started. The table goes beside
-it; --out DIR makes all anew. The bed itself is made by python -m aipo.beds. More keys may follow, for other settings of
-a bed under another --name.
+beds-NAME.jsonl in bench/results, and is not made again: the command may be stopped and started. Table and curves go
+beside it, and beds.png, the main curves of all beds there; --out DIR makes all anew. The bed itself is made by
+python -m aipo.beds. More keys may follow, for other settings of a bed under another --name.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from matplotlib.figure import Figure
+import pandas as pd
 
+from aipo.campaign.plots import Band, band, draw_bands
 from aipo.campaign.statistics import compare, holm, paired_p
 from aipo.config import CONFIG_FOLDER, Config, load_config
 from aipo.errors import UserError, exit_code
@@ -32,6 +33,7 @@ from aipo.record.jsonl import JsonlLog, read_jsonl
 ROOT = Path(__file__).resolve().parents[1]
 CONDITIONS = CONFIG_FOLDER / "beds" / "conditions"
 CONTROLS = ("oracle", "all", "random", "inverse", "fillers")
+SHOWN = ("oracle", "all", "random", "inverse", "surprisal", "mi_position", "mi")  # in the picture of all beds
 Row = dict[str, Any]
 
 
@@ -169,23 +171,20 @@ def best(rows: Sequence[Row]) -> str:
     return "\n\n".join(f"{what}: {text}." for what, text in said if text)
 
 
-def curves(rows: Sequence[Row], path: Path) -> None:
-    """Mean accuracy over steps with a band of one standard deviation over seeds."""
-    sheet = Figure(figsize=(7, 4))
-    ax = sheet.subplots()
-    for name in sorted({row["condition"] for row in rows}):
-        own = [row["curve"] for row in rows if row["condition"] == name]
-        steps = [step for step, _ in own[0]]
-        values = 100 * np.array([[value for _, value in curve] for curve in own])  # (seeds, points)
-        (line,) = ax.plot(steps, values.mean(0), label=f"{name} ({len(own)})")
-        ax.fill_between(
-            steps, values.mean(0) - values.std(0), values.mean(0) + values.std(0), color=line.get_color(), alpha=0.15
-        )
-    ax.set_xlabel("step")
-    ax.set_ylabel("held-out accuracy, %; band: one standard deviation over seeds")
-    ax.legend(fontsize="x-small")
-    sheet.tight_layout()
-    sheet.savefig(path, dpi=90)
+def curve(rows: Sequence[Row], condition: str) -> Band:
+    """Accuracy in % over steps of one condition."""
+    points = [
+        {"seed": row["seed"], "step": step, "accuracy": 100 * value}
+        for row in rows
+        if row["condition"] == condition
+        for step, value in row["curve"]
+    ]
+    return band(pd.DataFrame(points), "accuracy", "step")
+
+
+def picture(bands: Mapping[tuple[str, str], Band], path: Path) -> None:
+    sheet = draw_bands(bands, across="step", up="held-out accuracy, %; mean and 95 % over seeds")
+    sheet.savefig(path, dpi=80, bbox_inches="tight")
 
 
 def write(name: str, target: Path) -> str:
@@ -193,7 +192,16 @@ def write(name: str, target: Path) -> str:
     parts = [f"# Bed {name}", table(rows).rstrip(), counts(rows), twins(rows), best(rows)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     target.with_suffix(".md").write_text(text)
-    curves(rows, target.with_suffix(".png"))
+    final = finals(rows)
+    names = sorted(final, key=lambda name: -float(np.mean(list(final[name].values()))))
+    picture({("", condition): curve(rows, condition) for condition in names}, target.with_suffix(".png"))
+    files = {path.stem.removeprefix("beds-"): path for path in target.parent.glob("beds-*.jsonl")}
+    beds = {bed: read_jsonl(files[bed]) for bed in sorted(files)}
+    shown = [(bed, condition) for bed, own in beds.items() for condition in SHOWN if condition in finals(own)]
+    if shown:
+        picture(
+            {(bed, condition): curve(beds[bed], condition) for bed, condition in shown}, target.with_name("beds.png")
+        )
     return text
 
 

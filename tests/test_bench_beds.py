@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from aipo.config import CONFIG_FOLDER, load_config
 from aipo.errors import UserError
@@ -22,8 +24,10 @@ from bench.beds import (
     counts,
     made_of,
     main,
+    picture,
     table,
     twins,
+    write,
 )
 from tests.tiny import make_tiny
 
@@ -84,6 +88,31 @@ def test_the_signal_that_ended_highest_is_tested_against_all_others() -> None:
         f"mi - {other}" for other in ("oracle", "all", "random", "entropy")
     ]
     assert best(rows({"random": [0.5]})) == ""
+
+
+def test_a_table_draws_its_own_bed_and_all_that_stand_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for bed in ("chain-fixed", "chain"):
+        lines = [json.dumps(row) for row in rows({"oracle": [0.8, 0.9], "random": [0.5, 0.6], "mi_low": [0.25, 0.35]})]
+        (tmp_path / f"beds-{bed}.jsonl").write_text("\n".join(lines) + "\n")
+    drawn = {}
+    monkeypatch.setattr("bench.beds.picture", lambda bands, path: drawn.update({path.name: bands}))
+    assert "random | 2 |" in write("chain", tmp_path / "beds-chain")
+    assert (tmp_path / "beds-chain.md").read_text().startswith("# Bed chain\n")
+    assert [*drawn] == ["beds-chain.png", "beds.png"]
+    assert [*drawn["beds-chain.png"]] == [("", "oracle"), ("", "random"), ("", "mi_low")]  # the highest first
+    assert [*drawn["beds.png"]] == [(bed, name) for bed in ("chain", "chain-fixed") for name in ("oracle", "random")]
+    steps, mean, low, high = drawn["beds.png"]["chain", "oracle"]
+    assert (steps.tolist(), mean.tolist()) == ([0, 10], pytest.approx([25, 85]))
+    assert low.tolist() == pytest.approx([25, 80])
+    assert high.tolist() == pytest.approx([25, 90])
+
+
+def test_a_picture_of_bands(tmp_path: Path) -> None:
+    x = np.array([0.0, 10.0])
+    picture({("chain", "oracle"): (x, x, x, x + 1), ("fork", "random"): (x, x, x, x)}, tmp_path / "beds.png")
+    assert imread(tmp_path / "beds.png").ndim == 3
 
 
 def test_runs_with_other_keys_are_not_mixed(

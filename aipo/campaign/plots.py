@@ -22,6 +22,7 @@ from aipo.metrics import bootstrap_interval
 from aipo.record.checkpoints import flatten
 
 MANY = 7  # conditions above which each has a panel of its own, with the others in grey
+Band = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # x, mean, low, high: (n,) each
 
 
 def draw(
@@ -47,7 +48,7 @@ def draw(
     return written
 
 
-def band(curves: pd.DataFrame, metric: str, x: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def band(curves: pd.DataFrame, metric: str, x: str) -> Band:
     """x, mean, low, high over seeds, (n,) each; the band is the 95 % bootstrap interval.
 
     Seeds that generated different numbers of tokens are read off their lines at common places.
@@ -66,37 +67,54 @@ def band(curves: pd.DataFrame, metric: str, x: str) -> tuple[np.ndarray, np.ndar
 
 
 def _curves(plan: Plan, plot: Plot, curves: pd.DataFrame) -> Figure:
+    across, up = (1000 if plot.x == "tokens" else 1), (100 if SHARES.search(plot.metric) else 1)
+    found = {}
+    for place, part in curves.groupby(["panel", "condition"], sort=False):
+        x, *values = band(part, plot.metric, plot.x)
+        mean, low, high = (up * each for each in values)
+        found[place] = x / across, mean, low, high
     panels = list(plan.campaign.panels) or [""]
     bands = {
-        (panel, name): band(part, plot.metric, plot.x)
-        for (panel, name), part in curves.groupby(["panel", "condition"], sort=False)
+        (panel, name): found[panel, name]
+        for panel in panels
+        for name in plan.campaign.variants()
+        if (panel, name) in found
     }
-    names = [name for name in plan.campaign.variants() if any((panel, name) in bands for panel in panels)]
+    return draw_bands(
+        bands,
+        across="step" if plot.x == "step" else "thousand generated tokens",
+        up=f"{plot.metric}{', %' if up == 100 else ''}; mean and 95 % over seeds",
+    )
+
+
+def draw_bands(bands: Mapping[tuple[str, str], Band], *, across: str, up: str) -> Figure:
+    """Means with their bands by (panel, condition): a panel for all its conditions, or where they are many for each."""
+    panels, names = (list(dict.fromkeys(part)) for part in zip(*bands))
     many = len(names) > MANY
     places = [(panel, name) for panel in panels for name in names] if many else [(panel, "") for panel in panels]
     columns = min(len(places), 4 if many else 3)
     lines = -(-len(places) // columns)
     sheet = Figure(figsize=((3.2 if many else 5.0) * columns, (2.2 if many else 3.6) * lines))
     axes = sheet.subplots(lines, columns, squeeze=False, sharey=True).flatten()
-    scale = 100 if SHARES.search(plot.metric) else 1
     for ax, (panel, own) in zip(axes, places):
         for i, name in enumerate(names):
-            x, mean, low, high = (values for values in bands.get((panel, name), (np.empty(0),) * 4))
-            x = x / 1000 if plot.x == "tokens" else x
+            if (panel, name) not in bands:
+                continue
+            x, mean, low, high = bands[panel, name]
             if not many or name == own:
                 colour = colormaps["tab10"](i % 10)
-                ax.plot(x, scale * mean, color=colour, label=name, marker="." if len(x) < 30 else "", linewidth=1.5)
-                ax.fill_between(x, scale * low, scale * high, color=colour, alpha=0.2, linewidth=0)
+                ax.plot(x, mean, color=colour, label=name, marker="." if len(x) < 30 else "", linewidth=1.5)
+                ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
             else:
-                ax.plot(x, scale * mean, color="0.85", linewidth=0.8, zorder=0)
+                ax.plot(x, mean, color="0.85", linewidth=0.8, zorder=0)
         ax.set_title(": ".join(part for part in (panel, own) if part), fontsize="small")
         _quiet(ax)
         if not many:
             ax.legend(fontsize="x-small", frameon=False)
     for ax in axes[len(places) :]:
         ax.set_axis_off()
-    sheet.supxlabel("step" if plot.x == "step" else "thousand generated tokens", fontsize="small")
-    sheet.supylabel(f"{plot.metric}{', %' if scale == 100 else ''}; mean and 95 % over seeds", fontsize="small")
+    sheet.supxlabel(across, fontsize="small")
+    sheet.supylabel(up, fontsize="small")
     sheet.tight_layout()
     return sheet
 
