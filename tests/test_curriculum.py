@@ -82,6 +82,9 @@ def test_buckets_by_hand():
     by_rate = build(list("abc"), total_steps=1, seed=0, bucket_by="rate")
     by_rate.set_labels({"a": 15.0, "b": 15.5, "c": 25.5})
     assert by_rate.buckets.tolist() == [0, 1, 2]
+    earlier = build(list("abc"), total_steps=1, seed=0, bucket_by="count", cuts=(5, 10))
+    earlier.set_labels({"a": 5, "b": 10, "c": 11})
+    assert earlier.buckets.tolist() == [0, 1, 2]
 
 
 def test_peak_label():

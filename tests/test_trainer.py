@@ -233,18 +233,32 @@ def test_gold_states_of_the_initial_weights_and_of_other_questions(model: Path) 
 ANSWERS = ["4", "12 + 7 is 19", r"\frac{1}{2}", "19"]
 
 
-@pytest.mark.parametrize(("pool", "layer"), [("last", 0), ("mean", -1)])
-def test_gold_states_are_those_of_a_plain_forward(model: Path, pool: str, layer: int) -> None:
+@pytest.mark.parametrize(
+    ("pool", "layer", "gold_text", "read_as"),
+    [
+        ("last", 0, "answer", "{0.answer}"),
+        ("mean", -1, "boxed", r"\boxed{{{0.answer}}}"),
+        ("last", -1, "question_answer", "{0.question}\n{0.answer}"),
+        ("last", 0, "solution", "so {0.answer}"),
+    ],
+)
+def test_gold_states_are_those_of_a_plain_forward(
+    model: Path, pool: str, layer: int, gold_text: str, read_as: str
+) -> None:
     """Against what Hugging Face's own module behind the layer reads: the raw residual stream, the last token's too."""
-    trainer, rollouts = made(config_of(model, f"mi.gold_pool={pool}", f"mi.layer={layer}"), model)
-    questions = [Problem(p.id, p.question, answer) for p, answer in zip(rollouts.problems, ANSWERS)]
+    keys = f"mi.gold_pool={pool}", f"mi.layer={layer}", f"mi.gold_text={gold_text}"
+    trainer, rollouts = made(config_of(model, *keys), model)
+    questions = [
+        Problem(p.id, p.question, answer, solution=f"so {answer}") for p, answer in zip(rollouts.problems, ANSWERS)
+    ]
     found = trainer.passes.gold_states(questions)  # (Q, d)
     plain = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32)
     behind = plain.model.layers[1] if layer == 0 else plain.model.norm
     read: list[torch.Tensor] = []
     behind.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0][0].detach()))
     for question in questions:
-        plain(torch.tensor([trainer.passes.prompter.encode_gold(question)]))
+        text = read_as.format(question)
+        plain(torch.tensor([trainer.passes.prompter.tokenizer.encode(text, add_special_tokens=False)]))
     assert len({len(states) for states in read}) > 2
     expected = torch.stack([states[-1] if pool == "last" else states.mean(0) for states in read])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
