@@ -54,13 +54,13 @@ done
 others=oracle,all,random,inverse,fillers,mi_position,mi_position_wrong_gold,surprisal,entropy,entropy_low,information
 scores=mi,mi_wrong_gold,mi_low,mi_low_wrong_gold  # their bandwidth is near the median of the bed
 more=$scores,mi_cca,mi_cca_wrong_gold,mi_random,mi_random_wrong_gold
-selections() {  # NAME WORLD SIGMA keys
-    train "$2" --name "$1" --conditions "$others" $(keys "$1") "${@:4}"
-    train "$2" --name "$1" --conditions "$more" $(keys "$1") "${@:4}" "mi.sigma=$3"
+selections() {  # NAME WORLD SIGMA SCORES keys
+    train "$2" --name "$1" --conditions "$others" $(keys "$1") "${@:5}"
+    train "$2" --name "$1" --conditions "$4" $(keys "$1") "${@:5}" "mi.sigma=$3"
 }
-selections chain-fixed chain 5.4 optim.lr=2e-4
-selections chain-half chain 7.6 optim.lr=2e-4 optim.steps=20
-selections fork-half fork 7.9 optim.lr=2e-4
+selections chain-fixed chain 5.4 "$more" optim.lr=2e-4
+selections chain-half chain 7.6 "$more" optim.lr=2e-4 optim.steps=20
+selections fork-half fork 7.9 "$scores" optim.lr=2e-4
 train chain --name chain-wide --conditions oracle,all,random,inverse $(keys chain-wide) optim.lr=3e-4
 train chain --name chain-wide --conditions "$scores" $(keys chain-wide) optim.lr=3e-4 mi.sigma=24
 python sweep.py laptop/table1_beds.yaml --workers 2

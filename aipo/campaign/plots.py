@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from aipo.campaign.cells import Plan
 from aipo.campaign.collect import SHARES, values_of
@@ -92,10 +93,12 @@ def draw_bands(bands: Mapping[tuple[str, str], Band], *, across: str, up: str) -
     panels, names = (list(dict.fromkeys(part)) for part in zip(*bands))
     many = len(names) > MANY
     places = [(panel, name) for panel in panels for name in names] if many else [(panel, "") for panel in panels]
-    columns = min(len(places), 4 if many else 3)
+    small = len(places) > 3
+    columns = min(len(places), 4)
     lines = -(-len(places) // columns)
-    sheet = Figure(figsize=((3.2 if many else 5.0) * columns, (2.2 if many else 3.6) * lines))
+    sheet = Figure(figsize=((3.2 if small else 5.0) * columns, (2.2 if small else 3.6) * lines))
     axes = sheet.subplots(lines, columns, squeeze=False, sharey=True).flatten()
+    shown: dict[str, Line2D] = {}
     for ax, (panel, own) in zip(axes, places):
         for i, name in enumerate(names):
             if (panel, name) not in bands:
@@ -103,14 +106,14 @@ def draw_bands(bands: Mapping[tuple[str, str], Band], *, across: str, up: str) -
             x, mean, low, high = bands[panel, name]
             if not many or name == own:
                 colour = colormaps["tab10"](i % 10)
-                ax.plot(x, mean, color=colour, label=name, marker="." if len(x) < 30 else "", linewidth=1.5)
+                (shown[name],) = ax.plot(x, mean, color=colour, marker="." if len(x) < 30 else "", linewidth=1.5)
                 ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
             else:
                 ax.plot(x, mean, color="0.85", linewidth=0.8, zorder=0)
         ax.set_title(": ".join(part for part in (panel, own) if part), fontsize="small")
         _quiet(ax)
-        if not many:
-            ax.legend(fontsize="x-small", frameon=False)
+    if not many:
+        sheet.legend(shown.values(), shown.keys(), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     for ax in axes[len(places) :]:
         ax.set_axis_off()
     sheet.supxlabel(across, fontsize="small")
