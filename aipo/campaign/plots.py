@@ -96,7 +96,7 @@ def draw_bands(bands: Mapping[tuple[str, str], Band], *, across: str, up: str) -
     small = len(places) > 3
     columns = min(len(places), 4)
     lines = -(-len(places) // columns)
-    sheet = Figure(figsize=((3.2 if small else 5.0) * columns, (2.2 if small else 3.6) * lines))
+    sheet = Figure(figsize=((3.2 if small else 5.0) * columns, (1.9 if small else 3.6) * lines))
     axes = sheet.subplots(lines, columns, squeeze=False, sharey=True).flatten()
     shown: dict[str, Line2D] = {}
     for ax, (panel, own) in zip(axes, places):
