@@ -197,10 +197,10 @@ def write(name: str, target: Path) -> str:
     picture({("", condition): curve(rows, condition) for condition in names}, target.with_suffix(".png"))
     files = {path.stem.removeprefix("beds-"): path for path in target.parent.glob("beds-*.jsonl")}
     beds = {bed: read_jsonl(files[bed]) for bed in sorted(files)}
-    shown = [(bed, condition) for bed, own in beds.items() for condition in SHOWN if condition in finals(own)]
-    if shown:
+    made = [(bed, each) for bed, own in beds.items() for each in SHOWN if any(row["condition"] == each for row in own)]
+    if made:
         picture(
-            {(bed, condition): curve(beds[bed], condition) for bed, condition in shown}, target.with_name("beds.png")
+            {(bed, condition): curve(beds[bed], condition) for bed, condition in made}, target.with_name("beds.png")
         )
     return text
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from aipo.campaign.plots import draw_bands
 from aipo.config import CONFIG_FOLDER, load_config
 from aipo.errors import UserError
 from bench.beds import (
@@ -110,8 +111,23 @@ def test_a_table_draws_its_own_bed_and_all_that_stand_beside_it(
 
 
 def test_a_picture_of_bands(tmp_path: Path) -> None:
+    """A panel a bed with all its conditions; of more than seven conditions a panel each, the others in grey."""
     x = np.array([0.0, 10.0])
-    picture({("chain", "oracle"): (x, x, x, x + 1), ("fork", "random"): (x, x, x, x)}, tmp_path / "beds.png")
+    bands = {("chain", "oracle"): (x, x + 1, x, x + 2), ("chain", "mi"): (x, x + 2, x, x), ("fork", "mi"): (x, x, x, x)}
+    sheet = draw_bands(bands, across="step", up="accuracy")
+    lines = {ax.get_title(): [line.get_ydata().tolist() for line in ax.lines] for ax in sheet.axes}
+    assert lines == {"chain": [[1, 11], [2, 12]], "fork": [[0, 10]]}
+    assert [text.get_text() for text in sheet.legends[0].get_texts()] == ["oracle", "mi"]
+    first, second = sheet.axes
+    assert first.lines[1].get_color() == second.lines[0].get_color() != first.lines[0].get_color()  # mi in both
+    band = first.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (0, 12)
+
+    many = draw_bands({("", str(i)): (x, x + i, x, x) for i in range(8)}, across="step", up="accuracy")
+    assert [ax.get_title() for ax in many.axes] == [str(i) for i in range(8)]
+    assert [line.get_color() == "0.85" for line in many.axes[2].lines] == [i != 2 for i in range(8)]
+    assert not many.legends
+    picture(bands, tmp_path / "beds.png")
     assert imread(tmp_path / "beds.png").ndim == 3
 
 
