@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 
 from aipo.campaign.collect import at, collect
-from aipo.campaign.plots import band
+from aipo.campaign.plots import _curves, band
 from aipo.campaign.report import write_report
+from aipo.campaign.schema import Plot
 from aipo.campaign.status import show
 from aipo.metrics import bootstrap_interval
 from tests.campaign.trial import CAMPAIGN, EVALUATED, evaluate, finish, planned, runs
@@ -127,6 +128,24 @@ def test_a_band_is_the_interval_at_each_step() -> None:
     assert mean[-1] == pytest.approx(
         np.mean([4, np.interp(20, [0, 11, 22], [2, 4, 5]), np.interp(20, [0, 12, 24], [0, 0, 9])])
     )
+
+
+def test_curves_have_shares_in_percent_and_tokens_in_thousands(tmp_path: Path, model: Path) -> None:
+    plan = planned(tmp_path, model)
+    names = list(plan.campaign.variants())
+    rows = [
+        {"panel": "", "condition": name, "seed": 0, "step": step, "tokens": 4000 * step, "validation/accuracy": i / 10}
+        for i, name in [*enumerate(names)][::-1]
+        for step in (0, 2)
+    ]
+    for x, end, label in (("step", 2, "step"), ("tokens", 8, "thousand generated tokens")):
+        sheet = _curves(plan, Plot(kind="curves", x=x), pd.DataFrame(rows))
+        (ax,) = sheet.axes
+        assert [text.get_text() for text in sheet.legends[0].get_texts()] == names  # in the order of the campaign
+        assert [line.get_ydata()[-1] for line in ax.lines] == pytest.approx([10.0 * i for i in range(len(names))])
+        assert {line.get_xdata()[-1] for line in ax.lines} == {end}
+        assert sheet.get_supxlabel() == label
+        assert sheet.get_supylabel() == "validation/accuracy, %; mean and 95 % over seeds"
 
 
 def test_benchmarks_are_columns_and_the_papers_figures_stand_beside(tmp_path: Path, model: Path) -> None:
