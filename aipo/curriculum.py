@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aipo.config.base import BucketBy, KappaSchedule
 from aipo.config.sections import CurriculumConfig, MaskConfig
-from aipo.mask import MAX_PEAKS, count_peaks, peaks
+from aipo.mask import MAX_PEAKS, count_peaks, peaks, prefix_share
 
 Mixture = tuple[float, float, float]
 
@@ -214,6 +214,11 @@ class Curriculum:
             stalls=self.stalls,
             schedule=self.mask.kappa_schedule,
         )
+
+    @property
+    def prefix(self) -> float:
+        """Share of each completion that ``mask.rule: prefix`` trains on now: it grows with every stall."""
+        return prefix_share(self.stalls, self.mask)
 
     def observe_validation(self, accuracy: float) -> bool:
         """Whether it is the best so far. ``stall_patience`` validations in a row without a new best are a stall."""

@@ -65,8 +65,7 @@ class Generation:
         Afterwards the engine sleeps or, with ``rollout.async_depth: 1``, draws the next batch until :meth:`wait`.
 
         Args:
-            prefix: share of a completion that rewards by continuations start from, of the batch that is drawn now: it
-                keeps it.
+            prefix: :attr:`Rollouts.prefix` of the batch that is drawn now, which keeps it.
         """
         if self.ahead is not None and self.ahead[0] == step:
             rollouts, metrics = self.ahead[1].result()
@@ -125,9 +124,10 @@ class Generation:
         else:
             problems = draw(step, self.config.rollout.questions_per_step)
             rollouts, metrics = self._once(problems, f"step {step}", clock)
+        rollouts.prefix = prefix
         if self.config.reward.rule == "continuations":
             with clock("rollout"):
-                self._count_continuations(rollouts, step, prefix)
+                self._count_continuations(rollouts, step)
         return rollouts, metrics
 
     def _once(self, problems: Sequence[Problem], stream: str, clock: Clock) -> Judged:
@@ -237,11 +237,10 @@ class Generation:
         means = {key: sum(metrics.get(key, 0.0) for metrics in seen) / len(seen) for key in keys}
         return rollouts, means | {"dynamic_tries": float(attempt), "dynamic_kept": float(have)}
 
-    def _count_continuations(self, rollouts: Rollouts, step: int, prefix: float) -> None:
+    def _count_continuations(self, rollouts: Rollouts, step: int) -> None:
         """Continuation-accumulated reward (PPPO): right answers of ``reward.continuations`` completions of each
         rollout's prefix, plus 1 if the rollout itself is right."""
-        rollouts.prefix = prefix
-        cuts = prefix_lengths(rollouts.lengths, prefix)  # (B,)
+        cuts = prefix_lengths(rollouts.lengths, rollouts.prefix)  # (B,)
         right, tokens = self.collector.continue_from(
             rollouts, cuts, self.sampling, samples=self.config.reward.continuations, stream=f"step {step} continuation"
         )

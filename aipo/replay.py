@@ -28,6 +28,7 @@ from aipo.advantage import assign
 from aipo.config import Config, load_config
 from aipo.errors import UserError
 from aipo.inputs import check_inputs, may_go_on
+from aipo.passes import Passes
 from aipo.policy import make_policy
 from aipo.record.batches import read_batch, rebuild, recorded_steps
 from aipo.record.checkpoints import damage, step_of
@@ -149,14 +150,13 @@ def replay(run: Path, step: int, device: torch.device, settings: Settings = Sett
             held_out=[],
             # nothing is drawn, judged, validated or saved
             collector=Collector(None, inputs.prompter, None, seed=config.seed),  # type: ignore[arg-type]
-            sharded=shard(policy, config, device),
+            passes=Passes(config, shard(policy, config, device), inputs.prompter, device, inputs.problems),
             reference=frozen_reference(config, inputs.model_path, device) if config.loss.kl_beta > 0 else None,
             selector=TokenSelector(config),
             curriculum=None,  # type: ignore[arg-type]
             store=None,  # type: ignore[arg-type]
             tracker=Tracker(Path(nowhere), active=False),
             progress=None,  # type: ignore[arg-type]
-            device=device,
             identity={},
             engine_gap=lambda: 0.0,
         )
@@ -167,10 +167,10 @@ def replay(run: Path, step: int, device: torch.device, settings: Settings = Sett
             state = torch.load(checkpoint / "rank-0.pt", map_location="cpu", weights_only=True)
             trainer.selector.load_state_dict(state["selector"])  # the same on every rank
         for trainer.step, batch in enumerate(batches, start=start):
-            rollouts, mask, kappa, prefix = rebuild(batch, problems, updates=config.optim.updates_per_batch)
+            rollouts, mask, kappa = rebuild(batch, problems, updates=config.optim.updates_per_batch)
             assign(rollouts, config.advantage, truncated=config.loss.truncated)
             clock = Clock()
-            selection, sums = trainer.update(rollouts, kappa, prefix, clock)
+            selection, sums = trainer.update(rollouts, kappa, clock)
         trainer.generation.close()
     replayed = reduce_metrics(rollouts, sums, clock.seconds)
     logged: dict[str, Any] = next((line for line in read_jsonl(run / "metrics.jsonl") if line["step"] == step), {})

@@ -47,7 +47,7 @@ class Rollouts:
     token_advantages: Tensor | None = field(default=None, metadata=BY_ROLLOUT)  # (B, T) where they differ by token
     lineage: list[Lineage] = field(default_factory=list, metadata=BY_ROLLOUT)  # B where some branched
     update: list[int] = field(default_factory=list, metadata=BY_QUESTION)  # Q where ranks have unequally many questions
-    prefix: float | None = None  # share of each completion whose continuations were rewarded
+    prefix: float = 1.0  # share of each completion that mask.rule: prefix trains on, and continuations start from
     extra_tokens: int = 0  # generated for this batch beyond its completions: by questions dropped, by continuations
     dropped: Rollouts | None = None  # what the first draw of dynamic sampling left out, to be looked at
 

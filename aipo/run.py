@@ -193,7 +193,7 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
     reference = frozen_reference(config, inputs.model_path, device) if config.loss.kl_beta > 0 else None
     seed_everything(config.seed, rank)  # building engines draws random numbers
     prompts = [inputs.prompter.encode(problem.question, problem.origin) for problem in inputs.problems[:4]]
-    passes = Passes(config, sharded, inputs.prompter, device)
+    passes = Passes(config, sharded, inputs.prompter, device, inputs.problems)
     passes.check_layout(prompts)
     log_probs = passes.completion_log_probs
     if rollout.check_sync:
@@ -207,7 +207,7 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
         held_out=inputs.held_out,
         watched=inputs.watched,
         collector=collector,
-        sharded=sharded,
+        passes=passes,
         reference=reference,
         selector=TokenSelector(config),
         curriculum=Curriculum(
@@ -230,7 +230,6 @@ def build(config: Config, inputs: Inputs, checkpoint: Path | None, progress: Pro
             plot_every=config.tracking.plot_every,
         ),
         progress=progress,
-        device=device,
         identity=inputs.identity,
         engine_gap=partial(engine_gap, engine, log_probs, prompts, seed=config.seed),
         latents=find_latents(config, inputs.model_path),

@@ -84,7 +84,6 @@ class Selection:
         *,
         kappa: float,
         step: int,
-        prefix: float = 1.0,
         ranking: Tensor | None = None,
     ) -> None:
         self.selector, self.lengths = selector, rollouts.lengths  # (B,)
@@ -92,7 +91,7 @@ class Selection:
         self.scores = torch.full((len(self.lengths), width), float("nan"))  # (B, T)
         self.mask = torch.zeros(len(self.lengths), width, dtype=torch.bool)  # (B, T)
         self.gold, self.group_size, self.ids = gold, rollouts.group_size, rollouts.ids
-        self.kappa, self.step, self.prefix = kappa, step, prefix
+        self.kappa, self.step, self.prefix = kappa, step, rollouts.prefix
         self.ranking = self.scores if ranking is None else ranking  # (B, T)
         self.repeated = rollouts.repeated() if rollouts.lineage else None  # (B, T)
         self.trained = self.lengths if self.repeated is None else self.lengths - self.repeated.sum(1)  # (B,)

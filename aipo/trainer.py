@@ -29,7 +29,6 @@ from aipo.generation import Generation
 from aipo.labelling import peaks
 from aipo.layout import MicroBatch
 from aipo.loss import LossInputs, kl_priority, loss_terms
-from aipo.mask import prefix_share
 from aipo.metrics import Accuracy
 from aipo.passes import Passes
 from aipo.problems.datasets import Problem
@@ -44,7 +43,7 @@ from aipo.rollout.check import TOLERANCE, GapGuard, lost_weights
 from aipo.rollout.collect import Collector
 from aipo.rollouts import Rollouts, balanced
 from aipo.selection import Selection, TokenSelector
-from aipo.sharding import Reference, Sharded, learning_rate
+from aipo.sharding import Reference, learning_rate
 from aipo.tokens.table import mask_ranking, measure, needed, token_advantages
 
 
@@ -69,31 +68,30 @@ class Trainer:
         problems: Sequence[Problem],
         held_out: Sequence[Problem],
         collector: Collector,
-        sharded: Sharded,
+        passes: Passes,
         reference: Reference | None,
         selector: TokenSelector,
         curriculum: Curriculum,
         store: CheckpointStore,
         tracker: Tracker,
         progress: Progress,
-        device: torch.device,
         identity: dict[str, Any],
         engine_gap: Callable[[], float],
         watched: Mapping[str, Watched] | None = None,
         latents: Latents | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.config, self.device = config, device
+        self.config, self.passes = config, passes
         self.problems = {p.id: p for p in problems}
-        self.collector, self.sharded, self.reference = collector, sharded, reference
+        self.sharded, self.device = passes.sharded, passes.device
+        self.collector, self.reference = collector, reference
         self.selector, self.curriculum = selector, curriculum
         self.store, self.tracker, self.progress = store, tracker, progress
         self.recorder = TokenRecorder(config, collector.prompter, curriculum)
         self.gap_guard = GapGuard(config.guards, apart=config.branch.latent != "none")
         self.identity, self.engine_gap, self.stop_requested = identity, engine_gap, stop_requested
-        self.passes = Passes(config, sharded, collector.prompter, device, problems)
-        self.generation = Generation(collector, config, self.passes, latents=latents)
-        self.validator = Validator(collector, self.passes, progress, config, held_out, watched or {})
+        self.generation = Generation(collector, config, passes, latents=latents)
+        self.validator = Validator(collector, passes, progress, config, held_out, watched or {})
         self.step = self.bad_steps = 0
         self.generated = 0  # tokens in training so far, over all ranks
         self.before: Accuracy | None = None
@@ -112,15 +110,14 @@ class Trainer:
         stop = False
         while not self.finished and not stop:
             step, clock = self.step, Clock()
-            kappa, prefix = self.curriculum.kappa(step), prefix_share(self.curriculum.stalls, config.mask)
+            kappa, prefix = self.curriculum.kappa(step), self.curriculum.prefix
             with clock("sync"):
                 self.check_engine()
             rollouts, metrics = self.generation.rollouts(step, self.sample_questions, clock, prefix=prefix)
             metrics |= self.set_advantages(rollouts, clock)
-            prefix = prefix if rollouts.prefix is None else rollouts.prefix  # what was rewarded is what is trained on
             with clock("rollout"):
                 rollouts = self.balance(rollouts)
-            selection, sums = self.update(rollouts, kappa, prefix, clock)
+            selection, sums = self.update(rollouts, kappa, clock)
             if config.tracking.replay:
                 write_batch(config.folder / REPLAY, step + 1, rollouts, selection)
             with clock("rollout"):
@@ -130,7 +127,7 @@ class Trainer:
 
             self.step += 1
             metrics = reduce_metrics(rollouts, metrics | sums, clock.seconds) | self.curriculum.metrics(step)
-            metrics |= {"mask/kappa": kappa, "mask/prefix": prefix, "policy/lr": learning_rate(step, config)}
+            metrics |= {"mask/kappa": kappa, "mask/prefix": rollouts.prefix, "policy/lr": learning_rate(step, config)}
             best = False
             self.generated += round(metrics["rollout/tokens"])
             if self.step % config.validation.every == 0 or self.finished:
@@ -154,9 +151,7 @@ class Trainer:
         optim = self.config.optim
         return self.step >= optim.steps or self.generated >= (optim.generated_tokens or math.inf)
 
-    def update(
-        self, rollouts: Rollouts, kappa: float, prefix: float, clock: Clock
-    ) -> tuple[Selection, dict[str, float]]:
+    def update(self, rollouts: Rollouts, kappa: float, clock: Clock) -> tuple[Selection, dict[str, float]]:
         """One optimizer step on each part of the batch (one part by default); what was selected, and sums to log."""
         config, rollout, passes, selector = self.config, self.config.rollout, self.passes, self.selector
         correction = rollout.importance_correction, rollout.importance_cap, rollout.importance_floor
@@ -167,8 +162,8 @@ class Trainer:
             signals, measured = measure(needed(config), passes, every, rollouts)  # (B, T) each
             ranking = mask_ranking(rollouts, signals, config)  # (B, T) or None
             rollouts.token_advantages = token_advantages(rollouts, signals, config)  # (B, T) or None
-            self.recorder.start(rollouts, signals, rollouts.dropped)
-            selection = Selection(selector, rollouts, gold, kappa=kappa, prefix=prefix, step=self.step, ranking=ranking)
+            self.recorder.start(rollouts, signals)
+            selection = Selection(selector, rollouts, gold, kappa=kappa, step=self.step, ranking=ranking)
             selection.probe(every, passes.states)
             old = passes.selected_log_probs(every, rollouts, selection) if len(parts) > 1 else None  # (B, T)
             selection.decided |= old is not None  # later forwards, of changed weights, keep these masks
@@ -254,7 +249,7 @@ class Trainer:
         if trained_on == 0:  # nothing was selected anywhere: AdamW would still move by its momentum
             return
         norm = self.sharded.step(total, learning_rate(self.step, self.config))
-        if norm == norm and norm != float("inf"):
+        if math.isfinite(norm):
             sums["grad_norm"], self.bad_steps = norm, 0
             return
         self.bad_steps += 1
@@ -341,7 +336,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.bad_steps, self.generated = state["step"], state["bad_steps"], state["generated"]
         self.before, self.accuracy = (Accuracy(**state[key]) if state[key] else None for key in ("before", "accuracy"))
-        self.gap_guard.beyond = state.get("gap_beyond", 0)  # a checkpoint of before has none
+        self.gap_guard.beyond = state["gap_beyond"]
         self.newest_peaks = state["newest_peaks"]
         self.generation.load_state_dict(state["generation"], self.problems)
         self.curriculum.load_state_dict(state["curriculum"])

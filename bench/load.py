@@ -5,8 +5,9 @@ Beside every other step, and in the second run beside the other ones, a loop tha
 each step was measured with it and without, and a machine that drifts hits both alike. A step is all its phases; the
 first is a warm-up. The table goes to bench/results/load-MACHINE.md.
 
---spinning asks the other question, what threads that sleep while they wait cost where nothing else runs: four runs,
-ours and with threads that spin in turn, without a load. Its table goes to bench/results/spinning-MACHINE.md.
+--spinning asks the other question, what threads that sleep while they wait cost where nothing else runs: a run of ours
+and one with threads that spin make their steps in turn, and one is stopped meanwhile (17 GiB in all). Its table goes
+to bench/results/spinning-MACHINE.md.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+
+from scipy.stats import quantile_test
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -60,27 +64,39 @@ def busy(wanted: bool) -> Iterator[None]:
         loop.wait()
 
 
-def measure(
-    ranks: int, *, odd: bool | None, steps: int, questions: int, waiting: Mapping[str, str] = OURS
-) -> tuple[list[Step], int]:
-    """Metrics of each step after the first, and peak bytes; the load lies on the odd steps, on the even ones or on
-    none."""
-    with tempfile.TemporaryDirectory() as work:
-        keys = [*FIXED, f"optim.steps={steps + 1}", f"rollout.questions_per_step={questions}", f"runs={work}"]
-        command = [*LAUNCHERS[ranks], "train.py", "--config", "smollm2_135m.yaml", *keys, "name=load"]
-        environment = {key: value for key, value in os.environ.items() if key not in SPINNING} | waiting
-        environment["OMP_NUM_THREADS"] = str(os.cpu_count())  # of which a rank uses its share
-        folder, output = Path(work) / "load", Path(work) / "output"
-        with output.open("w") as out:
-            run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
-            for step in range(1, steps + 2):
-                with busy(step > 1 and odd is not None and step % 2 == odd):
-                    while len(lines(folder)) < step and run.poll() is None:
-                        time.sleep(0.02)
-            if run.wait():
-                sys.exit(f"train.py ended with {run.returncode}\n{output.read_text()[-3000:]}")
-        peak = json.loads((folder / "summary.json").read_text())["peak_memory_bytes"]["host"]
-        return lines(folder)[1:], peak
+def start(work: Path, ranks: int, *, steps: int, questions: int, waiting: Mapping[str, str] = OURS) -> subprocess.Popen:
+    """train.py with its run folder ``work/load``, its output in ``work/output``, in a process group of its own."""
+    keys = [*FIXED, f"optim.steps={steps + 1}", f"rollout.questions_per_step={questions}", f"runs={work}"]
+    command = [*LAUNCHERS[ranks], "train.py", "--config", "smollm2_135m.yaml", *keys, "name=load"]
+    environment = {key: value for key, value in os.environ.items() if key not in SPINNING} | waiting
+    environment["OMP_NUM_THREADS"] = str(os.cpu_count())  # of which a rank uses its share
+    with (work / "output").open("w") as out:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
+
+
+def until(step: int, run: subprocess.Popen, work: Path) -> None:
+    """Wait until that many steps are made, or the run has ended."""
+    while len(lines(work / "load")) < step and run.poll() is None:
+        time.sleep(0.02)
+
+
+def finished(run: subprocess.Popen, work: Path) -> tuple[list[Step], int]:
+    """Metrics of each step after the first, and peak bytes."""
+    if run.wait():
+        sys.exit(f"train.py ended with {run.returncode}\n{(work / 'output').read_text()[-3000:]}")
+    summary = json.loads((work / "load" / "summary.json").read_text())
+    return lines(work / "load")[1:], summary["peak_memory_bytes"]["host"]
+
+
+def measure(ranks: int, *, odd: bool, steps: int, questions: int) -> tuple[list[Step], int]:
+    """Metrics of each step after the first, and peak bytes; the load lies on the odd steps, or on the even ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        run = start(work, ranks, steps=steps, questions=questions)
+        for step in range(1, steps + 2):
+            with busy(step > 1 and step % 2 == odd):
+                until(step, run, work)
+        return finished(run, work)
 
 
 def lines(folder: Path) -> list[Step]:
@@ -103,18 +119,27 @@ def compare(ranks: int, *, steps: int, questions: int) -> tuple[list[list[str]],
         same_tokens(a, b)
     # the first measured step is number 2, and the first run has its load on the even ones
     pairs = [(a, b) if i % 2 else (b, a) for i, (a, b) in enumerate(zip(*runs))]  # (quiet, loaded)
-    return table(pairs), max(peaks) / 2**30
+    return table(pairs, extremes), max(peaks) / 2**30
 
 
-def table(pairs: Sequence[tuple[Step, Step]]) -> list[list[str]]:
+def table(pairs: Sequence[tuple[Step, Step]], spread: Callable[[list[float]], tuple[float, float]]) -> list[list[str]]:
     """Medians of both of each pair and of their ratios, of a step and of each of its phases."""
     rows = []
     for phase in ("", *PHASES):
         ratios = [seconds(second, phase) / seconds(first, phase) for first, second in pairs]
         medians = [f"{median([seconds(pair[i], phase) for pair in pairs]):.2f}" for i in (0, 1)]
-        spread = f"{min(ratios):.2f} – {max(ratios):.2f}"
-        rows.append([phase or "**step**", *medians, f"{median(ratios):.2f}", spread])
+        rows.append([phase or "**step**", *medians, f"{median(ratios):.2f}", "{:.2f} – {:.2f}".format(*spread(ratios))])
     return rows
+
+
+def extremes(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Of the median, 95 %, by the sign test."""
+    low, high = quantile_test(values, p=0.5).confidence_interval()
+    return float(low), float(high)
 
 
 def same_tokens(*steps: Step) -> None:
@@ -122,18 +147,45 @@ def same_tokens(*steps: Step) -> None:
         sys.exit("the runs drew different tokens, so their steps cannot be compared")
 
 
-def spinning(ranks: int, *, steps: int, questions: int) -> tuple[list[list[str]], float]:
+def spinning(*, steps: int, questions: int) -> tuple[list[list[str]], float]:
     """A step and its phases with threads that wait as ours do, and with threads that spin: rows of a table; and peak
-    GiB."""
-    made = [
-        measure(ranks, odd=None, steps=steps, questions=questions, waiting=waiting)
-        for waiting in (OURS, SPINNING, SPINNING, OURS)  # so that a machine that drifts hits both alike
-    ]
-    for each in zip(*(run for run, _ in made)):
-        same_tokens(*each)
-    (first, *spun, last), peak = [run for run, _ in made], max(peak for _, peak in made)
-    pairs = [*zip(spun[0], first), *zip(spun[1], last)]  # (spinning, ours) of the same tokens
-    return table(pairs), peak / 2**30
+    GiB.
+
+    Both runs are there at once, and one is stopped while the other makes its step, so that what the machine gives a
+    minute later touches no ratio. What a run takes is counted here: its own clock goes on while it is stopped, which
+    lengthens its rollout.
+    """
+    with tempfile.TemporaryDirectory() as spun, tempfile.TemporaryDirectory() as ours:
+        works = (Path(spun), Path(ours))
+        runs = []
+        try:
+            for work, waiting in zip(works, (SPINNING, OURS)):
+                runs.append(start(work, 1, steps=steps, questions=questions, waiting=waiting))
+                until(1, runs[-1], work)
+                os.killpg(runs[-1].pid, signal.SIGSTOP)
+            took: tuple[list[float], list[float]] = ([], [])
+            for step in range(2, steps + 2):
+                for i in (0, 1) if step % 2 else (1, 0):
+                    begin = time.perf_counter()
+                    os.killpg(runs[i].pid, signal.SIGCONT)
+                    until(step, runs[i], works[i])
+                    took[i].append(time.perf_counter() - begin)
+                    if step <= steps:  # after the last it ends by itself
+                        os.killpg(runs[i].pid, signal.SIGSTOP)
+                    else:
+                        runs[i].wait()
+            made, peaks = zip(*(finished(run, work) for run, work in zip(runs, works)))
+        finally:
+            for run in runs:
+                if run.poll() is None:
+                    os.killpg(run.pid, signal.SIGKILL)
+    for i in (0, 1):
+        for step, whole in zip(made[i], took[i]):
+            rest = {key: value for key, value in step.items() if key != "time/rollout_s"}
+            step["time/rollout_s"] = whole - seconds(rest)
+    for a, b in zip(*made):
+        same_tokens(a, b)
+    return table([*zip(*made)], interval), max(peaks) / 2**30
 
 
 def main() -> None:
@@ -142,16 +194,21 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, choices=LAUNCHERS, default=1, help="default: 1, as `make train` has it")
     parser.add_argument("--spinning", action="store_true", help="sleeping threads beside spinning ones, without a load")
     arguments = parser.parse_args()
-    steps, questions = 2 if arguments.quick else 4, 4
+    if arguments.spinning and arguments.ranks > 1:
+        parser.error("--spinning is measured with one rank")  # torchrun's ranks are no process group to be stopped
+    steps, questions = 2 if arguments.quick else 32 if arguments.spinning else 4, 4
     load_before = os.getloadavg()[0]
-    compared = spinning if arguments.spinning else compare
-    rows, peak = compared(arguments.ranks, steps=steps, questions=questions)
+    if arguments.spinning:
+        rows, peak = spinning(steps=steps, questions=questions)
+    else:
+        rows, peak = compare(arguments.ranks, steps=steps, questions=questions)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
     if arguments.spinning:
-        title, columns = "Threads that sleep while they wait", ["", "spinning, s", "sleeping, s", "sleeping / spinning"]
-        about = f"{2 * steps} steps of {questions} questions × 8 samples with each, nothing beside them; medians."
+        title, columns = "Threads that sleep while they wait", ["", "spinning, s", "sleeping, s", "ratio", "95 %"]
+        about = f"""{steps} steps of {questions} questions × 8 samples with each, in turn, nothing beside them: one run
+is stopped while the other makes its step. Medians, and the interval of the median of the ratios sleeping / spinning."""
     else:
-        title, columns = "A step beside a busy program", ["", "quiet, s", "loaded, s", "loaded / quiet"]
+        title, columns = "A step beside a busy program", ["", "quiet, s", "loaded, s", "loaded / quiet", "min – max"]
         about = f"""{steps} steps of {questions} questions × 8 samples, each once alone and once beside a loop that
 keeps one core busy; medians. Goal: at most {GOAL} times as long."""
     text = f"""# {title}
@@ -160,7 +217,7 @@ keeps one core busy; medians. Goal: at most {GOAL} times as long."""
 SmolLM2-135M with vLLM and ZeRO-3, ranks: {arguments.ranks}, `OMP_NUM_THREADS={os.cpu_count()}`.
 {about}
 
-{markdown([*columns, "min – max"], rows)}
+{markdown(columns, rows)}
 Peak of a rank: {peak:.2f} GiB.
 """
     print(text)

@@ -37,6 +37,7 @@ class Ours:
     def __init__(self, options: dict[str, Any], overrides: list[str]) -> None:
         from aipo import distributed
         from aipo.config import load_config
+        from aipo.passes import Passes
         from aipo.policy import Policy
         from aipo.selection import TokenSelector
         from aipo.sharding import shard
@@ -77,14 +78,13 @@ class Ours:
             problems=[],
             held_out=[],
             collector=SimpleNamespace(prompter=prompter),  # type: ignore[arg-type]
-            sharded=shard(policy, config, device),
+            passes=Passes(config, shard(policy, config, device), prompter, device),  # type: ignore[arg-type]
             reference=None,
             selector=TokenSelector(config),
             curriculum=unused,
             store=unused,
             tracker=unused,
             progress=unused,
-            device=device,
             identity={},
             engine_gap=lambda: 0.0,
         )
@@ -107,7 +107,7 @@ class Ours:
         )
         trainer.set_advantages(self.rollouts, clock)  # type: ignore[arg-type]
         kappa = trainer.config.mask.kappa_start
-        selection, sums = trainer.update(self.rollouts, kappa, 1.0, clock)  # type: ignore[arg-type]
+        selection, sums = trainer.update(self.rollouts, kappa, clock)  # type: ignore[arg-type]
         self.selected, self.norm = sums["selected"], sums["grad_norm"]
         if trainer.selector.scored:
             with clock("mi"):

@@ -515,4 +515,3 @@ def test_continuations_keep_the_prefix_they_started_from(prompter: Prompter, tmp
     made.wait()
     assert made.rollouts(2, draw, clock, prefix=0.3)[0].prefix == 0.3
     made.close()
-    assert generation(prompter, varies_from(0), config()).rollouts(0, Questions(), clock, prefix=0.2)[0].prefix is None

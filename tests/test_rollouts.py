@@ -353,19 +353,21 @@ def test_one_process_reads_a_recorded_batch_in_the_updates_of_its_ranks(
 ) -> None:
     """Rank 0 read question 0 in the first update and 1 in the second, rank 1 question 2 in the first."""
     whole = batch()
+    whole.prefix, whole.judged = 0.4, torch.arange(len(whole.completions)) % 3 > 0
     monkeypatch.setattr("aipo.distributed.world_size", lambda: 2)
     for rank, questions, updates in ((0, [1, 0], [1, 0]), (1, [2], [0])):
         monkeypatch.setattr("aipo.distributed.rank", lambda rank=rank: rank)
         share = whole.take(whole.rows_of(questions))
         share.update = updates
         mask = torch.ones_like(share.logp_engine, dtype=torch.bool)  # (B, T)
-        write_batch(tmp_path / "replay", 1, share, SimpleNamespace(kappa=0.2, prefix=1.0, mask=mask))  # type: ignore[arg-type]
+        write_batch(tmp_path / "replay", 1, share, SimpleNamespace(kappa=0.2, mask=mask))  # type: ignore[arg-type]
     shares = read_batch(tmp_path, 1)
     known = {problem.id: problem for problem in whole.problems}
     rebuilt, mask, *_ = rebuild(shares, known, updates=2)
     assert [problem.id for problem in rebuilt.problems] == ["0", "2", "1"]
     assert rebuilt.updates(2) == [0, 0, 1]
     assert torch.equal(mask.sum(dim=1), rebuilt.lengths)
-    for each in shares:  # as runs of before wrote it: each rank's own questions in equal parts
-        del each["update"]
-    assert rebuild(shares, known, updates=2)[0].updates(2) == [0, 1, 1]
+    rows = whole.rows_of([0, 2, 1])
+    for name in ("ids", "rewards", "correct", "judged", "logp_engine"):
+        assert torch.equal(getattr(rebuilt, name), getattr(whole, name)[rows])
+    assert rebuilt.prefix == 0.4

@@ -33,7 +33,7 @@ def write_batch(folder: Path, step: int, rollouts: Rollouts, selection: Selectio
     content = {
         "world_size": distributed.world_size(),
         "kappa": selection.kappa,
-        "prefix": selection.prefix,
+        "prefix": rollouts.prefix,
         "problems": [problem.id for problem in rollouts.problems],
         "prompts": [torch.tensor(ids, dtype=torch.int32) for ids in rollouts.prompts],
         "group_size": rollouts.group_size,
@@ -44,6 +44,7 @@ def write_batch(folder: Path, step: int, rollouts: Rollouts, selection: Selectio
         "truncated": rollouts.truncated,
         "rewards": rollouts.rewards,
         "correct": rollouts.correct,
+        "judged": rollouts.judged,
         "lineage": rollouts.lineage,
         "update": rollouts.update,
         "extra_tokens": rollouts.extra_tokens,
@@ -91,7 +92,7 @@ def read_batch(run: Path, step: int) -> list[dict[str, Any]]:
 
 def rebuild(
     shares: list[dict[str, Any]], problems: Mapping[str, Problem], *, updates: int
-) -> tuple[Rollouts, Tensor, float, float]:
+) -> tuple[Rollouts, Tensor, float]:
     """The batch of all ranks as one.
 
     Args:
@@ -99,7 +100,7 @@ def rebuild(
         updates: ``optim.updates_per_batch``: what a rank read in its first update comes first.
 
     Returns:
-        Judged rollouts without advantages, their mask (B, T), kappa and prefix. UserError for a question that is not
+        Judged rollouts without advantages, their mask (B, T) and kappa. UserError for a question that is not
         among ``problems``.
     """
     parts = [_rollouts(share, problems) for share in shares]
@@ -109,7 +110,7 @@ def rebuild(
     mask = pad(torch.cat([share["mask"] for share in shares]), joined.lengths)  # (B, T)
     rows = joined.rows_of(order)
     batch = joined.take(rows)
-    return batch, mask[rows], shares[0]["kappa"], shares[0]["prefix"]
+    return batch, mask[rows], shares[0]["kappa"]
 
 
 def _rollouts(share: dict[str, Any], problems: Mapping[str, Problem]) -> Rollouts:
@@ -126,8 +127,10 @@ def _rollouts(share: dict[str, Any], problems: Mapping[str, Problem]) -> Rollout
         ids=share["ids"],
         rewards=share["rewards"],
         correct=share["correct"],
+        judged=share["judged"],
         texts=[""] * len(lengths),
         lineage=share["lineage"],
-        update=share.get("update", []),  # a record of before has none
+        update=share["update"],
+        prefix=share["prefix"],
         extra_tokens=share["extra_tokens"],
     )

@@ -95,14 +95,13 @@ def make_trainer(config: Config, prompter: Prompter, model: str = MODEL) -> Trai
         problems=[],
         held_out=[],
         collector=SimpleNamespace(prompter=prompter),  # type: ignore[arg-type]
-        sharded=shard(make_policy(config, model), config, device),
+        passes=Passes(config, shard(make_policy(config, model), config, device), prompter, device),
         reference=frozen_reference(config, model, device),
         selector=TokenSelector(config),
         curriculum=None,  # type: ignore[arg-type]
         store=None,  # type: ignore[arg-type]
         tracker=SimpleNamespace(folder=OUT),  # type: ignore[arg-type]
         progress=None,  # type: ignore[arg-type]
-        device=device,
         identity={},
         engine_gap=lambda: 0.0,
     )
@@ -176,12 +175,12 @@ def gather_between_passes(base: Config, prompter: Prompter) -> int:
     with torch.no_grad():
         for _ in range(3):
             passes.states(micro)
-    trainer.update(fixed_batch(prompter), 0.3, 1.0, Clock())
+    trainer.update(fixed_batch(prompter), 0.3, Clock())
     whole = weights(trainer.sharded)
     check()
     found = sum(weight.ds_status.name == "INFLIGHT" for _, weight in trainer.sharded.names())
     assert torch.equal(whole, weights(trainer.sharded))
-    trainer.update(fixed_batch(prompter), 0.3, 1.0, Clock())
+    trainer.update(fixed_batch(prompter), 0.3, Clock())
     assert not torch.equal(whole, weights(trainer.sharded))
     return found
 
@@ -200,7 +199,7 @@ def main() -> None:
             result["questions of a rank"] = [len(part) for part in distributed.gather_objects(rollouts.problems)]
         clock = Clock()
         before = named_weights(trainer.sharded)
-        _, local = trainer.update(rollouts, 0.3, 1.0, clock)
+        _, local = trainer.update(rollouts, 0.3, clock)
         trainer.step = 1
         logged = reduce_metrics(rollouts, local, clock.seconds)
         result[name] = {
@@ -217,16 +216,16 @@ def main() -> None:
     rollouts = fixed_batch(prompter)
     if RANK == WORLD - 1:
         rollouts.advantages[:] = float("inf")
-    trainer.update(rollouts, 0.3, 1.0, Clock())
+    trainer.update(rollouts, 0.3, Clock())
     assert torch.equal(before, weights(trainer.sharded)), "a bad step changed the weights"
     assert list(OUT.glob(f"bad_steps/step-000001-rank-{RANK}.pt"))
     try:
-        trainer.update(rollouts, 0.3, 1.0, Clock())
+        trainer.update(rollouts, 0.3, Clock())
         raise AssertionError("two bad steps in a row went on")
     except TrainingError as error:
         assert "2 steps in a row" in str(error)  # noqa: PT017
     trainer = make_trainer(base, prompter)
-    trainer.update(fixed_batch(prompter), 0.3, 1.0, Clock())
+    trainer.update(fixed_batch(prompter), 0.3, Clock())
     assert trainer.bad_steps == 0
 
     # a rank whose disk is full fails the save on all; what was saved before stays
@@ -243,7 +242,7 @@ def main() -> None:
         result["full disk"] = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert latest(OUT / "checkpoints") == saved
-    trainer.update(fixed_batch(prompter), 0.3, 1.0, Clock())
+    trainer.update(fixed_batch(prompter), 0.3, Clock())
     assert not torch.equal(kept, weights(trainer.sharded))
     trainer.sharded.load(saved)
     assert torch.equal(kept, weights(trainer.sharded)), "the checkpoint does not bring the weights back"

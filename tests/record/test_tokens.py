@@ -43,7 +43,7 @@ def updated(model: Path, *overrides: str) -> tuple[dict[str, float], Rollouts, l
     trainer, rollouts = made(config_of(model, "tracking.rollouts_per_step=4", *overrides), model)
     rollouts.rewards = torch.tensor([1.0, 0, 1, 0, 1, 1, 0, 1])
     rollouts.correct = rollouts.rewards == 1
-    selection, sums = trainer.update(rollouts, 0.1, 1.0, Clock())
+    selection, sums = trainer.update(rollouts, 0.1, Clock())
     return reduce_metrics(rollouts, sums, {}), rollouts, trainer.recorder.table(selection).to_pylist()
 
 
@@ -141,7 +141,7 @@ def test_the_bucket_is_the_one_that_a_question_was_drawn_from(model: Path) -> No
     labels = dict(zip(ids, (30, 5, 20, 5), strict=True))
     curriculum = trainer.recorder.curriculum = build(ids, bucket_by="count")
     curriculum.set_labels(labels)
-    selection, _ = trainer.update(rollouts, 0.1, 1.0, Clock())
+    selection, _ = trainer.update(rollouts, 0.1, Clock())
     curriculum.relabel(dict.fromkeys(ids, 20))
     found = {row["question_id"]: row["bucket"] for row in trainer.recorder.table(selection).to_pylist()}
     assert [found[question] for question in ids] == ["hard", "easy", "medium", "easy"]
@@ -155,7 +155,7 @@ def test_recording_runs_no_forward_of_its_own(model: Path, monkeypatch: pytest.M
     for groups in (0, 4):
         calls.clear()
         trainer, rollouts = made(config_of(model, f"tracking.rollouts_per_step={groups}"), model)
-        trainer.update(rollouts, 0.1, 1.0, Clock())
+        trainer.update(rollouts, 0.1, Clock())
         counts.append(len(calls))
     assert counts[0] == counts[1] > 0
 
@@ -240,5 +240,5 @@ def test_ranks_but_the_first_record_nothing(model: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("aipo.distributed.rank", lambda: 1)
     trainer, rollouts = made(config_of(model), model)
     assert trainer.recorder.groups == 0
-    selection, _ = trainer.update(rollouts, 0.1, 1.0, Clock())
+    selection, _ = trainer.update(rollouts, 0.1, Clock())
     trainer.recorder.write(SimpleNamespace(), 1, selection)  # type: ignore[arg-type]
