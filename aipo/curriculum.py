@@ -15,12 +15,11 @@ from torch import Tensor
 
 from aipo.config.base import BucketBy, KappaSchedule
 from aipo.config.sections import CurriculumConfig, MaskConfig
-from aipo.mask import MAX_PEAKS, count_peaks, peaks, prefix_share
+from aipo.mask import count_peaks, peaks, prefix_share
 
 Mixture = tuple[float, float, float]
 
 NAMES = ("easy", "medium", "hard")
-RATE_TOKENS = 512  # "rate" counts peaks per so many tokens
 SMALL_BUCKET = 0.05  # share of the questions below which a bucket is worth a warning
 STALL_ADVANCE = 0.05  # share of all steps that a stall adds to the clock
 
@@ -76,14 +75,13 @@ def bucket_of(n_peak: float, cuts: tuple[float, float] = (15, 25)) -> int:
 def peak_label(scores: Tensor, mask: MaskConfig, by: BucketBy = "quantile", probe_tokens: int = 512) -> float:
     """N_peak of a trajectory's scores (T,), from its first ``probe_tokens``, by ``mask.statistic`` at ``kappa_start``.
 
-    ``count`` is clipped to 0..40, and so is ``rate``, peaks per 512 tokens. ``quantile`` compares questions with each
-    other: clipped, all with more than 40 would look alike.
+    ``count`` is clipped to 0..40. ``quantile`` compares questions with each other: clipped, all with more than 40 would
+    look alike.
     """
     probe = scores[:probe_tokens]
     if by == "count":
         return count_peaks(probe, kappa=mask.kappa_start, statistic=mask.statistic, tau=mask.tau)
-    found = int(peaks(probe, kappa=mask.kappa_start, statistic=mask.statistic, tau=mask.tau).sum())
-    return found if by == "quantile" else min(MAX_PEAKS, found * RATE_TOKENS / max(len(probe), 1))
+    return int(peaks(probe, kappa=mask.kappa_start, statistic=mask.statistic, tau=mask.tau).sum())
 
 
 class Curriculum:

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -153,7 +152,7 @@ class Generation:
             new = paths.join(plan, self._draw([each.request for each in plan]), collector.prompter.decode)
             if number < len(counts):
                 paths.go_on(new, self._unsureness(new))
-        rollouts = paths.rollouts if branch.prefix == "once" else replace(paths.rollouts, lineage=[])
+        rollouts = paths.rollouts
         if branch.total is not None and branch.total > keep:
             best = keep_best(self._bottleneck(rollouts), branch.total, keep)  # (B,)
             rollouts = rollouts.keep(best.nonzero()[:, 0].tolist())
@@ -211,7 +210,7 @@ class Generation:
         for attempt in range(1, dynamic.max_tries + 1):
             batch, metrics = self._once(draw(step, target * dynamic.factor), f"step {step} try {attempt}", clock)
             seen.append(metrics)
-            mine = [rank + world * i for i in varying_groups(batch, by=dynamic.by, tolerance=dynamic.tolerance)]
+            mine = [rank + world * i for i in varying_groups(batch, by=dynamic.by)]
             gathered = distributed.gather_objects(mine, beside=bool(self.config.rollout.async_depth))
             everywhere = sorted(place for places in gathered for place in places)
             kept = {place: have + i for i, place in enumerate(everywhere[: target - have])}
@@ -262,11 +261,11 @@ def _same_device(threads: int, *, own_stream: bool) -> None:
             torch.cuda.set_stream(torch.cuda.Stream())
 
 
-def varying_groups(rollouts: Rollouts, *, by: str, tolerance: float) -> list[int]:
-    """Questions of which some rollouts are right and some wrong, or (``by: reward``) whose rewards differ by more than
-    the tolerance; a rollout without a verdict is neither."""
+def varying_groups(rollouts: Rollouts, *, by: str) -> list[int]:
+    """Questions of which some rollouts are right and some wrong, or (``by: reward``) whose rewards differ by more
+    than rounding; a rollout without a verdict is neither."""
     if not rollouts.completions:
         return []
     values = rollouts.judged_correct if by == "correct" else rollouts.rewards  # (B,)
-    constant = constant_groups(values.reshape(-1, rollouts.group_size), 0.0 if by == "correct" else tolerance)  # (Q,)
+    constant = constant_groups(values.reshape(-1, rollouts.group_size))  # (Q,)
     return torch.nonzero(~constant)[:, 0].tolist()

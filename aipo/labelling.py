@@ -1,6 +1,6 @@
 """The pass before training that labels every question with its number of information peaks (Alg. 1, lines 1-15).
 
-Long on a large data set, so it is sharded over ranks, appended to a file question by question, continued where it was
+Long on a large data set, so it is sharded over ranks, appended to a file block by block, continued where it was
 killed, and reused by every run with the same model, data and settings.
 """
 

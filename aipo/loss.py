@@ -33,7 +33,7 @@ class LossInputs:
     logp_engine: Tensor | None = None  # (B, T) as the rollout engine drew them; None where nothing is to be corrected
     importance_weight: Tensor | None = None  # (B, T) given instead
     inclusion: Tensor | None = None  # (B, T) in (0, 1], the chance with which the mask drew a token; needs lengths
-    lengths: Tensor | None = None  # (B,) completion tokens
+    lengths: Tensor | None = None  # (B,) completion tokens, but for those that an earlier branch has already
     kl_weight: Tensor | None = None  # (B, T)
     entropy: Tensor | None = None  # (B, T) nats, with gradient
 

@@ -1,7 +1,8 @@
 """Which completion tokens get a gradient: m_t = 1[MI_t > mu + kappa sigma] and variants (AIPO, sections 3.2 and 3.3).
 
-Every rule that looks at scores is one threshold: a token is selected if its score lies strictly above it. Scores that
-are not finite are never selected and enter no statistic, nor does padding. Constant scores select nothing.
+A rule that ranks tokens is one threshold: a token is selected if its score lies strictly above it, or with ``invert``
+as many are that score lowest. Scores that are not finite enter no statistic and are then never selected, nor is
+padding. Constant scores select nothing.
 """
 
 from __future__ import annotations

@@ -71,11 +71,16 @@ def maj_at_k(answers: Sequence[Sequence[str | None]], correct: Correct) -> float
     return sum(map(score, answers, rows)) / len(rows)
 
 
+def best_point(points: Sequence[tuple[int, float]]) -> tuple[int, float] | None:
+    """Of (step, value) the highest, the earliest of equals; as of checkpoints, not step 0 if there is a later one."""
+    trained = [point for point in points if point[0] > 0] or points
+    return max(trained, key=lambda point: point[1], default=None)
+
+
 def trained_share(log: Sequence[Mapping[str, Any]]) -> float | None:
     """OTF in [0, 1] from the lines of a run's ``metrics.jsonl``; None without a step that an update was made of.
 
-    Tokens trained on / completion tokens of the rollouts that the update read. Runs from before
-    ``rollout/used_tokens`` was logged wrote the cost share under this name: they say nothing here.
+    Tokens trained on / completion tokens of the rollouts that the update read.
     """
     return _share(log, "mask/otf", "rollout/used_tokens")
 

@@ -5,15 +5,16 @@ features phi(x) = sqrt(2/D) cos(Wx + b) turn the n-by-n kernel matrices into n-b
 
     MI = || Phi_x^T H Phi_y ||_F^2 / (n - 1)^2,     H = I - 11^T/n
 
-The paper does not say what the n samples of ONE hidden state are. Three readings are here:
+The paper does not say what the n samples of ONE hidden state are. There are three readings (the last two are in
+:mod:`aipo.scorer`):
 
 * ``coordinate``: the d coordinates of h_t and of the gold state h* are d paired scalars, as in the
   mutual-information-peaks work that AIPO builds on. A token's score depends on that token and h* alone.
 * ``pointwise``: the samples are all (h_t, h*) pairs of the batch; a token scores its own share of their covariance.
 * ``position``: the samples at step t are the rollouts still running at t; they share one score.
 
-Scores only select tokens, so no gradient is kept. Whatever cannot be measured scores 0: a single sample, constant
-samples (when centred), and NaN or infinite states.
+The scores of a run select and weigh tokens and keep no gradient; :func:`fast_hsic` is differentiable. Whatever cannot
+be measured scores 0: a single sample, constant samples (when centred), and NaN or infinite states.
 """
 
 from __future__ import annotations

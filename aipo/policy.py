@@ -1,8 +1,8 @@
 """The policy: a causal LM in ONE module whose forward does everything that ZeRO-3 must see.
 
 ZeRO-3 gathers a weight when the module that owns it is called, on all ranks together. So the number of calls must
-not depend on a rank's data: the head is called exactly once a forward, with however many positions were selected
-(none is fine), and cuts them into chunks *inside* that call.
+not depend on a rank's data: the head is called exactly once where logits are asked for, with however many positions
+were selected (none is fine), and cuts them into chunks *inside* that call.
 """
 
 from __future__ import annotations

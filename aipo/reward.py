@@ -47,7 +47,8 @@ def well_formed(text: str, *, kind: str = "math", thinking: bool = False) -> boo
 
 
 def combine(correct: Tensor, format: Tensor, length: Tensor, weights: Weights, *, signed: bool = False) -> Tensor:
-    """(B,) parts in [0, 1] -> (B,) float rewards, again in [0, 1] if no weight is negative and their sum is 1.
+    """(B,) parts in [0, 1] -> (B,) float rewards, again in [0, 1] if no weight is negative and their sum is 1,
+    but for ``signed``.
 
     ``correct`` may be the numbers of a reward function. ``signed`` counts a wrong answer as -1 instead of 0 (DAPO).
     """
@@ -94,9 +95,9 @@ class Rewarder:
         """Wait for B rollouts that were handed in.
 
         Returns ``(rewards (B,) float, correct (B,) bool, metrics)`` in their order. An answer without a
-        verdict (its check took too long, or too much memory) is not wrong: its reward is NaN. Metrics are means over
-        the rollouts judged, and shares of all. Raises RuntimeError if no verifier process can be started, and
-        TrainingError with the rollout where a reward function raised.
+        verdict (its check took too long, or too much memory) is not wrong: its reward is NaN. ``reward/mean`` and
+        ``reward/correct`` are means over the rollouts judged, the other metrics over all. Raises RuntimeError if no
+        verifier process can be started, and TrainingError with the rollout where a reward function raised.
         """
         if not pending:
             raise ValueError("no rollout was handed in")

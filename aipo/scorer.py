@@ -148,7 +148,7 @@ class TokenScorer:
         max_positions: the longest completion; only position needs it. It takes 8 T D bytes for each different gold
             state of a rank, whatever the number of rollouts.
         all_reduce: sums a tensor over ranks, in place, and returns it.
-    Raises ValueError for quadrature features of vectors.
+    Raises ValueError for quadrature features of vectors, and for position without ``max_positions``.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class TokenScorer:
     def observe(self, hidden: Tensor, gold: Tensor, lengths: Tensor) -> None:
         """Add a micro-batch (shapes as ``score``; it may be empty) to the moments of this step.
 
-        The first one of a run with sigma "median" is a collective.
+        With sigma "median" it is a collective until some rank has had tokens.
         """
         if self.local:
             raise RuntimeError("the coordinate estimator has nothing to observe")

@@ -79,9 +79,9 @@ def test_buckets_by_hand():
     uneven = build(list("abcdef"), total_steps=1, seed=0, quantiles=(0.1, 0.5))
     uneven.set_labels(dict(zip("abcdef", [0, 1, 2, 3, 4, 5])))  # 0.5 and 2.5
     assert uneven.buckets.tolist() == [0, 1, 1, 2, 2, 2]
-    by_rate = build(list("abc"), total_steps=1, seed=0, bucket_by="rate")
-    by_rate.set_labels({"a": 15.0, "b": 15.5, "c": 25.5})
-    assert by_rate.buckets.tolist() == [0, 1, 2]
+    by_count = build(list("abc"), total_steps=1, seed=0, bucket_by="count")
+    by_count.set_labels({"a": 15.0, "b": 15.5, "c": 25.5})  # means over rollouts are no whole numbers
+    assert by_count.buckets.tolist() == [0, 1, 2]
     earlier = build(list("abc"), total_steps=1, seed=0, bucket_by="count", cuts=(5, 10))
     earlier.set_labels({"a": 5, "b": 10, "c": 11})
     assert earlier.buckets.tolist() == [0, 1, 2]
@@ -92,7 +92,6 @@ def test_peak_label():
     assert peak_label(scores, MaskConfig(), "count") == 15
     assert peak_label(scores, MaskConfig(), "quantile") == 15
     assert peak_label(scores, MaskConfig(), probe_tokens=11) == 5
-    assert peak_label(scores, MaskConfig(), "rate") == 40  # 240, clipped
     many = torch.tensor([0.0, 1.0] * 100)
     assert peak_label(many, MaskConfig(), "count") == 40
     assert peak_label(many, MaskConfig()) == 99  # thirds of questions that all have more than 40
@@ -105,9 +104,10 @@ def test_peak_label():
     assert peak_label(mixed, MaskConfig(statistic="iqr", tau=5.0)) == 1  # above 1.5
     sparse = torch.zeros(1024)
     sparse[10:1000:100] = 1.0
-    assert peak_label(sparse, MaskConfig(), "rate", probe_tokens=1024) == 5.0
-    assert peak_label(sparse, MaskConfig(), "rate", probe_tokens=256) == 6.0  # 3 of those 256, not of all
-    assert peak_label(torch.zeros(0), MaskConfig(), "rate") == 0
+    for by in ("count", "quantile"):
+        assert peak_label(sparse, MaskConfig(), by, probe_tokens=1024) == 10
+        assert peak_label(sparse, MaskConfig(), by, probe_tokens=256) == 3
+        assert peak_label(torch.zeros(0), MaskConfig(), by) == 0
 
 
 def test_the_bucket_of_a_question():

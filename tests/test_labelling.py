@@ -159,8 +159,6 @@ def test_peaks_by_hand() -> None:
     assert peaks(rollouts, scores, CurriculumConfig(), MaskConfig()) == {"q0": 1.5, "q1": 1.0}
     probed = CurriculumConfig(probe_tokens=4)
     assert peaks(rollouts, scores, probed, MaskConfig()) == {"q0": 1.0, "q1": 0.5}
-    by_rate = CurriculumConfig(probe_tokens=4, bucket_by="rate")
-    assert peaks(rollouts, scores, by_rate, MaskConfig()) == {"q0": 40.0, "q1": 20.0}  # clipped one by one
     assert peaks(rollouts, scores, CurriculumConfig(), MaskConfig(kappa_start=1.6)) == {"q0": 0.5, "q1": 0.0}
 
 

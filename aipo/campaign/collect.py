@@ -14,7 +14,7 @@ import pandas as pd
 from aipo.campaign.cells import Cell, Plan, differences
 from aipo.campaign.schema import Read
 from aipo.evaluation.results import average, load_results
-from aipo.metrics import cost_share, trained_share, training_efficiency
+from aipo.metrics import best_point, cost_share, trained_share, training_efficiency
 from aipo.record.jsonl import read_jsonl
 
 SHARES = re.compile(r"accuracy|correct|otf|share|truncated|no_answer")  # metrics in [0, 1], shown in percent
@@ -64,7 +64,7 @@ def figures(cell: Cell, log: Sequence[dict[str, Any]], more: Sequence[str], metr
     before, value = at(log, metric, "first"), at(log, metric, read)
     mag = None if before is None or value is None else value - before
     cell_json = cell.folder / "cell.json"
-    best = _best(_points(log, metric))
+    best = best_point(_points(log, metric))
     found: dict[str, Any] = {"accuracy": value, "before": before, "mag": mag, "best_step": best and best[0]}
     if read != "first":  # else nothing of the training is meant
         found |= {
@@ -86,7 +86,7 @@ def at(log: Sequence[dict[str, Any]], metric: str, read: Read | int) -> float | 
     points = _points(log, metric)
     if isinstance(read, int):
         points = [point for point in points if point[0] == read]
-    best = _best(points)
+    best = best_point(points)
     if best is None:
         return None
     _, value = {"first": points[0], "best": best}.get(str(read), points[-1])
@@ -95,12 +95,6 @@ def at(log: Sequence[dict[str, Any]], metric: str, read: Read | int) -> float | 
 
 def _points(log: Sequence[dict[str, Any]], metric: str) -> list[tuple[int, float]]:
     return [(line["step"], line[metric]) for line in log if line.get(metric) is not None]
-
-
-def _best(points: Sequence[tuple[int, float]]) -> tuple[int, float] | None:
-    """The highest, the earliest of equals; as of checkpoints, not that of step 0 where there is a later one."""
-    trained = [point for point in points if point[0] > 0] or points
-    return max(trained, key=lambda point: point[1], default=None)
 
 
 def evaluated(cell: Cell, before: float | None, otf: float | None) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from aipo.config.base import NonNegative, Positive, Section
 from aipo.config.reading import flatten_sections, layers
 from aipo.errors import UserError
 from aipo.evaluation.benchmarks import ALIASES, EMBEDDED, PAPER
+from aipo.evaluation.options import parse as parse_evaluation
 from aipo.problems.sources import path_of
 from aipo.record.checkpoints import flatten
-from evaluate import parse as parse_evaluation
 
 Read = Literal["first", "last", "best"]
 FIGURES = {

@@ -5,9 +5,9 @@ How it is trained and kept is in :mod:`aipo.config.training`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from aipo.config.base import (
     BucketBy,
@@ -68,7 +68,7 @@ class RolloutConfig(Section):
     kv_cache_gb: Annotated[float, Field(gt=0)] = 1.0
     """KV cache on a machine without a GPU, GiB"""
     importance_correction: Literal["none", "token_truncated", "token_mask", "sequence_mask"] = "token_truncated"
-    """weight for the difference between vLLM's and our probabilities: their ratio with a cap, or 0 outside bounds"""
+    """weight for what the engine's and our probabilities differ by: their ratio with a cap, or 0 outside bounds"""
     importance_cap: Annotated[float, Field(ge=1)] = 2.0
     """truncation of that weight, or its upper bound"""
     importance_floor: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -76,7 +76,7 @@ class RolloutConfig(Section):
     async_depth: Annotated[int, Field(ge=0, le=1)] = 0
     """1 draws the next batch during the update, with weights one update old; 0 is strictly on-policy"""
     check_sync: bool = True
-    """at start-up, perturb and restore vLLM's weights and compare log-probabilities with ours"""
+    """at start-up, perturb and restore the engine's weights and compare log-probabilities with ours"""
     check_every: Positive | None = 50
     """steps between later comparisons, of 64 tokens a rank; a mismatch saves and stops the run; null never compares"""
 
@@ -85,9 +85,7 @@ class DynamicConfig(Section):
     enabled: bool = False
     """dynamic sampling: draw questions until the batch is full of groups that vary"""
     by: Literal["correct", "reward"] = "correct"
-    """a group varies if 0 < right answers < all, or if its rewards differ by more than dynamic.tolerance"""
-    tolerance: Annotated[float, Field(gt=0)] = 1e-6
-    """of dynamic.by: reward"""
+    """a group varies if 0 < right answers < all, or if its rewards differ"""
     factor: Annotated[int, Field(ge=1)] = 3
     """questions drawn at a time, in multiples of rollout.questions_per_step"""
     max_tries: Positive = 10
@@ -115,8 +113,6 @@ class BranchConfig(Section):
     """so many first tokens of what a rollout or branch drew itself are no branch points"""
     rounds: Positive = 1
     """drawings of branches: later ones branch from an earlier branch if the policy was less sure in it on average"""
-    prefix: Literal["once", "each"] = "once"
-    """tokens that branches share are trained on in the first rollout that has them, or in each"""
     beta: Annotated[float, Field(ge=0)] = 0.1
     """of the filter: I(r; a) - beta I(q; r)"""
     latent: Literal["none", "norm_kv", "residual"] = "none"
@@ -361,12 +357,6 @@ class AdvantageConfig(Section):
     """baseline: advantage of tokens that no other rollout of the group is long enough to be compared with"""
     drop_constant_groups: Literal["correctness", "reward", "none"] = "none"
     """which groups are left out of the update: all right or all wrong; of rewards that do not vary; none"""
-
-    @field_validator("drop_constant_groups", mode="before")
-    @classmethod
-    def _once_a_boolean(cls, value: Any) -> Any:
-        """Configs of older run folders say true or false."""
-        return {True: "reward", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class LossConfig(Section):

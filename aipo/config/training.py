@@ -40,7 +40,7 @@ class LoraConfig(Section):
 
 class OptimConfig(Section):
     steps: Positive = 500
-    """optimizer steps' worth of rollout batches, S"""
+    """rollout batches, S; each makes optim.updates_per_batch optimizer steps"""
     generated_tokens: Positive | None = None
     """the run ends before S once it has generated so many tokens in training; for comparisons at equal cost"""
     lr: Annotated[float, Field(gt=0)] = 1e-6

@@ -32,7 +32,7 @@ PANELS = (
     Panel("KL to the reference", ("loss/kl",)),
     Panel("policy entropy, nats", ("policy/entropy",)),
     Panel("clip fraction", ("loss/clip_fraction",)),
-    Panel("KL between vLLM and the trainer", ("mismatch/kl",)),
+    Panel("KL between engine and trainer", ("mismatch/kl",)),
     Panel("importance weight", ("mismatch/weight_mean", "mismatch/weight_max")),
 )
 Series = dict[str, tuple[list[int], list[float]]]  # metric -> steps, values

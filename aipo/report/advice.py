@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
+from aipo.curriculum import SMALL_BUCKET
 from aipo.report.load import Row, Run
 from aipo.report.page import percent
 from aipo.report.selected import mean, spread
@@ -76,8 +77,9 @@ def buckets(run: Run, _: Sample) -> Advice | None:
     if not run.config.get("curriculum.enabled", True) or not all(sizes):
         return None
     last = [series[-1][1] for series in sizes]
-    words = f"easy {last[0]:.0f}, medium {last[1]:.0f}, hard {last[2]:.0f} questions at the end (alarm: one has < 5 %)"
-    return Advice("Collapse of a bucket", words, min(last) < 0.05 * sum(last), "questions in a bucket")
+    words = f"easy {last[0]:.0f}, medium {last[1]:.0f}, hard {last[2]:.0f} questions at the end"
+    words += f" (alarm: one has < {100 * SMALL_BUCKET:.0f} %)"
+    return Advice("Collapse of a bucket", words, min(last) < SMALL_BUCKET * sum(last), "questions in a bucket")
 
 
 def gaming(run: Run, _: Sample) -> Advice | None:

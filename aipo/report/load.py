@@ -50,10 +50,8 @@ class Run:
         return [(line["step"], line[key]) for line in self.metrics if line.get(key) is not None]
 
     def recorded(self) -> dict[int, Path]:
-        """Step -> the file with its rollouts: Parquet, or for older runs lines of JSON."""
-        files = {step_of(path): path for path in sorted((self.folder / "rollouts").glob("step-*.jsonl"))}
-        files |= {step_of(path): path for path in sorted((self.folder / "rollouts").glob("step-*.parquet"))}
-        return dict(sorted(files.items()))
+        """Step -> the file with its rollouts."""
+        return {step_of(path): path for path in sorted((self.folder / "rollouts").glob("step-*.parquet"))}
 
     def groups(self, step: int) -> Iterator[list[Row]]:
         """The recorded rollouts of a step, a list a group."""
@@ -63,24 +61,14 @@ class Run:
 
 
 def read_rollouts(path: Path) -> list[Row]:
-    """Rows with the columns of Parquet. Raises UserError for a file that cannot be read."""
-    if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet
+    """Raises UserError for a file that cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet
 
-        try:
-            return pyarrow.parquet.read_table(path).to_pylist()
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path} is damaged ({error}): delete it") from None
-    rows = read_jsonl(path)
-    groups = {question: place for place, question in enumerate(dict.fromkeys(row["question"] for row in rows))}
-    unknown = {"question_id": None, "extracted": None, "group_size": None, "used": True, "reason": ""}
-    return [
-        {"prompt": row["question"], **unknown}
-        | row
-        | {"group": groups[row["question"]], "sample": place, "mask": [bool(m) for m in row["mask"]]}
-        for place, row in enumerate(rows)
-    ]
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it") from None
 
 
 def is_run(folder: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from aipo.metrics import Difference, cost_share, paired_bootstrap, trained_share
+from aipo.metrics import Difference, best_point, cost_share, paired_bootstrap, trained_share
 from aipo.record.progress import NAMES, duration, phases
 from aipo.report.load import Row, Run
 
@@ -47,7 +47,7 @@ def judge(run: Run) -> Verdict:
     """Everything at the top of the page."""
     validated = [line for line in run.metrics if line.get("validation/accuracy") is not None]
     before, after = (accuracy(validated[i]) if validated else None for i in (0, -1))
-    best = max(((line["step"], line["validation/accuracy"]) for line in validated), key=lambda x: x[1], default=None)
+    best = best_point([(line["step"], line["validation/accuracy"]) for line in validated])
     flips, difference = [], None
     if len(run.held_out) > 1:
         first, last = (by_question(run.held_out[pick(run.held_out)]) for pick in (min, max))

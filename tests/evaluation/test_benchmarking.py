@@ -13,9 +13,9 @@ import pytest
 from aipo.errors import UserError
 from aipo.evaluation.benchmarking import make_job, run
 from aipo.evaluation.benchmarks import load_benchmarks
+from aipo.evaluation.options import parse
 from aipo.evaluation.results import save_results, summarize
 from aipo.problems.datasets import Problem
-from evaluate import parse
 from tests.tiny import make_tiny
 
 

@@ -269,17 +269,22 @@ def test_what_is_left_out_where_it_does_not_fit(run: Path) -> None:
     assert groups.order([4]) == [4]
 
 
-def test_an_older_run_has_lines_of_json_alone(run: Path, tmp_path: Path) -> None:
-    old = make_run(tmp_path / "old")
-    for path in (old / "rollouts").glob("*.parquet"):
+def test_the_best_is_the_step_of_the_best_checkpoint(run: Path) -> None:
+    made = load_run(run)
+    for line in made.metrics:  # better before than ever after; of equals the earlier
+        if "validation/accuracy" in line:
+            line["validation/accuracy"] = 0.9 if line["step"] == 0 else 0.5
+    first = min(line["step"] for line in made.metrics if line["step"] and "validation/accuracy" in line)
+    assert judge(made).best == (first, 0.5)
+
+
+def test_without_recorded_groups_or_answers_the_rest_is_there(tmp_path: Path) -> None:
+    bare = make_run(tmp_path / "bare")
+    for path in [*(bare / "rollouts").glob("*.parquet"), bare / "held_out.jsonl"]:
         path.unlink()
-    row = {"question": "1+1", "answer": "2", "completion": "2 !", "reward": 1.0, "correct": True, "advantage": 0.5}
-    row |= {"finish_reason": "stop", "tokens": ["2", "Ġ!"], "mi": [0.1, None], "mask": [1, 0]}
-    (old / "rollouts" / "step-000003.jsonl").write_text(json.dumps(row) + "\n")
-    (old / "held_out.jsonl").unlink()
-    packed = data_of(report([old]).read_text())["tokens"][0]
-    assert packed["vocabulary"] == ["2", " !"]
-    assert packed["groups"][0]["rollouts"][0]["figures"] == {"mi": [0.1, None], "mask": [1, 0]}
+    data = data_of(report([bare]).read_text())
+    assert all(not part["groups"] for part in data["tokens"])
+    assert data["panels"]
 
 
 def test_several_runs_are_compared(run: Path, tmp_path: Path) -> None:
