@@ -8,7 +8,7 @@ import sys
 import warnings
 
 from aipo.config import Config, dump_config, help_keys, help_sources, load_config
-from aipo.errors import UserError
+from aipo.errors import UserError, tell_launcher
 from aipo.startup import imports, legible
 from aipo.threads import settle
 
@@ -82,6 +82,7 @@ def main() -> int:
 
         return distributed.launch(lambda device: 0 if run(config, resume=arguments.resume, device=device) else 3)
     except UserError as error:
+        tell_launcher(f"error: {error}")
         print(f"rank {rank}: error: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:  # outside the steps, which end with a checkpoint: aipo.run.signals

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import socket
@@ -18,14 +17,13 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aipo.errors import TrainingError, UserError
+from aipo.errors import TrainingError, UserError, tell_launcher
 from aipo.threads import cpu_threads
 
 T = TypeVar("T")
@@ -276,11 +274,10 @@ def fail(error: BaseException) -> int:
                 os._exit(code)
         except dist.DistError:  # launched without torchrun, the store is in rank 0
             text = f"{text}\nrank {rank()}: rank 0 ended without a word: was it killed, for its memory?"
-        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends its summary with what it finds there
-            when = {"py_callstack": text, "timestamp": str(int(time.time()))}
-            Path(report).write_text(json.dumps({"message": {"message": text, "extraInfo": when}}))
-    sys.stdout.flush()
-    print(text, file=sys.stderr, flush=True)
+        tell_launcher(text)
+    with suppress(OSError):  # where nobody reads any more, the others must still be told
+        sys.stdout.flush()
+        print(text, file=sys.stderr, flush=True)
     if several:
         with suppress(dist.DistError):
             _TELLS.set(_FAILED, text)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import ParamSpec
 
 from aipo.startup import legible
@@ -18,6 +23,14 @@ class UserError(Exception):
 
 class TrainingError(Exception):
     """Training cannot go on; says why and what to try. Nothing that was saved is lost. Exit code 1."""
+
+
+def tell_launcher(text: str) -> None:
+    """Put the error where torchrun looks for it, which ends its summary with it."""
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        when = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with suppress(OSError):  # of a full disk, which may be the error: it is still printed
+            Path(report).write_text(json.dumps({"message": {"message": text, "extraInfo": when}}))
 
 
 def exit_code(main: Callable[P, int]) -> Callable[P, int]:

@@ -86,6 +86,9 @@ class Generation:
             distributed.gather_objects(None)  # where ranks may wait; NCCL, which is next, ends after 30 minutes
 
     def close(self) -> None:
+        """End its thread; a batch that is still drawn there is given up."""
+        if self.ahead is not None and not self.ahead[1].done():
+            self.collector.engine.stopped.set()
         self.thread.shutdown()
 
     def state_dict(self) -> dict[str, Any]:

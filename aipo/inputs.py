@@ -21,7 +21,7 @@ from aipo.config import Config
 from aipo.config.data import VERIFIER, Source, WatchSource
 from aipo.errors import UserError
 from aipo.evaluation.scoring import Watched
-from aipo.model.loading import read_folder, skeleton, weights_digest
+from aipo.model.loading import check_weights, read_folder, skeleton, weights_digest
 from aipo.problems.datasets import EMBEDDED, Loaded, Problem, fingerprint, load_mix, load_problems
 from aipo.problems.embedded import cache_folder, resolve_model
 from aipo.problems.holdout import hold_out
@@ -70,6 +70,7 @@ def check_inputs(config: Config, world: int) -> Inputs:
     path = resolve_model(config.model.path)
     loaded = load_data(config, data_sets(config))
     folder = read_folder(path, key="model.path", name=config.model.path)
+    check_weights(path, key="model.path")
     check_model(config, folder.architecture)
     find_latents(config, path)
     data = config.data

@@ -6,6 +6,7 @@ killed, and reused by every run with the same model, data and settings.
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -24,6 +25,7 @@ from aipo.problems.datasets import Problem
 from aipo.record.checkpoints import digest
 from aipo.record.jsonl import JsonlLog, read_jsonl
 from aipo.record.progress import Progress
+from aipo.record.tracker import versions
 from aipo.rollout.base import Sampling
 from aipo.rollout.collect import Collector
 from aipo.rollouts import Rollouts
@@ -37,6 +39,7 @@ DEPENDS_ON = (
     "data.",
     "mi.",
     "seed",
+    "weights of model.path",
     "train_fingerprint",
     "mask.kappa_start",
     "mask.statistic",
@@ -51,6 +54,13 @@ DEPENDS_ON = (
 """Keys of a run's identity, by their beginnings; ``data.train`` and the weights are among its facts"""
 LABELLED_TOGETHER = ("world_size", "optim.micro_tokens", "optim.packing", "optim.share_prompts")
 """... and what more decides which rollouts scores see that look beyond one sequence"""
+
+
+LABELLED_BY = (
+    *("curriculum.py", "labelling.py", "layout.py", "mask.py", "mi*.py", "model/*.py", "passes.py", "policy.py"),
+    *("problems/prompts.py", "rollout/*.py", "scorer.py", "selection.py"),
+)
+"""Files of this package whose change makes other labels"""
 
 
 def peaks(rollouts: Rollouts, scores: Tensor, config: CurriculumConfig, mask: MaskConfig) -> dict[str, float]:
@@ -87,6 +97,13 @@ def label(
 def label_folder(cache: Path, **facts: object) -> Path:
     """Where labels made from exactly these facts lie."""
     return cache / "labels" / digest(facts)
+
+
+def label_code(package: Path = Path(__file__).parent) -> str:
+    """The code and the libraries that labels come of: a run must not depend on what an older one left behind."""
+    files = sorted(path for name in LABELLED_BY for path in package.glob(name))
+    code = [(path.relative_to(package).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+    return digest([code, versions()])
 
 
 def label_questions(

@@ -10,14 +10,13 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from safetensors import SafetensorError
 
 from aipo import distributed
@@ -25,7 +24,7 @@ from aipo.config import Config, dump_config
 from aipo.curriculum import Curriculum
 from aipo.errors import TrainingError
 from aipo.inputs import Inputs, check_cache, check_inputs, find_latents, may_go_on
-from aipo.labelling import DEPENDS_ON, LABELLED_TOGETHER, histogram, label, label_folder, label_questions
+from aipo.labelling import DEPENDS_ON, LABELLED_TOGETHER, histogram, label, label_code, label_folder, label_questions
 from aipo.model.export import model_stamp
 from aipo.model.loading import save_model
 from aipo.model.precision import Precision, choose
@@ -35,7 +34,7 @@ from aipo.problems.embedded import cache_folder
 from aipo.record.batches import REPLAY, forget_batches
 from aipo.record.checkpoints import CheckpointStore, fsync, manifest, resolve
 from aipo.record.jsonl import read_jsonl
-from aipo.record.progress import Progress, final_table, summarize
+from aipo.record.progress import Progress, RunConsole, final_table, summarize
 from aipo.record.slowness import Slowness
 from aipo.record.tracker import Tracker, peak_memory_bytes, prepare_run_folder
 from aipo.report.run_report import report
@@ -73,7 +72,7 @@ def run(config: Config, *, resume: str = "none", device: torch.device) -> bool:
 
     distributed.on_first(prepare)
     seed_everything(config.seed, rank)
-    console = Console(stderr=False)
+    console = RunConsole()
     slowness = Slowness(precision, device.type)
     passes = {"validation": config.validation.every}
     passes |= {f"watch/{name}": each.every for name, each in inputs.watched.items()}
@@ -154,6 +153,7 @@ def go(trainer: Trainer, config: Config, inputs: Inputs, checkpoint: Path | None
                 cache_folder(),
                 identity={k: v for k, v in inputs.identity.items() if k.startswith(depends)},
                 model=model_stamp(inputs.model_path),
+                code=label_code(),
                 **({} if local else {"block": block}),
             )
             make = partial(label, collector=trainer.collector, passes=trainer.passes, selector=trainer.selector)
@@ -278,7 +278,8 @@ def signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         caught.append(number)
         if distributed.rank() == 0:
-            print("stopping after this step; a checkpoint will be saved", file=sys.stderr, flush=True)
+            with suppress(OSError):  # the same Ctrl-C may have ended who reads it; and no print within another
+                os.write(2, b"stopping after this step; a checkpoint will be saved\n")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

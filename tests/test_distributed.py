@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from aipo import distributed
 from aipo.distributed import buckets
-from aipo.errors import UserError
+from aipo.errors import UserError, tell_launcher
 from aipo.model.precision import this_device
 from evaluate import spread
 from tests import processes
@@ -157,3 +158,11 @@ def test_a_killed_rank_0_ends_the_others() -> None:
     assert killed.wait() == -signal.SIGKILL
     assert done.returncode == 1
     assert "rank 1: rank 0 ended without a word: was it killed" in (done.stdout or "") + (done.stderr or "")
+
+
+def test_the_launcher_is_told_unless_its_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    tell_launcher("error: optim.lrr")
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "error: optim.lrr"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/dev/full")
+    tell_launcher("error: no space")  # whose own words are still to be printed

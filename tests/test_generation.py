@@ -425,6 +425,21 @@ def test_an_update_does_not_wait_for_the_next_batch(prompter: Prompter) -> None:
     made.close()
 
 
+def test_a_batch_under_way_is_given_up_at_the_end(prompter: Prompter) -> None:
+    made = generation(prompter, varies_from(0), config(*AHEAD))
+    engine: Any = made.collector.engine
+    engine.stopped = SimpleNamespace(set=engine.free.set)
+    questions = Questions()
+    made.rollouts(0, questions, clock, prefix=1.0)
+    made.wait()
+    engine.free.clear()
+    made.rollouts(1, questions, clock, prefix=1.0)
+    made.close()  # within the 60 seconds that the engine would be stuck for
+    assert engine.free.is_set()
+    engine.stopped = None
+    made.close()  # nothing is under way
+
+
 def test_a_batch_that_waits_survives_a_checkpoint(prompter: Prompter, tmp_path: Path) -> None:
     made = generation(prompter, varies_from(0), config(*AHEAD))
     made.rollouts(0, Questions(), clock, prefix=1.0)

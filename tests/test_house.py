@@ -13,6 +13,7 @@ from typing import Any
 
 import aipo
 from aipo.config import Config
+from aipo.labelling import LABELLED_BY
 
 ROOT = Path(__file__).parents[1]
 # run by python -m, as train.py is: they may build what train.py builds
@@ -44,6 +45,19 @@ def module(path: Path) -> str:
 
 def test_imports_go_one_way() -> None:
     TopologicalSorter(imports()).prepare()  # raises CycleError with the modules of a circle
+
+
+def test_labels_know_the_code_that_they_come_of() -> None:
+    """All that labelling imports, but for what reads, checks, keeps, judges or carries numbers and makes none."""
+    graph, known, waiting = imports(), set[str](), ["aipo.labelling"]
+    while waiting:
+        if (name := waiting.pop()) not in known:
+            known.add(name)
+            waiting += graph[name]
+    listed = {module(path) for glob in LABELLED_BY for path in (ROOT / "aipo").glob(glob)}
+    others = ["config", "distributed", "errors", "metrics", "problems", "record", "reward", "rollouts", "sharding"]
+    others += ["startup", "threads", "verify"]
+    assert {name.split(".")[1] for name in known - listed} == set(others)
 
 
 def test_no_folder_knows_the_trainer() -> None:

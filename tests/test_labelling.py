@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aipo.config import load_config
 from aipo.config.sections import CurriculumConfig, MaskConfig
-from aipo.labelling import histogram, label, label_folder, label_questions, peaks, read_labels
+from aipo.labelling import histogram, label, label_code, label_folder, label_questions, peaks, read_labels
 from aipo.layout import MicroBatch
 from aipo.passes import Passes
 from aipo.problems.datasets import Problem
@@ -115,6 +115,17 @@ def test_labels_of_other_facts_lie_elsewhere(tmp_path: Path) -> None:
     assert one == label_folder(tmp_path, identity={"mi.sigma": 50.0}, model="a")
     assert one != label_folder(tmp_path, model="b", identity={"mi.sigma": 50.0})
     assert one != label_folder(tmp_path, model="a", identity={"mi.sigma": 40.0})
+
+
+def test_other_code_makes_other_labels(tmp_path: Path) -> None:
+    for name in ("mi.py", "loss.py", "rollout/hf.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    before = label_code(tmp_path)
+    (tmp_path / "loss.py").write_text("2")
+    assert label_code(tmp_path) == before
+    (tmp_path / "rollout" / "hf.py").write_text("2")
+    assert label_code(tmp_path) != before
 
 
 def test_histogram() -> None:

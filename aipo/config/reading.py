@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ from aipo.config.schema import Config
 from aipo.errors import UserError
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
+
+
+WHOLE = {"model.path", "data.train"}  # a file that says one of these stands by itself
 
 
 def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -79,7 +83,7 @@ def find_config(name: str, asked_by: str = "") -> Path:
     elif not Path(name).is_absolute():
         candidates += [CONFIG_FOLDER / name]
     for path in candidates:
-        if path.is_file():
+        if os.path.isfile(path):  # False also for a name that is too long
             return path
     known = sorted(str(p.relative_to(CONFIG_FOLDER)) for p in CONFIG_FOLDER.rglob("*.yaml"))
     near = difflib.get_close_matches(Path(name).name, known, n=1, cutoff=0.4)
@@ -106,8 +110,8 @@ def find_method(name: str) -> Path:
 def load_config(name: str, overrides: Sequence[str] = (), *, method: str | None = None) -> Config:
     """Read ``name`` with its bases, then a method's own keys, apply ``key.path=value`` overrides, validate.
 
-    ``method`` is a name in ``configs/methods/`` or a file. Of its bases only other methods come along: ``name`` takes
-    the place of the rest.
+    ``method`` is a name in ``configs/methods/`` or a file. Of its bases other methods and conditions come along:
+    ``name`` takes the place of the config that they stand on.
 
     Raises:
         UserError: with the key and the file or override that is wrong.
@@ -119,7 +123,9 @@ def load_config(name: str, overrides: Sequence[str] = (), *, method: str | None 
     if method is not None:
         file = find_method(method)
         *bases, itself = layers(file)
-        own = [layer for layer in bases if Path(layer[0]).resolve().parent == CONFIG_FOLDER / "methods"] + [itself]
+        # what says which model or data is a whole config, in whose place ``name`` is, and so is all below it
+        whole = [i for i, (_, tree) in enumerate(bases) if WHOLE & dict(flatten_sections(tree)).keys()]
+        own = [*bases[max(whole, default=-1) + 1 :], itself]
         values["name"] = f"{path.stem}-{file.stem}"
     for layer, tree in [*layers(path), *own, *map(_parse_override, overrides)]:
         for key, value in flatten_sections(tree):
@@ -159,6 +165,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a file. UserError where it holds something else, or a key twice."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a month 13
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -190,9 +198,18 @@ def _parse_override(text: str) -> tuple[str, dict[str, Any]]:
     if not equals or not key:
         raise UserError(f"override {text!r} must look like optim.lr=2e-6")
     try:
-        return f"override {text}", {key: yaml.load(value, _SafeLoader)}
+        read = yaml.load(value, _Loader)
     except (yaml.YAMLError, ValueError):
         raise UserError(f"override {text}: the value is not YAML (text with signs in it needs quotes)") from None
+    if read is None and key in _SECTIONS:
+        raise UserError(f"override {text}: {key} is a section: override its keys, such as {_first_key(key)}=...")
+    if isinstance(read, str) and value.strip()[:1] not in ("'", '"') and read != value.strip():  # Answer #1
+        raise UserError(f"override {text}: it would be read as {read!r}: put the value in quotes, '{key}=\"...\"'")
+    return f"override {text}", {key: read}
+
+
+def _first_key(section: str) -> str:
+    return next(key for key in _KNOWN if key.startswith(f"{section}."))
 
 
 _SECTIONS = {

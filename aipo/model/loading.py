@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -110,6 +111,29 @@ def save_model(
         model.generation_config = generation
     generation.to_json_file(folder / "generation_config.json")
     tokenizer.save_pretrained(folder)
+
+
+def check_weights(path: str, *, key: str) -> None:
+    """UserError unless all weights of a local folder are there and whole; what is on the hub is not looked at."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    files = {file.name for pattern in ("*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)}
+    index = folder / "model.safetensors.index.json"
+    wanted = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    if missing := sorted(wanted - files):
+        raise UserError(f"{key}: {folder / missing[0]} is missing: fetch the model again")
+    if not files:
+        raise UserError(f"{key}: {folder} has no weights (*.safetensors or pytorch_model*.bin): fetch the model again")
+    for file in sorted(folder / name for name in files if name.endswith(".safetensors")):
+        try:
+            with safe_open(file, framework="pt"):  # reads the header and compares it with the size
+                pass
+        except SafetensorError as error:
+            raise UserError(
+                f"{key}: {file} is no whole file of weights ({error}): fetch it again, or run git lfs pull where it is "
+                "a pointer of git-lfs"
+            ) from None
 
 
 def weights_digest(path: str, architecture: PretrainedConfig) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,6 +56,14 @@ def last_step(steps: int, budget: int | None, step: int, generated: float) -> in
     return min(steps, max(step, math.ceil(step * budget / generated)))
 
 
+class RunConsole(Console):
+    """Goes quiet where nobody reads any more: a run outlives the ``tee`` behind it, and what it says is in its logs."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class Progress:
     """Progress of the training and of the longer passes in it; silent unless ``active`` (rank 0).
 
@@ -80,7 +89,7 @@ class Progress:
         self._steps = self._total = total_steps or 0
         self._budget = budget
         self._active = active
-        self._console = console or Console()
+        self._console = console or RunConsole()
         self._clock = clock
         self._every, self._why_long = every or {}, why_long
         self._took: dict[str, float] = {}  # seconds of the last pass of a name
@@ -278,9 +287,8 @@ def final_table(summary: Summary, *, console: Console | None = None) -> None:
     table.add_column(overflow="fold")
     for label, value in rows:
         table.add_row(Text(label), Text(value))
-    (console or Console()).print(table)
-
     folder = Path(summary.run_folder)
     lines = ["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)]
     write_atomically(folder / "summary.md", "\n".join(lines) + "\n")
     write_atomically(folder / "summary.json", json.dumps(plain(asdict(summary)), indent=1) + "\n")
+    (console or RunConsole()).print(table)

@@ -101,7 +101,8 @@ def prepare_run_folder(folder: Path, resume: str, *, config_text: str, command: 
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"run folder {folder}: another train.py works there: name this run otherwise (name=...)"
+            f"run folder {folder}: another train.py works there (after Ctrl-C it ends its step and saves): wait for "
+            "it, or name this run otherwise (name=...)"
         ) from None
     except OSError as error:
         raise UserError(f"runs: {folder} cannot be made or written ({error.strerror}): choose another place") from None

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Event
 from typing import Literal, Protocol
 
 import numpy as np
@@ -72,6 +73,10 @@ OnDone = Callable[[int, Completion], None] | None
 """called with the place of a request among all and its completion, in any order"""
 
 
+class Stopped(Exception):
+    """A draw was ended before its time."""
+
+
 class RolloutEngine(Protocol):
     """``generate`` keeps the order of its requests; identical prompts of one call share their prefill."""
 
@@ -97,6 +102,9 @@ class RolloutEngine(Protocol):
     def sleep(self) -> None:
         """Free accelerator memory for the training phase; the next ``sync`` wakes the engine."""
         ...
+
+    stopped: Event
+    """once set, a draw under way on another thread ends at its next token with :class:`Stopped`"""
 
     def close(self) -> None: ...
 

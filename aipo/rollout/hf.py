@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers import (
 
 from aipo.config.sections import RolloutConfig
 from aipo.model.loading import attention_widths
-from aipo.rollout.base import Completion, OnDone, Request, Sampling, check_complete, check_requests, keep_rng
+from aipo.rollout.base import Completion, OnDone, Request, Sampling, Stopped, check_complete, check_requests, keep_rng
 from aipo.rollout.decoding import GROUPED, Fixed, Growing, fits, forward
 from aipo.rollout.injection import Injection
 from aipo.rollout.interventions import intervene
@@ -89,6 +90,7 @@ class HfEngine:
         wanted = self._device.type == "cuda" if fixed_cache is None else fixed_cache
         self._fixed_cache = wanted and fits(model.config)
         self.asleep, self._released = False, list[tuple[torch.UntypedStorage, int]]()
+        self.stopped = Event()
 
     def generate(
         self,
@@ -162,6 +164,8 @@ class HfEngine:
         else:
             decoding = Growing(self._model, cache, mask[rows], injection)
         while True:
+            if self.stopped.is_set():
+                raise Stopped
             tokens, logprobs = draw(logits, sampling, [d.generator for d in live])  # (B,), (B,)
             unfinished = []
             for row, (d, token, logprob) in enumerate(zip(live, tokens.tolist(), logprobs.tolist(), strict=True)):

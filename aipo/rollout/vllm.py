@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from threading import Event
 from typing import Any
 from unittest.mock import patch
 
@@ -22,6 +23,7 @@ from aipo.rollout.base import (
     OnDone,
     Request,
     Sampling,
+    Stopped,
     check_complete,
     check_requests,
     keep_rng,
@@ -172,7 +174,7 @@ class VllmEngine:
         self._max_model_len, self._end_token_ids = max_model_len, list(end_token_ids)
         self._interventions = interventions
         self._request_ids = itertools.count()
-        self.asleep = False
+        self.asleep, self.stopped = False, Event()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, *, on_done: OnDone = None) -> list[Completion]:
         """See :meth:`~aipo.rollout.base.RolloutEngine.generate`."""
@@ -192,6 +194,8 @@ class VllmEngine:
                     engine.add_request(name, prompt, self._params(request, sampling))
                     pending[name] = i
                 while pending:
+                    if self.stopped.is_set():
+                        raise Stopped
                     for output in engine.step():
                         i = pending.pop(output.request_id)
                         completion = done[i] = _completion(output)

@@ -166,6 +166,27 @@ def test_malformed_override(override: str) -> None:
     assert message("base", override) == f"override {override!r} must look like optim.lr=2e-6"
 
 
+def test_override_of_a_section_or_with_a_comment_in_it() -> None:
+    assert message("base", "curriculum=null").startswith("override curriculum=null: curriculum is a section: override")
+    assert "it would be read as 'Answer': put the value in quotes" in message("base", "data.suffix=Answer #1")
+    assert load_config("tiny.yaml", ["data.suffix='Answer #1'"]).data.suffix == "Answer #1"
+    assert message("base", "data.weights={a: 1, a: 2}").startswith(
+        "override data.weights={a: 1, a: 2}: the value is not"
+    )
+
+
+def test_a_condition_stands_on_another(tmp_path: Path) -> None:
+    """Of a method's bases all come along but the config that they stand on."""
+    (tmp_path / "first.yaml").write_text(
+        "base: smollm2_135m.yaml\nmask: {rule: top_fraction, fraction: 0.1}\noptim: {lr: 3}\n"
+    )
+    (tmp_path / "twin.yaml").write_text("base: first.yaml\nmi: {gold_control: shuffled}\n")
+    alone, made = load_config("tiny.yaml"), load_config("tiny.yaml", method=str(tmp_path / "twin.yaml"))
+    assert (made.mask.rule, made.mask.fraction, made.optim.lr) == ("top_fraction", 0.1, 3)
+    assert made.mi.gold_control == "shuffled"
+    assert (made.model, made.data, made.rollout) == (alone.model, alone.data, alone.rollout)
+
+
 @pytest.mark.parametrize("override", ["optim.betas=[0.9", "data.suffix=@end", "name=2024-13-45"])
 def test_override_that_is_not_yaml(override: str) -> None:
     assert message("base", override).startswith(f"override {override}: the value is not YAML")

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from aipo.errors import UserError
-from aipo.model.loading import load_model, save_model, skeleton, weights_digest
+from aipo.model.loading import check_weights, load_model, save_model, skeleton, weights_digest
 from tests.tiny import make_tiny
 
 SIZES: dict[str, Any] = {
@@ -100,3 +100,23 @@ def test_other_weights_have_another_digest(tmp_path: Path, safe: bool) -> None:
     key, value = next((k, v) for k, v in state.items() if v.ndim == 2)
     assert digest("shape", state | {key: value.reshape(-1)}) != first
     assert weights_digest("some/model", model.config) == "None"
+
+
+def test_weights_that_are_missing_or_cut_are_named(tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path / "model")
+    check_weights(str(folder), key="model.path")
+    check_weights("Qwen/Qwen3-8B", key="model.path")  # not here: nothing to look at
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    whole = weights.read_bytes()
+    for content in (b"", b"version https://git-lfs.github.com/spec/v1", whole[:-8]):
+        weights.write_bytes(content)
+        with pytest.raises(UserError, match=r"model\.path: .*model\.safetensors is no whole file .* git lfs pull"):
+            check_weights(str(folder), key="model.path")
+    weights.write_bytes(whole)
+    index.write_text('{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}')
+    with pytest.raises(UserError, match=r"model-2\.safetensors is missing"):
+        check_weights(str(folder), key="model.path")
+    index.unlink()
+    weights.unlink()
+    with pytest.raises(UserError, match="has no weights"):
+        check_weights(str(folder), key="model.path")

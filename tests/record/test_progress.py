@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -252,3 +257,34 @@ def test_final_table_of_a_run_without_steps(tmp_path):
     summary = summarize([], before=accuracy, after=accuracy, peak_memory_bytes={}, run_folder=tmp_path)
     final_table(summary, console=Console(file=io.StringIO()))
     assert json.loads((tmp_path / "summary.json").read_text())["otf"] is None
+
+
+SPEAKS = """
+import os, signal, sys
+from pathlib import Path
+from aipo.record.progress import Progress
+from aipo.run import signals
+
+with signals() as caught, Progress(4) as progress:
+    sys.stdin.readline()
+    for step in (1, 2, 3):
+        progress.update(step, {})
+    os.kill(os.getpid(), signal.SIGINT)
+    progress.say("saved")
+Path(sys.argv[1]).write_text(str(caught))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_outlives_who_reads_it(tmp_path: Path) -> None:
+    """Ctrl-C reaches ``train.py 2>&1 | tee log`` as a whole: the checkpoint is still to come."""
+    reading, writing = os.pipe()
+    command = [sys.executable, "-c", SPEAKS, str(tmp_path / "saved")]
+    run = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=writing, stderr=writing, cwd=Path(__file__).parents[2]
+    )
+    os.close(writing)
+    os.close(reading)
+    run.communicate(b"go\n", timeout=120)
+    assert run.returncode == 0
+    assert (tmp_path / "saved").read_text() == f"[{signal.SIGINT.value}]"

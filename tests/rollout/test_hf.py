@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from aipo.errors import UserError
 from aipo.model.loading import attention_widths
 from aipo.rollout import Completion, Request, Sampling, make_engine
-from aipo.rollout.base import keep_rng
+from aipo.rollout.base import Stopped, keep_rng
 from aipo.rollout.check import check_weight_sync, perturbed
 from aipo.rollout.decoding import GROUPED, Fixed, attend
 from aipo.rollout.hf import HfEngine, draw, kv_token_bytes, rows_together
@@ -168,6 +168,19 @@ def test_greedy_equals_generate(folder, model):
         expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)[0, len(prompt) :]
         assert completion.token_ids == expected.tolist()
         assert completion.logprobs == pytest.approx(full_logprobs(model, prompt, completion.token_ids), abs=1e-4)
+
+
+def test_a_draw_ends_at_the_next_token_once_it_is_stopped(folder):
+    engine, stopped_at = engine_for(folder, end_token_ids=[]), []
+
+    def stop(i: int, completion: Completion) -> None:
+        stopped_at.append(i)
+        engine.stopped.set()
+
+    requests = [Request(REQUESTS[0].prompt_ids, seed=i, max_tokens=3 + 5 * i) for i in range(2)]
+    with pytest.raises(Stopped):
+        engine.generate(requests, SAMPLING, on_done=stop)
+    assert stopped_at == [0]
 
 
 def test_end_tokens_length_and_on_done(folder):
