@@ -25,6 +25,14 @@ class TrainingError(Exception):
     """Training cannot go on; says why and what to try. Nothing that was saved is lost. Exit code 1."""
 
 
+def expanded(path: str, key: str) -> Path:
+    """The path with its ``~``; UserError, naming ``key``, where that user has no home, as in many containers."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{key}: {path}: no such home: set HOME, or give {key} a path without ~") from None
+
+
 def tell_launcher(text: str) -> None:
     """Put the error where torchrun looks for it, which ends its summary with it."""
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):

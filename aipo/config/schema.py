@@ -34,7 +34,7 @@ from aipo.config.training import (
     ShardingConfig,
     TrackingConfig,
 )
-from aipo.errors import UserError
+from aipo.errors import UserError, expanded
 
 
 class Config(Section):
@@ -354,7 +354,7 @@ class Config(Section):
 
     @property
     def folder(self) -> Path:
-        return Path(self.runs).expanduser() / self.name
+        return expanded(self.runs, "runs") / self.name
 
     def check_world_size(self, world: int) -> None:
         per_update = self.rollout.questions_per_step // self.optim.updates_per_batch

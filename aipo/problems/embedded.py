@@ -21,7 +21,7 @@ from filelock import FileLock
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from aipo.errors import UserError
+from aipo.errors import UserError, expanded
 from aipo.problems.problem import Problem, Split
 
 MODEL = "embedded:smollm2-135m"
@@ -41,7 +41,7 @@ IN_PROMPT = ("8 - 5", "23 + 45")
 
 def cache_folder() -> Path:
     """``$AIPO_CACHE`` or ``~/.cache/aipo``: what runs share."""
-    return Path(os.environ.get("AIPO_CACHE") or "~/.cache/aipo").expanduser()
+    return expanded(os.environ.get("AIPO_CACHE") or "~/.cache/aipo", "AIPO_CACHE")
 
 
 def embedded_model() -> Path:

@@ -559,3 +559,13 @@ def test_forking_tokens_at_the_scale_of_the_authors_script() -> None:
     baseline = load_config("dapo_14b")
     assert baseline.model_copy(update={"name": config.name, "mask": config.mask}) == config
     assert baseline.mask.rule == "all"
+
+
+def test_a_home_that_is_not_there_is_named() -> None:
+    config = load_config("tiny.yaml", ["runs=~nobody-of-that-name/x"])
+    with pytest.raises(UserError, match=r"runs: ~nobody-of-that-name/x: no such home: set HOME, or give runs a path"):
+        _ = config.folder
+
+
+def test_a_name_that_is_too_long_is_no_file() -> None:
+    assert message("a" * 300).startswith("config aaa")
