@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def say(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+    with suppress(OSError):  # nobody reads any more, as behind | tee after Ctrl-C: the campaign goes on to its end
+        print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
 @exit_code

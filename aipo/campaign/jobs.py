@@ -270,10 +270,12 @@ def cores() -> int:
 
 
 def _last_words(job: Job) -> str:
-    """The last line that says what went wrong, in any case the last."""
+    """The last line of its last command that says what went wrong, in any case the last."""
     with (job.place / "cell.log").open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    begun = max((i for i, line in enumerate(lines) if line.startswith("$ ")), default=-1)  # an earlier try says nothing
+    lines = lines[begun + 1 :]
     errors = [line for line in lines if "error" in line.lower()]
     return (errors or lines or [""])[-1][:300]
 

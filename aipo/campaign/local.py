@@ -78,9 +78,10 @@ def stopping(say: Callable[[str], None]) -> Iterator[threading.Event]:
     event = threading.Event()
 
     def note(*_: Any) -> None:
-        if not event.is_set():
-            say("stopping: runs save a checkpoint after their step; the same command goes on from there")
+        first = not event.is_set()
         event.set()
+        if first:
+            say("stopping: runs save a checkpoint after their step; the same command goes on from there")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from aipo.evaluation.results import (
 from aipo.evaluation.scoring import CompletionFiles, complete, pending, requests_for
 from aipo.inputs import check_compiler
 from aipo.model.export import NamedModel, find_model, model_stamp
-from aipo.model.loading import read_folder
+from aipo.model.loading import check_weights, read_folder
 from aipo.model.precision import choose, this_device
 from aipo.problems.embedded import MODEL
 from aipo.problems.prompts import Prompter
@@ -83,10 +83,9 @@ def run(options: argparse.Namespace) -> None:
         variants = {"baseline": job}
         if options.intervene:
             variants |= intervened(job, options, progress.say)
-        results, folders = {}, {}
-        for name in wanted(options.intervene):
-            folders[name] = open_folder(variants[name], options, name)
-            results[name] = evaluator.results(variants[name], folders[name])
+        folders = {name: open_folder(variants[name], options, name) for name in wanted(options.intervene)}
+        distributed.on_first(lambda: check_kept(folders.values(), baseline, job.benchmarks))
+        results = {name: evaluator.results(variants[name], folder) for name, folder in folders.items()}
         if not first:
             return
         for name, result in results.items():
@@ -126,6 +125,19 @@ def load_baseline(path: Path, benchmarks: Sequence[Benchmark]) -> Evaluation:
     return found
 
 
+def check_kept(folders: Iterable[Path], baseline: Evaluation | None, benchmarks: Sequence[Benchmark]) -> None:
+    """UserError, before hours of generation, where results that a folder has already are damaged, or of other
+    problems than those of the baseline, beside which the page will show them."""
+    asked = {benchmark.name: benchmark for benchmark in benchmarks}
+    for folder in folders:
+        kept = load_results(folder).results if is_evaluation(folder) else {}
+        if baseline is not None:
+            try:
+                shared_problems(baseline.results, {**kept, **asked})
+            except UserError as error:
+                raise UserError(f"{folder}: {error}, or choose another --out") from None
+
+
 def wanted(intervene: str | None) -> list[str]:
     return ["baseline", "drop", "force"] if intervene == "both" else [intervene or "baseline"]
 
@@ -140,6 +152,7 @@ def make_job(options: argparse.Namespace, say: Say) -> Job:
     if config is None and spec == MODEL and names == [EMBEDDED]:
         config = load_config(DEFAULT_CONFIG)  # the prompt that the embedded problems are made for
     folder = read_folder(model.path, key="--model", name=spec)
+    check_weights(model.path, key="--model")
     benchmarks = distributed.on_first(lambda: load_benchmarks(names, limit=options.limit, say=say))
 
     context = folder.architecture.get_text_config().max_position_embeddings

@@ -94,9 +94,18 @@ def _jsonl(file: str, place: str) -> Iterator[Found]:
         raise UserError(f"{file} is not UTF-8 text after row {row} ({error.reason}): it must be JSONL") from error
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that stands twice, the json module would keep the last without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"{twice} stands twice")
+    return found
+
+
 def _decoded(line: str, where: str) -> Any:
     try:
-        content = json.loads(line)
+        content = json.loads(line, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:  # the latter of brackets in brackets without end
         raise UserError(f"{where}: not JSON ({error}); write one JSON object a line") from error
     try:

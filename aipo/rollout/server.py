@@ -23,6 +23,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -33,7 +34,7 @@ from transformers import AutoConfig
 
 from aipo import distributed
 from aipo.errors import TrainingError, UserError
-from aipo.rollout.base import Completion, OnDone, Request, Sampling, check_requests, parameter_names
+from aipo.rollout.base import Completion, OnDone, Request, Sampling, Stopped, check_requests, parameter_names
 from aipo.rollout.vllm import checkpoint_stream, sampling_params
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 START = "start it with: python -m aipo.rollout.server --config CONFIG"
 RESTART = "read the server's log, start it again, then go on from the last checkpoint with --resume auto"
+WATCH_S = 20  # seconds between looks at a server that draws
 ANSWER_S = 60  # seconds for a server to say what it is
 SERVER_MEMORY = 0.9  # of its GPUs, on which nothing else runs
 BUCKET_BYTES = 2**28
@@ -95,7 +97,7 @@ class ServerEngine:
             raise UserError(f"rollout.server_url: the servers take weights in different ways {backends}: {START}")
         self._backend = backends[0]
         self._group: Group | None = None  # rank 0's, from the first sync on
-        self._timeout = timeout
+        self._timeout, self.stopped = timeout, Event()
         self._until = 0.0  # when the present sync must be done
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # every request is a connection
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2**16)), hard))
@@ -126,8 +128,9 @@ class ServerEngine:
                 return i
 
             tasks = [asyncio.ensure_future(draw(i, request)) for i, request in enumerate(requests)]
+            tasks.append(asyncio.ensure_future(self._watch(session)))
             try:
-                for finished in asyncio.as_completed(tasks):
+                for _, finished in zip(requests, asyncio.as_completed(tasks)):
                     i = await finished
                     if on_done is not None:
                         on_done(i, done[i])  # type: ignore[arg-type]
@@ -136,6 +139,21 @@ class ServerEngine:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
         return done  # type: ignore[return-value]
+
+    async def _watch(self, session: aiohttp.ClientSession) -> int:
+        """End a draw that is given up, or whose server is silent three times: a draw has no limit of time."""
+        silent = 0
+        while silent < 3:
+            for _ in range(WATCH_S):
+                await asyncio.sleep(1)
+                if self.stopped.is_set():
+                    raise Stopped
+            try:
+                async with session.get(f"{self._url}/health", timeout=aiohttp.ClientTimeout(ANSWER_S)):
+                    silent = 0
+            except (aiohttp.ClientError, TimeoutError):
+                silent += 1
+        raise TrainingError(f"the rollout server {self._url} does not answer any more: {RESTART}")
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See :meth:`~aipo.rollout.base.RolloutEngine.sync`; rank 0 sends, and all ranks wait until it has.

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from aipo.campaign.jobs import APART, SCRIPTS, Job, Work, failure, load_jobs, run_job, save_jobs, source_version
-from aipo.campaign.local import run_jobs, slots
+from aipo.campaign.local import run_jobs, slots, stopping
 from aipo.campaign.slurm import SCRIPT, submit
 from aipo.errors import UserError
 from tests.test_house import imports
@@ -43,6 +43,24 @@ def until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < limit
         time.sleep(0.01)
+
+
+def test_why_it_failed_is_what_the_last_try_said(tmp_path: Path) -> None:
+    made = job(tmp_path, "bad", "test -f tried || echo error: out of luck; touch tried; kill -9 $$")
+    for said in (True, False):
+        assert run_jobs([made], [PLACE], lambda _: None) is False
+        assert "training ended with -9" in failure(made)
+        assert ("out of luck" in failure(made)) is said
+
+
+def test_ctrl_c_stops_a_campaign_whose_listener_it_ended_too() -> None:
+    def say(_: str) -> None:
+        raise BrokenPipeError
+
+    with stopping(say) as stopped:
+        with pytest.raises(BrokenPipeError):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stopped.is_set()
 
 
 def test_one_that_fails_stops_no_other_and_is_tried_again_next_time(tmp_path: Path) -> None:

@@ -80,6 +80,30 @@ def test_a_baseline_of_other_problems_is_refused_before_anything_is_drawn(
     assert not out.exists()
 
 
+def test_results_kept_of_other_problems_or_damaged_are_found_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a benchmark that is not asked for this time, in the folder of drop, which comes after that of baseline."""
+    sums = tmp_path / "sums.jsonl"
+    sums.write_text('{"question": "1 + 1", "answer": "2"}\n')
+    arguments = ["--model", str(make_tiny(tmp_path / "model")), "--benchmarks", str(sums), "--avg1"]
+    arguments += ["--engine", "hf", "--dtype", "float32", "--max-tokens", "4", "--out", str(tmp_path / "out")]
+    arguments += ["--intervene", "both", "--tokens", "a"]
+    monkeypatch.setattr("aipo.evaluation.benchmarking.make_engine", lambda *_, **__: pytest.fail("built an engine"))
+    mine = load_benchmarks([str(sums)])[0]
+    result = summarize(mine, [completion(problem) for problem in mine.problems], 1)
+    drop, before = tmp_path / "out" / "drop", tmp_path / "before"
+    for folder, fingerprint in ((drop, "one"), (before, "another")):
+        folder.mkdir(parents=True)
+        other = replace(result, fingerprint=fingerprint)
+        save_results(folder, {"model": "m", "settings": {}}, {"sums": result, "other": other})
+    with pytest.raises(UserError, match=f"{drop}: other has other questions .* or choose another --out"):
+        run(parse([*arguments, "--baseline", str(before)]))
+    (drop / "results.json").write_text("{")
+    with pytest.raises(UserError, match=f"{drop / 'results.json'} is no results.json"):
+        run(parse(arguments))
+
+
 def completion(problem: Problem) -> dict[str, Any]:
     verdict = {"answer": "2", "gold": problem.answer, "correct": True, "verdict": "correct"}
     return {"id": problem.id, "sample": 0, "tokens": 1, "finish_reason": "stop", **verdict}

@@ -45,6 +45,7 @@ def test_made_ids_depend_on_the_question_only(tmp_path: Path) -> None:
     ("row", "says"),
     [
         ('{"question": ', "not JSON"),
+        ('{"question": "1+1", "answer": "2", "answer": "3"}', "answer stands twice"),
         ('{"question": ' + "[" * 200_000 + "]" * 200_000 + "}", "not JSON"),
         ("[1]", "not a JSON object but list"),
         ({"question": "x \ud83d", "answer": "1"}, "surrogate"),

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from aipo.config import load_config
 from aipo.errors import TrainingError, UserError
 from aipo.rollout import server
+from aipo.rollout.base import Request, Sampling, Stopped
 from aipo.rollout.server import (
     ServerEngine,
     ask,
@@ -187,6 +188,30 @@ def test_a_server_that_never_answers_or_refuses_ends_a_sync(silent, answer, word
     finally:
         never.set()
         freed.set()
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_a_draw_ends_with_a_server_that_falls_silent_or_when_it_is_given_up(
+    given_up, answers, url, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("aipo.rollout.server.check_server", lambda *a, **k: "gloo")
+    monkeypatch.setattr("aipo.rollout.server.WATCH_S", 1 if given_up else 0)
+    monkeypatch.setattr("aipo.rollout.server.ANSWER_S", 0.2)
+    never = threading.Event()
+    answers |= {"/inference/v1/generate": never} | ({} if given_up else {"/health": never})
+    engine = ServerEngine(
+        str(make_tiny(tmp_path / "model")), urls=[url], max_model_len=100, end_token_ids=[2], timeout=1
+    )
+    if given_up:
+        engine.stopped.set()
+    error, words = (
+        (Stopped, None) if given_up else (TrainingError, f"{url} does not answer any more: read the server's log")
+    )
+    try:
+        with pytest.raises(error, match=words):
+            engine.generate([Request([3, 4], seed=0)], Sampling(max_tokens=4))
+    finally:
+        never.set()
 
 
 def response(**choice: object) -> dict[str, object]:
