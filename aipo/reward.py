@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from aipo.problems.problem import Problem
 from aipo.verify import FunctionError, Outcome, Verdict, Verifier, after_thinking, extract_answer, last_box
 
 NO_VERDICT = (Verdict.TIMED_OUT, Verdict.KILLED)  # says nothing of the answer
+SAY_S = 60  # seconds of waiting after which a word is said
 Weights = tuple[float, float, float]  # correctness, format, length: none negative, sum 1 (the config checks it)
 
 
@@ -101,6 +103,9 @@ class Rewarder:
         """
         if not pending:
             raise ValueError("no rollout was handed in")
+        futures = {each.outcome for each in pending}
+        while left := wait(futures, timeout=SAY_S).not_done:
+            print(f"waiting for the verdicts of {len(left)} answers", file=sys.stderr, flush=True)
         outcomes = [_outcome(each) for each in pending]
         judged = torch.tensor([outcome not in NO_VERDICT for outcome in outcomes])  # (B,) bool
         scores = torch.tensor([_score(outcome) for outcome in outcomes])  # (B,)

@@ -235,12 +235,16 @@ def test_each_origin_has_its_own_reward(graded: Rewarder) -> None:
 
 @pytest.mark.usefixtures("functions")
 @pytest.mark.slow
-def test_a_function_that_hangs_or_crashes_gives_no_verdict() -> None:
+def test_a_function_that_hangs_or_crashes_gives_no_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("aipo.reward.SAY_S", 0.1)
     config = RewardConfig(function="graders:loops", overlong_buffer=20, workers=1, timeout_s=0.5)
     rewarder = Rewarder({"": config}, max_tokens=100)
     problem = Problem("1", "q", "5")
     rewards, correct, metrics = score(rewarder, [problem] * 5, ["loop", "fine", "crash", "hoard", "well"], [9] * 5)
     rewarder.close()
+    assert "waiting for the verdicts of 1 answers\n" in capsys.readouterr().err
     assert rewards.isnan().tolist() == [True, False, True, True, False]
     assert correct.tolist() == [False, True, False, False, True]
     assert (metrics["reward/timed_out"], metrics["reward/killed"]) == (0.2, 0.4)
